@@ -9,6 +9,7 @@ Every message says what was found, what was expected, and what to do.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from enum import IntEnum
 from typing import ClassVar
 
@@ -116,9 +117,9 @@ class DeadlineExceeded(NetworkError, TimeoutError):
 class MissingBlocks(NetworkError):
     """No live server holds these blocks. `blocks` names them; the session can go on when one appears."""
 
-    def __init__(self, message: str, blocks: range = range(0)) -> None:
+    def __init__(self, message: str, blocks: Iterable[int] = ()) -> None:
         super().__init__(message)
-        self.blocks = blocks
+        self.blocks = tuple(blocks)
 
 
 # -- what a peer got wrong or refused --------------------------------------------------------------
@@ -208,6 +209,10 @@ class BadRecord(RemoteError):
     """A DHT record whose signature, schema, size, owner or life is wrong."""
 
     code = ErrorCode.BAD_RECORD
+
+
+class ForgedRecord(BadRecord):
+    """A DHT record that its owner did not sign."""
 
 
 class WrongModel(RemoteError):

@@ -1,0 +1,341 @@
+"""The iterative lookup: whom to ask next for the peers nearest to some keys, and when that is enough.
+
+Kademlia's (Maymounkov and Mazières, IPTPS 2002, §2.3), over d disjoint paths as in S/Kademlia (Baumgart and
+Mies, ICPADS 2007, §4.4): no peer is asked on two paths, so that liars capture the paths they are on and no
+other. Several keys are looked up at once, and one query to a peer carries every key it is wanted for. Peers
+of one network prefix count only up to a bound among the nearest, which is what ids ground to lie next to a
+key run into.
+
+A query has two deadlines. Past the soft one another peer is asked in its place, but its answer still counts;
+past the hard one, the caller's, it has failed. So a dead peer costs one soft wait, not a full timeout.
+
+Pure: contacts, answers and times in, queries out.
+"""
+
+from __future__ import annotations
+
+from bisect import insort
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from enum import Enum
+from math import inf
+
+from petalite.dht.contacts import Contact, Scope
+from petalite.dht.keys import DhtKey
+
+MAX_KEYS_PER_QUERY = 16
+
+
+@dataclass(frozen=True, slots=True)
+class LookupSettings:
+    """How wide and how long a lookup searches."""
+
+    k: int = 20  # the nearest peers that are to answer
+    alpha: int = 3  # unanswered queries within their soft deadline, per path
+    paths: int = 4  # disjoint paths
+    holders: int | None = None  # stop each path after this many peers with records; None: hear all k nearest
+    per_prefix: int | None = 2  # peers of one public prefix among the nearest; None: any number
+    max_queries: int = 160  # per key: an endless row of ever nearer peers is a lie
+    max_in_flight: int = 40  # over all keys
+
+
+class State(Enum):
+    NEW = 0
+    ASKED = 1
+    SLOW = 2  # asked, and past its soft deadline
+    ANSWERED = 3
+    FAILED = 4
+
+
+@dataclass(slots=True, eq=False)
+class Candidate:
+    """One peer, as one key's search sees it."""
+
+    contact: Contact
+    distance: int
+    prefix: bytes | None  # its network's, where that counts for diversity
+    state: State = State.NEW
+    path: int | None = None  # the path that asked it
+    holds: bool = False  # it answered with records
+
+    def __lt__(self, other: Candidate) -> bool:
+        return self.distance < other.distance
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Query:
+    """Ask `contact` for these keys."""
+
+    contact: Contact
+    keys: tuple[DhtKey, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """What a peer said about one key."""
+
+    contacts: Sequence[Contact]  # the nearest it knows, at most k; already cleaned of what it may not tell
+    holds: bool = False  # it gave records that stood every check
+
+
+@dataclass(slots=True)
+class _Path:
+    """One disjoint path: the peers it has heard of, nearest first."""
+
+    number: int
+    width: int  # how many of its nearest are to answer
+    candidates: list[Candidate] = field(default_factory=list)
+    heard_of: set[DhtKey] = field(default_factory=set)
+
+
+@dataclass(frozen=True, slots=True)
+class _Survey:
+    """Where a path stands."""
+
+    frontier: tuple[Candidate, ...]  # its nearest peers that may still answer
+    settled: bool
+    spare: int  # queries it may still put
+    reach: float  # how far away the last of them is; without end where there are too few
+
+
+class Search:
+    """The lookup of one key: d paths, each until it has settled; then what they found together, as one
+    more."""
+
+    def __init__(
+        self, key: DhtKey, own_id: DhtKey, seeds: Iterable[Contact], settings: LookupSettings
+    ) -> None:
+        self.key = key
+        self.n_queries = 0
+        self._answered = 0
+        self._own_id = own_id
+        self._settings = settings
+        self._known: dict[DhtKey, Candidate] = {}
+        self._paths = [_Path(number, -(-settings.k // settings.paths)) for number in range(settings.paths)]
+        self._union = _Path(settings.paths, settings.k)
+        self._surveys: dict[int, _Survey] = {}  # by path; emptied by whatever changes a state
+        for number, contact in enumerate(sorted(seeds, key=lambda seed: seed.node_id ^ key)):
+            self._learn(contact, self._paths[number % settings.paths])
+
+    # -- what the coordinator asks -------------------------------------------------------------------
+
+    @property
+    def done(self) -> bool:
+        if self.n_queries >= self._settings.max_queries:
+            return not any(c.state is State.ASKED for c in self._known.values())
+        return all(self._survey(path).settled for path in self._active())
+
+    def next_candidate(self) -> Candidate | None:
+        """The nearest peer that a path with a query to spare wants asked."""
+        for path in self._active():
+            survey = self._survey(path)
+            if survey.spare and not survey.settled:
+                for candidate in survey.frontier:
+                    if candidate.state is State.NEW:
+                        return self._claim(candidate, path)
+        return None
+
+    def claim(self, node_id: DhtKey) -> bool:
+        """Whether some path wants this peer asked too, now that it is asked for another key."""
+        candidate = self._known.get(node_id)
+        if candidate is None or candidate.state is not State.NEW:
+            return False
+        for path in self._active():
+            survey = self._survey(path)
+            if not survey.settled and candidate in survey.frontier:
+                return self._claim(candidate, path) is not None
+        return False
+
+    def answered(self, contact: Contact, answer: Answer) -> None:
+        """The peer answered. `contact` says where it was reached."""
+        candidate = self._known[contact.node_id]
+        assert candidate.path is not None, "a peer that nobody asked"
+        candidate.state, candidate.contact, candidate.holds = State.ANSWERED, contact, answer.holds
+        candidate.prefix = _prefix(contact)
+        self._answered += 1
+        path = [*self._paths, self._union][candidate.path]
+        for told in answer.contacts[: self._settings.k]:
+            self._learn(told, path)
+        self._surveys.clear()
+
+    def failed(self, node_id: DhtKey) -> None:
+        self._known[node_id].state = State.FAILED
+        self._surveys.clear()
+
+    def slow(self, node_id: DhtKey) -> None:
+        """The peer's soft deadline passed: another takes its place, and its answer is still welcome."""
+        self._known[node_id].state = State.SLOW
+        self._surveys.clear()
+
+    # -- the outcome ---------------------------------------------------------------------------------
+
+    @property
+    def nearest(self) -> list[Contact]:
+        """The peers that answered, nearest first, at most k."""
+        frontier = self._survey(self._union).frontier
+        return [candidate.contact for candidate in frontier if candidate.state is State.ANSWERED]
+
+    @property
+    def holders(self) -> list[Contact]:
+        """The peers that gave records, nearest first."""
+        return [candidate.contact for candidate in self._union.candidates if candidate.holds]
+
+    @property
+    def absent(self) -> bool:
+        """Whether most paths that lead anywhere were heard, and none had a record. A record proves itself,
+        wherever it comes from; that there is none is believed only of a majority, as one path may be in the
+        hands of liars."""
+        if not self._known:
+            return True  # nobody else is there
+        leading = heard = 0
+        for path in self._paths:
+            own = [
+                c for c in path.candidates if c.path in (None, path.number) and c.state is not State.FAILED
+            ]
+            leading += bool(own)
+            heard += any(c.state is State.ANSWERED for c in own)
+        return 2 * heard > leading and not self.holders
+
+    # -- inside --------------------------------------------------------------------------------------
+
+    def _learn(self, contact: Contact, path: _Path) -> None:
+        node_id = contact.node_id
+        if node_id == self._own_id:
+            return
+        candidate = self._known.get(node_id)
+        if candidate is None:
+            candidate = self._known[node_id] = Candidate(contact, node_id ^ self.key, _prefix(contact))
+            insort(self._union.candidates, candidate)
+        if path is not self._union and node_id not in path.heard_of:
+            path.heard_of.add(node_id)
+            insort(path.candidates, candidate)
+
+    def _claim(self, candidate: Candidate, path: _Path) -> Candidate | None:
+        if self.n_queries >= self._settings.max_queries:
+            return None
+        candidate.state, candidate.path = State.ASKED, path.number
+        self.n_queries += 1
+        self._surveys.clear()
+        return candidate
+
+    def _active(self) -> list[_Path]:
+        """The paths; once they have settled, what they found together, unless what they hold is enough."""
+        if not all(self._survey(path).settled for path in self._paths):
+            return self._paths
+        if self._settings.holders is not None and self.holders:
+            return []
+        return [self._union]
+
+    def _survey(self, path: _Path) -> _Survey:
+        survey = self._surveys.get(path.number)
+        if survey is None:
+            survey = self._surveys[path.number] = self._look(path)
+        return survey
+
+    def _look(self, path: _Path) -> _Survey:
+        alone = path is not self._union  # the union of all paths looks at what any of them asked
+        # Beyond the k nearest that anybody told of, no path need look, as long as those nearest turn out to be there.
+        reach = self._survey(self._union).reach if alone else inf
+        per_prefix = self._settings.per_prefix
+        prefixes: Counter[bytes] = Counter()
+        frontier: list[Candidate] = []
+        asked = slow = holders = 0
+        for candidate in path.candidates:
+            state = candidate.state
+            if state is State.FAILED or (alone and candidate.path not in (None, path.number)):
+                continue
+            asked += state is State.ASKED
+            slow += state is State.SLOW
+            holders += candidate.holds
+            if state is State.SLOW or len(frontier) == path.width or candidate.distance > reach:
+                continue
+            if candidate.prefix is not None and per_prefix is not None:
+                if prefixes[candidate.prefix] >= per_prefix:
+                    continue
+                prefixes[candidate.prefix] += 1
+            frontier.append(candidate)
+        pending = any(candidate.state is not State.ANSWERED for candidate in frontier)
+        # Where fewer are left, the slow ones can be done without if most peers are not slow.
+        full = len(frontier) == path.width
+        settled = not pending and (full or slow <= self._answered)
+        if alone and self._settings.holders is not None and holders >= self._settings.holders:
+            settled = True
+        alpha = self._settings.alpha * (1 if alone else self._settings.paths)
+        return _Survey(
+            tuple(frontier), settled, max(0, alpha - asked), frontier[-1].distance if full else inf
+        )
+
+
+def _prefix(contact: Contact) -> bytes | None:
+    place = contact.place
+    return place.prefix if place is not None and place.scope is Scope.GLOBAL else None
+
+
+class Lookup:
+    """Several keys looked up together. `soft_timeout_s` says how long to wait for a peer before asking
+    another as well."""
+
+    def __init__(
+        self,
+        seeds: Mapping[DhtKey, Iterable[Contact]],
+        own_id: DhtKey,
+        settings: LookupSettings,
+        soft_timeout_s: Callable[[Contact], float],
+    ) -> None:
+        self.searches = {key: Search(key, own_id, near, settings) for key, near in seeds.items()}
+        self._settings = settings
+        self._soft_timeout_s = soft_timeout_s
+        self._fresh: dict[Query, float] = {}  # unanswered queries, and their soft deadlines ahead
+        self._turn = 0
+
+    @property
+    def done(self) -> bool:
+        return all(search.done for search in self.searches.values())
+
+    @property
+    def wakeup_s(self) -> float | None:
+        """When the next soft deadline passes."""
+        return min(self._fresh.values(), default=None)
+
+    def next_query(self, now_s: float) -> Query | None:
+        """The next query to send now; None until an answer, a failure or `wakeup_s` changes something."""
+        for query in [query for query, deadline_s in self._fresh.items() if deadline_s <= now_s]:
+            del self._fresh[query]
+            for key in query.keys:
+                self.searches[key].slow(query.contact.node_id)
+        if len(self._fresh) >= self._settings.max_in_flight:
+            return None
+        searches = list(self.searches.values())
+        for offset in range(len(searches)):
+            search = searches[(self._turn + offset) % len(searches)]
+            candidate = None if search.done else search.next_candidate()
+            if candidate is not None:
+                self._turn += offset + 1  # so that no key waits for another to finish
+                return self._query(search, candidate.contact, now_s)
+        return None
+
+    def answered(self, query: Query, contact: Contact, answers: Mapping[DhtKey, Answer]) -> None:
+        """A peer answered. `contact` says where it was reached; a key without an answer failed."""
+        self._fresh.pop(query, None)
+        for key in query.keys:
+            answer = answers.get(key)
+            if answer is None:
+                self.searches[key].failed(contact.node_id)
+            else:
+                self.searches[key].answered(contact, answer)
+
+    def failed(self, query: Query) -> None:
+        """The hard deadline passed, the link broke, or the peer broke a rule."""
+        self._fresh.pop(query, None)
+        for key in query.keys:
+            self.searches[key].failed(query.contact.node_id)
+
+    def _query(self, search: Search, contact: Contact, now_s: float) -> Query:
+        keys = [search.key]
+        for other in self.searches.values():
+            if len(keys) < MAX_KEYS_PER_QUERY and other is not search and other.claim(contact.node_id):
+                keys.append(other.key)
+        query = Query(contact, tuple(keys))
+        self._fresh[query] = now_s + self._soft_timeout_s(contact)
+        return query

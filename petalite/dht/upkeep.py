@@ -1,0 +1,165 @@
+"""What a node does when nobody asks it anything: join, keep its table alive, come back after an outage.
+
+At rest it pings peers it has not heard from for long, a few at a time, looks up a random key in a bucket
+where no lookup went for long, drops expired records, and saves its peers. When nobody answers any more, it
+goes back to its bootstrap addresses and saved peers, ever more slowly, until somebody does."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from random import Random
+
+from petalite.dht.keys import DhtKey
+from petalite.dht.network import Clock
+from petalite.dht.peers import Peers, Spawn
+from petalite.dht.queries import Queries
+from petalite.dht.saved_peers import MAX_SAVED, load_peers, save_peers
+from petalite.dht.storage import Storage
+from petalite.errors import PetaliteError, Unreachable
+from petalite.net.multiaddr import Multiaddr
+
+logger = logging.getLogger(__name__)
+
+_DIALS_AT_ONCE = 16
+
+
+@dataclass(frozen=True, slots=True)
+class UpkeepSettings:
+    """How often a node looks after itself."""
+
+    tick_s: float = 15.0  # between two looks at what is due, jittered
+    probe_after_s: float = 600.0  # a peer silent for so long is pinged
+    probes_per_tick: int = 5  # at most
+    refresh_s: float = 1800.0  # a bucket without a lookup for so long gets one
+    save_s: float = 300.0  # between two savings of the peers
+    rejoin_min_s: float = 5.0  # the first wait between two attempts to come back
+    rejoin_max_s: float = 300.0  # and the longest
+
+
+class Upkeep:
+    """The node's own doings."""
+
+    def __init__(
+        self,
+        peers: Peers,
+        queries: Queries,
+        storage: Storage,
+        clock: Clock,
+        random: Random,
+        settings: UpkeepSettings,
+        spawn: Spawn,
+        peers_file: Path | None = None,
+    ) -> None:
+        self.bootstrap: tuple[Multiaddr, ...] = ()
+        self._peers = peers
+        self._queries = queries
+        self._storage = storage
+        self._clock = clock
+        self._random = random
+        self._settings = settings
+        self._spawn = spawn
+        self._peers_file = peers_file
+        self._saved_s = 0.0
+
+    # -- joining -----------------------------------------------------------------------------------
+
+    async def join(self) -> None:
+        """Reach anybody, then look up our own id, which makes us known to our neighbours and them to us.
+
+        Raises Unreachable when nobody answers; with nobody to ask there is nothing to do.
+        """
+        saved = load_peers(self._peers_file) if self._peers_file is not None else []
+        saved = [address for address in saved if address not in self.bootstrap]
+        self._random.shuffle(saved)
+        if not self.bootstrap and not saved:
+            return
+        failures = await self._reach_any((*self.bootstrap, *saved))
+        if failures is not None:
+            told = "; ".join(
+                f"{address}: {failures[address]}" for address in self.bootstrap if address in failures
+            )
+            also = f"; nor did any of {len(saved)} saved peers" if saved else ""
+            raise Unreachable(f"none of the peers to join through answered: {told or 'none given'}{also}")
+        await self._queries.find([self._peers.table.own_id], self._queries.settings)
+
+    async def _reach_any(self, addresses: Sequence[Multiaddr]) -> dict[Multiaddr, str] | None:
+        """Dial all; None once the first answers (the others go on), or why each did not."""
+        outcomes: asyncio.Queue[tuple[Multiaddr, str | None]] = asyncio.Queue()
+        room = asyncio.Semaphore(_DIALS_AT_ONCE)
+
+        async def reach(address: Multiaddr) -> None:
+            async with room:
+                try:
+                    await self._peers.dial(address)
+                except PetaliteError as error:
+                    outcomes.put_nowait((address, str(error)))
+                else:
+                    outcomes.put_nowait((address, None))
+
+        for address in addresses:
+            self._spawn(reach(address))
+        failures: dict[Multiaddr, str] = {}
+        for _ in addresses:
+            address, failure = await outcomes.get()
+            if failure is None:
+                return None
+            failures[address] = failure
+        return failures
+
+    # -- at rest -----------------------------------------------------------------------------------
+
+    async def run(self, came_back: Callable[[], None]) -> None:
+        """Until the node closes. `came_back` is called when an outage has ended."""
+        wait_s = 0.0
+        while True:
+            await self._clock.sleep(self._settings.tick_s * self._random.uniform(0.75, 1.25))
+            try:
+                if self._peers.alone and (self.bootstrap or self._peers_file is not None):
+                    wait_s = await self._come_back(wait_s, came_back)
+                else:
+                    wait_s = 0.0
+                    await self._tick()
+            except PetaliteError as error:
+                logger.debug("upkeep: %s", error)
+
+    def save(self) -> None:
+        """Write the peers to disk, those longest known to be alive first."""
+        if self._peers_file is None or not len(self._peers.table):
+            return
+        entries = sorted(self._peers.table, key=lambda entry: (entry.failures, -entry.seen_s))
+        save_peers(self._peers_file, [entry.contact for entry in entries[: 2 * MAX_SAVED]])
+        self._saved_s = self._clock.time_s()
+
+    async def _tick(self) -> None:
+        now_s, settings = self._clock.time_s(), self._settings
+        self._peers.refresh_places()
+        self._storage.sweep(now_s)
+        for contact in self._peers.table.unseen(now_s, settings.probe_after_s)[: settings.probes_per_tick]:
+            self._spawn(self._peers.check(contact))
+        if self._peers_file is not None and now_s - self._saved_s >= settings.save_s:
+            self.save()
+        stale = self._peers.table.stale_buckets(now_s, settings.refresh_s)
+        if stale:
+            await self._refresh(self._random.choice(stale))
+
+    async def _refresh(self, bucket: int) -> None:
+        target = DhtKey.random(self._random, self._peers.table.own_id, bucket)
+        await self._queries.find([target], self._queries.settings_for(paths=1))
+
+    async def _come_back(self, wait_s: float, came_back: Callable[[], None]) -> float:
+        """One attempt; the wait before the next, should it have failed."""
+        settings = self._settings
+        await self._clock.sleep(wait_s * self._random.uniform(0.5, 1.0))
+        try:
+            await self.join()
+        except Unreachable as error:
+            logger.info("still alone: %s", error)
+            return min(max(2 * wait_s, settings.rejoin_min_s), settings.rejoin_max_s)
+        if not self._peers.alone:
+            logger.info("back among %d peers", len(self._peers.table))
+            came_back()
+        return 0.0
