@@ -235,7 +235,8 @@ class Search:
 
     def _look(self, path: _Path) -> _Survey:
         alone = path is not self._union  # the union of all paths looks at what any of them asked
-        # Beyond the k nearest that anybody told of, no path need look, as long as those nearest turn out to be there.
+        # Beyond the k nearest that anybody told of, no path need look, as long as those nearest turn out to
+        # be there.
         reach = self._survey(self._union).reach if alone else inf
         per_prefix = self._settings.per_prefix
         prefixes: Counter[bytes] = Counter()

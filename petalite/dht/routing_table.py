@@ -17,8 +17,8 @@ from math import inf
 from petalite.dht.contacts import Contact, Place, Scope
 from petalite.dht.keys import KEY_BITS, DhtKey
 
-
-# Strangers are called back until so many wait for a place in a full bucket; who is met otherwise waits as well.
+# Strangers are called back until so many wait for a place in a full bucket; who is met otherwise waits as
+# well.
 _WAITING_WANTED = 4
 
 
