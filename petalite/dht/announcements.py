@@ -3,7 +3,8 @@
 An announcement is signed anew and stored again at a third of its life, jittered so that a swarm started at
 once does not stay in step. Most times it goes straight to the peers that hold it; once a life, and whenever
 too many of those are gone, the nearest peers are looked up again. Taking it back leaves tombstones, so that
-nobody dials a server that has said goodbye."""
+nobody dials a server that has said goodbye.
+"""
 
 from __future__ import annotations
 

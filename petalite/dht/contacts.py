@@ -2,7 +2,8 @@
 
 An address told by a peer is believed only if it reaches at least as far as the teller's own: a peer met on
 the public Internet cannot make us dial into our private network, a peer on our LAN can name its neighbours.
-Knows text and IP ranges; opens no socket."""
+Knows text and IP ranges; opens no socket.
+"""
 
 from __future__ import annotations
 

@@ -3,7 +3,8 @@
 Who calls is known from the connection; a caller that serves as well says at which addresses, which makes it a
 candidate for the callee's table and nothing more. Contacts and records travel as byte strings with layouts of
 their own (`Contact.encode`, `Record.encode`); a peer that is near several of the keys asked for is listed
-once."""
+once.
+"""
 
 from __future__ import annotations
 

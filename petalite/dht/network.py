@@ -1,5 +1,6 @@
 """What the DHT needs of the world: calls to peers, and the time. Small enough that a simulation offers the
-same."""
+same.
+"""
 
 from __future__ import annotations
 

@@ -7,7 +7,8 @@
 
 Everything the node does runs under one task group that ends with it. The logic stands in the modules beside
 this one; here it is put together. Knows no socket: calls go through a `Network`, the time comes from a
-`Clock`."""
+`Clock`.
+"""
 
 from __future__ import annotations
 
@@ -184,6 +185,7 @@ class DhtNode:
         assert self._running is not None
         announcement = Announcement(self._publisher, entries, ttl_s)
         await announcement.publish()
+        self._running.announcements.append(announcement)
         self._spawn(self._keep(announcement, self._running.announcements))
         return announcement
 
@@ -280,7 +282,6 @@ class DhtNode:
 
     @staticmethod
     async def _keep(announcement: Announcement, kept: list[Announcement]) -> None:
-        kept.append(announcement)
         try:
             await announcement.run()
         finally:
@@ -317,7 +318,7 @@ class DhtNode:
             raise DeadlineExceeded(
                 f"nothing was found within {timeout_s:g} s; allow more time or check the network"
             )
-        if not all(search.absent for search in lookup.searches.values()):
+        if not all(search.absent or search.holders for search in lookup.searches.values()):
             raise Unreachable(
                 f"nothing was found, and too few of {len(self.table)} known peers answered to say "
                 "that there is nothing"

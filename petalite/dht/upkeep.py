@@ -1,14 +1,16 @@
 """What a node does when nobody asks it anything: join, keep its table alive, come back after an outage.
 
 At rest it pings peers it has not heard from for long, a few at a time, looks up a random key in a bucket
-where no lookup went for long, drops expired records, and saves its peers. When nobody answers any more, it
-goes back to its bootstrap addresses and saved peers, ever more slowly, until somebody does."""
+where no lookup went for long, drops expired records, and saves its peers. Now and then it tries an address it
+once knew and has lost: so two halves of a swarm that were cut apart find each other again. When nobody
+answers any more, it goes back to all such addresses, ever more slowly, until somebody does.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
 from random import Random
@@ -25,6 +27,7 @@ from petalite.net.multiaddr import Multiaddr
 logger = logging.getLogger(__name__)
 
 _DIALS_AT_ONCE = 16
+_MAX_REMEMBERED = 64  # peers once met; one more every `reunite_s`, so they go back hours
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,6 +39,7 @@ class UpkeepSettings:
     probes_per_tick: int = 5  # at most
     refresh_s: float = 1800.0  # a bucket without a lookup for so long gets one
     save_s: float = 300.0  # between two savings of the peers
+    reunite_s: float = 300.0  # between two tries of a peer that was lost
     rejoin_min_s: float = 5.0  # the first wait between two attempts to come back
     rejoin_max_s: float = 300.0  # and the longest
 
@@ -64,6 +68,8 @@ class Upkeep:
         self._spawn = spawn
         self._peers_file = peers_file
         self._saved_s = 0.0
+        self._reunited_s = 0.0
+        self._remembered: dict[DhtKey, Multiaddr] = {}  # the longest ago first
 
     # -- joining -----------------------------------------------------------------------------------
 
@@ -73,20 +79,21 @@ class Upkeep:
         Raises Unreachable when nobody answers; with nobody to ask there is nothing to do.
         """
         saved = load_peers(self._peers_file) if self._peers_file is not None else []
-        saved = [address for address in saved if address not in self.bootstrap]
-        self._random.shuffle(saved)
-        if not self.bootstrap and not saved:
+        known = list(dict.fromkeys((*saved, *self._remembered.values())))
+        self._random.shuffle(known)
+        if not self.bootstrap and not known:
             return
-        failures = await self._reach_any((*self.bootstrap, *saved))
+        failures = await self._reach_any(dict.fromkeys((*self.bootstrap, *known)))
         if failures is not None:
-            told = "; ".join(
-                f"{address}: {failures[address]}" for address in self.bootstrap if address in failures
-            )
-            also = f"; nor did any of {len(saved)} saved peers" if saved else ""
+            told = "; ".join(f"{address}: {failures[address]}" for address in self.bootstrap)
+            also = f"; nor did any of {len(known)} peers known from before" if known else ""
             raise Unreachable(f"none of the peers to join through answered: {told or 'none given'}{also}")
+        await self._find_neighbours()
+
+    async def _find_neighbours(self) -> None:
         await self._queries.find([self._peers.table.own_id], self._queries.settings)
 
-    async def _reach_any(self, addresses: Sequence[Multiaddr]) -> dict[Multiaddr, str] | None:
+    async def _reach_any(self, addresses: Collection[Multiaddr]) -> dict[Multiaddr, str] | None:
         """Dial all; None once the first answers (the others go on), or why each did not."""
         outcomes: asyncio.Queue[tuple[Multiaddr, str | None]] = asyncio.Queue()
         room = asyncio.Semaphore(_DIALS_AT_ONCE)
@@ -118,7 +125,7 @@ class Upkeep:
         while True:
             await self._clock.sleep(self._settings.tick_s * self._random.uniform(0.75, 1.25))
             try:
-                if self._peers.alone and (self.bootstrap or self._peers_file is not None):
+                if self._peers.alone:
                     wait_s = await self._come_back(wait_s, came_back)
                 else:
                     wait_s = 0.0
@@ -142,6 +149,9 @@ class Upkeep:
             self._spawn(self._peers.check(contact))
         if self._peers_file is not None and now_s - self._saved_s >= settings.save_s:
             self.save()
+        if now_s - self._reunited_s >= settings.reunite_s * self._random.uniform(0.5, 1.0):
+            self._reunited_s = now_s
+            await self._reunite()
         stale = self._peers.table.stale_buckets(now_s, settings.refresh_s)
         if stale:
             await self._refresh(self._random.choice(stale))
@@ -149,6 +159,23 @@ class Upkeep:
     async def _refresh(self, bucket: int) -> None:
         target = DhtKey.random(self._random, self._peers.table.own_id, bucket)
         await self._queries.find([target], self._queries.settings_for(paths=1))
+
+    async def _reunite(self) -> None:
+        """Remember one of the peers there are, and try one there was."""
+        entries = list(self._peers.table)
+        if entries:
+            contact = self._random.choice(entries).contact
+            self._remembered.pop(contact.node_id, None)
+            self._remembered[contact.node_id] = Multiaddr.parse(contact.addresses[0]).with_peer(
+                contact.peer_id
+            )
+            if len(self._remembered) > _MAX_REMEMBERED:
+                del self._remembered[next(iter(self._remembered))]
+        known = {entry.contact.peer_id for entry in entries}
+        lost = [a for a in (*self.bootstrap, *self._remembered.values()) if a.peer_id not in known]
+        if lost:
+            await self._peers.dial(self._random.choice(lost))
+            await self._find_neighbours()
 
     async def _come_back(self, wait_s: float, came_back: Callable[[], None]) -> float:
         """One attempt; the wait before the next, should it have failed."""

@@ -2,7 +2,8 @@
 about.
 
 Each peer has a public address of its own, spread over network prefixes as on the Internet, and a wall clock
-that may be wrong."""
+that may be wrong.
+"""
 
 from __future__ import annotations
 

@@ -3,7 +3,8 @@
 Code under it runs as it is: tasks, timeouts and sleeps work, and ten virtual minutes take as long as their
 computing does. Two runs of the same seeded program take the same steps. What would come from outside
 (threads, sockets, signals) cannot wake it; when nothing is due and the program still waits, that is a
-deadlock and raises."""
+deadlock and raises.
+"""
 
 from __future__ import annotations
 

@@ -22,6 +22,7 @@ from petalite.net.identity import PeerId
 from petalite.net.multiaddr import Multiaddr
 
 _HELLO = "sim.hello"
+_RETRANSMIT_S = 0.2  # the least wait until a lost message is sent again; doubled every time (RFC 6298)
 _MESSAGE_OVERHEAD_BYTES = 60  # of one message on a real connection: frame, record, TCP and IP headers
 
 
@@ -31,7 +32,7 @@ class LinkSettings:
 
     latency_s: float = 0.05  # one way
     jitter_s: float = 0.0  # up to so much more, at random
-    loss: float = 0.0  # share of messages that never arrive
+    loss: float = 0.0  # share of messages that get lost and are sent again, as TCP does
     bandwidth_bytes_s: float | None = None  # what one peer can send; None: any amount
 
 
@@ -94,11 +95,13 @@ class SimNetwork:
         if sides and sides.get(source.peer_id, 0) != sides.get(target.peer_id, 0):
             return None
         link = self.link
-        if link.loss and self._random.random() < link.loss:
-            return None
         delay_s = link.latency_s if self._latency_s is None else self._latency_s(source, target)
+        again_s = max(_RETRANSMIT_S, 4 * delay_s)
         if link.jitter_s:
             delay_s += self._random.uniform(0.0, link.jitter_s)
+        while link.loss and self._random.random() < link.loss:
+            delay_s += again_s
+            again_s *= 2
         return delay_s + source.queue_s(nbytes, link.bandwidth_bytes_s)
 
 
@@ -107,6 +110,7 @@ class Endpoint:
 
     def __init__(self, network: SimNetwork, peer_id: PeerId, address: Multiaddr) -> None:
         self.address = address
+        self.calls = 0  # made from here
         self.sent_bytes = 0
         self.up = True
         self._network = network
@@ -167,6 +171,7 @@ class Endpoint:
         self, target: Endpoint | None, method: str, body: Mapping[str, Any], timeout_s: float
     ) -> Mapping[str, Any]:
         """A call and its answer; with nobody as the target, and from a peer that is down, silence."""
+        self.calls += 1
         self._network.traffic.calls += 1
         loop = asyncio.get_running_loop()
         answered: asyncio.Future[bytes] = loop.create_future()
