@@ -1,0 +1,594 @@
+"""A connection's core: streams over one ordered, secret pipe, with credit, turns and an end.
+
+Sans I/O: takes the plaintext of records and the time, gives events and the plaintext of the next records. It
+opens no socket, reads no clock and starts no task, and knows nothing of keys or of what the streams carry.
+
+Credit is an absolute offset per stream and one for the connection (RFC 9000 §4). A stream's is given when its
+reader reads. The connection's is given when bytes are read, or while no more than `allowance_bytes` of them
+wait: so a few readers who do not read stop their own senders and nobody else's, and memory has a bound all
+the same.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import IntEnum, auto
+from types import MappingProxyType
+
+from petalite.errors import (
+    ErrorCode,
+    Flood,
+    FlowControlViolation,
+    LocalProtocolError,
+    RemoteProtocolError,
+    StreamLimitExceeded,
+)
+from petalite.net import frames
+from petalite.net.frames import ALIGNED_BYTES, FIN, HEADER, HEADER_BYTES, MAX_DATA_BYTES, FrameType
+from petalite.net.records import MAX_PLAINTEXT_BYTES
+from petalite.net.scheduling import Turns, gather
+from petalite.net.streams import Priority, Receive, Send, Step, Stream
+
+MAX_QUEUED_PONGS = 8
+MAX_QUEUED_CONTROL = 1024  # frames that wait for a peer which provokes them and does not read them
+MAX_STREAM_ID = 0xFFFF_FFFF
+_CONTROL_BATCH = 2048  # control frames in one record; they have 20 bytes, but for CLOSE and GOAWAY
+
+
+class Event(IntEnum):
+    """What happened; the stream's or the connection's state says the rest."""
+
+    OPENED = auto()  # the peer opened this stream
+    READABLE = auto()  # `need` bytes, the whole target, or the end has come
+    RESET = auto()  # the peer gave up sending: `reset_code`
+    STOPPED = auto()  # the peer stopped reading: `stop_code`
+    DRAINED = auto()  # the outbox is empty
+    ROOM = auto()  # more streams may be opened
+    PONG = auto()  # `rtt_s` was measured
+    GOAWAY = auto()  # the peer takes no more streams
+    CLOSED = auto()  # the peer ended the connection: `close_code`, `close_reason`
+
+
+class State(IntEnum):
+    OPEN = auto()
+    LEAVING = auto()  # GOAWAY went out: streams end, none begin
+    CLOSED = auto()
+
+
+# What each call or frame does to the connection; anything else raises.
+STATE_STEPS = MappingProxyType(
+    {
+        (State.OPEN, "goaway"): State.LEAVING,
+        (State.OPEN, "close"): State.CLOSED,
+        (State.LEAVING, "goaway"): State.LEAVING,
+        (State.LEAVING, "close"): State.CLOSED,
+        (State.CLOSED, "close"): State.CLOSED,
+    }
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Windows:
+    """How much a peer may send ahead of being read, and how many streams it may have open."""
+
+    stream_bytes: int = 256 * 1024  # per stream, to begin with
+    connection_bytes: int = 1024 * 1024  # all streams together, to begin with
+    streams: int = 256  # opened by the peer and not over
+    max_stream_bytes: int = 16 * 1024 * 1024  # what a stream's window may grow to
+    max_connection_bytes: int = 32 * 1024 * 1024  # what the connection's window may grow to
+    allowance_bytes: int = 16 * 1024 * 1024  # unread bytes for which the connection still gives credit
+
+
+class Connection:
+    """One end. `ours` is what we grant; `theirs` is what the peer said in its handshake that it grants."""
+
+    def __init__(self, initiator: bool, ours: Windows, theirs: Windows, now: float = 0.0) -> None:
+        self.now = now
+        self.rtt_s = 0.1
+        self.state = State.OPEN
+        self.peer_left = False  # the peer sent GOAWAY
+        self.close_code = 0
+        self.close_reason = ""
+        self.events: list[tuple[Event, Stream | None]] = []
+        self.streams: dict[int, Stream] = {}
+
+        self._ours = ours
+        self._theirs = theirs
+        self._next_id = 1 if initiator else 2
+        self._peer_parity = 0 if initiator else 1
+        self._last_peer_id = 0
+        self._peer_streams = 0  # opened by the peer so far
+        self._peer_streams_over = 0
+        self._peer_streams_limit = ours.streams
+        self._our_streams = 0
+        self._our_streams_limit = theirs.streams
+
+        self._control: list[bytes] = []
+        self._grants: dict[
+            int, bytes
+        ] = {}  # the newest MAX_… per stream; 0 and -1 stand for the connection's
+        self._pongs = 0  # among the control frames
+        self._ping: bytes | None = None  # what the PONG must bring back
+        self._turns = Turns()
+        self.sent = 0
+        self.send_limit = theirs.connection_bytes
+
+        self.received = 0
+        self.consumed = 0
+        self.receive_limit = self._window = ours.connection_bytes
+        self._granted_at = now
+        self._payload_stream: Stream | None = None  # whose DATA payload is under way
+        self._payload_left = 0
+        self._payload_fin = False
+        self._payload_chunk: bytearray | None = None
+
+    # -- opening and ending ------------------------------------------------------------------------
+
+    @property
+    def can_open(self) -> bool:
+        """Whether `open_stream` would succeed now."""
+        return (
+            self.state is State.OPEN
+            and not self.peer_left
+            and self._our_streams < self._our_streams_limit
+            and self._next_id <= MAX_STREAM_ID
+        )
+
+    @property
+    def exhausted(self) -> bool:
+        """Whether no stream can ever be opened again: another connection has to take over."""
+        return self.state is not State.OPEN or self.peer_left or self._next_id > MAX_STREAM_ID
+
+    def open_stream(self, priority: Priority) -> Stream:
+        if not self.can_open:
+            raise LocalProtocolError("no stream can be opened now; look at can_open first")
+        stream = self._new_stream(self._next_id, priority)
+        self._next_id += 2
+        self._our_streams += 1
+        self._control.append(frames.encode(FrameType.OPEN, stream.id, aux=priority))
+        return stream
+
+    def _new_stream(self, stream_id: int, priority: Priority) -> Stream:
+        stream = Stream(stream_id, priority, self._theirs.stream_bytes, self._ours.stream_bytes, self.now)
+        self.streams[stream_id] = stream
+        return stream
+
+    def goaway(self, code: int, reason: str) -> None:
+        """Take no more streams from the peer and open none; those that are open go on."""
+        self._step("goaway")
+        self._control.append(frames.encode_reason(FrameType.GOAWAY, code, reason))
+
+    def close(self, code: int, reason: str) -> None:
+        """End everything; the peer hears why."""
+        if self.state is not State.CLOSED:
+            self._control.append(frames.encode_reason(FrameType.CLOSE, code, reason))
+        self._step("close")
+
+    def _step(self, step: str) -> None:
+        after = STATE_STEPS.get((self.state, step))
+        if after is None:
+            raise LocalProtocolError(f"{step} on a connection that is {self.state.name}")
+        self.state = after
+
+    def ping(self, now: float) -> None:
+        """Ask for a PONG, which measures the round trip, unless one is awaited."""
+        self.now = now
+        if self._ping is not None:
+            return
+        self._ping = frames.U64.pack(int(now * 1e6))
+        self._control.append(frames.encode(FrameType.PING, payload=self._ping))
+
+    # -- writing -----------------------------------------------------------------------------------
+
+    @property
+    def wants_write(self) -> bool:
+        return bool(self._control or self._grants) or self._turns.waiting
+
+    def write(self, stream: Stream, segments: Sequence[bytes | memoryview], fin: bool = False) -> None:
+        """Queue bytes, which the caller leaves alone until they are sent; with `fin`, the last ones."""
+        if stream.send is not Send.OPEN:
+            raise LocalProtocolError(f"write on the sending half of {stream!r}")
+        for segment in segments:
+            if len(segment):
+                stream.outbox.append(segment)
+                stream.queued += len(segment)
+        if fin:
+            stream.step_send(Step.FINISH)
+        self._turns.offer(stream)
+
+    def set_priority(self, stream: Stream, priority: Priority) -> None:
+        """From the next frame on, here and (if we opened the stream) in the peer's answers."""
+        priority = max(priority, stream.highest)
+        if stream.priority == priority:
+            return
+        self._turns.move(stream, priority)
+        if stream.id & 1 != self._peer_parity and not stream.over:
+            self._control.append(frames.encode(FrameType.PRIORITY, stream.id, aux=priority))
+
+    def reset(self, stream: Stream, code: int) -> None:
+        """Give up sending; what was queued is dropped. No effect once the last byte is sent."""
+        if stream.send >= Send.FINISHED:
+            return
+        self._turns.leave(stream)
+        stream.drop_unsent()
+        stream.step_send(Step.RESET)
+        self._control.append(frames.encode(FrameType.RESET_STREAM, stream.id, frames.U32.pack(code)))
+        self._forget_if_over(stream)
+
+    def next_records(self, max_bytes: int) -> list[bytes | memoryview]:
+        """The plaintexts of the next records: all control frames, and data up to about `max_bytes`.
+
+        Chosen only now, so that nothing urgent stands behind what was chosen long ago.
+        """
+        records: list[bytes | memoryview] = []
+        small, left = self._next_control(), max_bytes
+        small_bytes = sum(map(len, small)) if small else 0
+        if self._control or self.state is State.CLOSED:
+            left = 0
+        while left > 0 and self.sent < self.send_limit and (stream := self._turns.next()) is not None:
+            room = min(MAX_DATA_BYTES, stream.send_limit - stream.sent, self.send_limit - self.sent)
+            outbox = stream.outbox
+            if outbox and room >= ALIGNED_BYTES and len(outbox[0]) >= ALIGNED_BYTES:
+                payload = outbox.popleft()
+                if len(payload) > room:
+                    payload = memoryview(payload)
+                    outbox.appendleft(payload[room:])
+                    payload = payload[:room]
+                size = len(payload)
+                small.append(self._data_header(stream, size))
+                records.append(b"".join(small))
+                records.append(payload)
+                small, small_bytes = [], 0
+            else:
+                pieces, size = gather(outbox, room)
+                if small_bytes + HEADER_BYTES + size > MAX_PLAINTEXT_BYTES:
+                    records.append(b"".join(small))
+                    small, small_bytes = [], 0
+                small.append(self._data_header(stream, size))
+                small_bytes += HEADER_BYTES + size
+                if size >= ALIGNED_BYTES:
+                    records.append(b"".join(small))
+                    small, small_bytes = [], 0
+                    records.append(b"".join(pieces))
+                else:
+                    small += pieces
+            left -= HEADER_BYTES + size
+            self._after_data(stream, size)
+        if small:
+            records.append(b"".join(small))
+        return records
+
+    def _next_control(self) -> list[bytes]:
+        """The control frames for the next batch: few enough for one record."""
+        control = self._control
+        if self._grants:
+            control += self._grants.values()
+            self._grants = {}
+        self._control = control[_CONTROL_BATCH:]
+        self._pongs = 0
+        return control[:_CONTROL_BATCH] if self._control else control
+
+    def _data_header(self, stream: Stream, size: int) -> bytes:
+        last = stream.send is Send.FINISHING and not stream.outbox
+        return HEADER.pack(FrameType.DATA, FIN if last else 0, 0, stream.id, size)
+
+    def _after_data(self, stream: Stream, size: int) -> None:
+        """Account for a DATA frame of the stream whose turn it was."""
+        stream.sent += size
+        stream.queued -= size
+        self.sent += size
+        self._turns.took(stream)
+        if stream.outbox:
+            return
+        if stream.wants_drained:
+            stream.wants_drained = False
+            self.events.append((Event.DRAINED, stream))
+        if stream.send is Send.FINISHING:
+            stream.step_send(Step.FIN)
+            self._forget_if_over(stream)
+
+    # -- reading -----------------------------------------------------------------------------------
+
+    def take(self, stream: Stream, size: int) -> bytearray:
+        """Read `size` bytes, which are buffered."""
+        taken = stream.take(size)
+        self._consumed(stream, size)
+        return taken
+
+    def expect(self, stream: Stream, target: memoryview) -> bool:
+        """Have the next bytes put straight into `target`; whether it is already full.
+
+        Credit for all of it is given at once: the caller has set its memory aside.
+        """
+        filled = stream.take_into(target)
+        if filled < len(target):
+            stream.target, stream.filled = target, filled
+        self._consumed(stream, filled)
+        return filled == len(target)
+
+    def stop(self, stream: Stream, code: int) -> None:
+        """Read no more: what is buffered and what still comes is dropped, and the peer is told."""
+        if stream.receive is Receive.OPEN:
+            stream.step_receive(Step.STOP)
+            self._control.append(frames.encode(FrameType.STOP_SENDING, stream.id, frames.U32.pack(code)))
+        self._consumed(stream, stream.drop_unread())
+        self._forget_if_over(stream)
+
+    def _consumed(self, stream: Stream, size: int) -> None:
+        stream.consumed += size
+        self.consumed += size
+        if stream.receive is Receive.OPEN:
+            limit = stream.consumed + stream.missing + stream.window
+            if limit - stream.receive_limit >= stream.window >> 1:
+                self._grant_stream(stream)
+        self._grant_connection()
+        if stream.receive is Receive.FINISHED:
+            self._forget_if_over(stream)
+
+    def _grant_stream(self, stream: Stream) -> None:
+        # A window used up within two round trips is what holds the sender back.
+        if self.now - stream.granted_at < 2 * self.rtt_s:
+            stream.window = min(2 * stream.window, max(stream.window, self._ours.max_stream_bytes))
+        stream.granted_at = self.now
+        stream.receive_limit = stream.consumed + stream.missing + stream.window
+        payload = frames.U64.pack(stream.receive_limit)
+        self._grants[stream.id] = frames.encode(FrameType.MAX_STREAM_DATA, stream.id, payload)
+
+    def _grant_connection(self) -> None:
+        unread = self.received - self.consumed
+        base = self.received - max(0, unread - self._ours.allowance_bytes)
+        if base + self._window - self.receive_limit < self._window >> 1:
+            return
+        if self.now - self._granted_at < 2 * self.rtt_s:
+            self._window = min(2 * self._window, max(self._window, self._ours.max_connection_bytes))
+        self._granted_at = self.now
+        self.receive_limit = base + self._window
+        self._grants[0] = frames.encode(FrameType.MAX_DATA, payload=frames.U64.pack(self.receive_limit))
+
+    def _forget_if_over(self, stream: Stream) -> None:
+        if not stream.over or self.streams.pop(stream.id, None) is None:
+            return
+        if stream.id & 1 == self._peer_parity:
+            self._peer_streams_over += 1
+            limit = self._peer_streams_over + self._ours.streams
+            if limit - self._peer_streams_limit >= max(1, self._ours.streams >> 2):
+                self._peer_streams_limit = limit
+                self._grants[-1] = frames.encode(FrameType.MAX_STREAMS, payload=frames.U32.pack(limit))
+
+    # -- receiving ---------------------------------------------------------------------------------
+
+    def payload_target(self, size: int) -> memoryview | None:
+        """Where to open a record of `size` plaintext bytes, if all of it is one stream's payload."""
+        stream = self._payload_stream
+        if size > self._payload_left or size < ALIGNED_BYTES or stream is None or self.state is State.CLOSED:
+            return None
+        if stream.target is not None:
+            filled = stream.filled
+            return stream.target[filled : filled + size] if stream.missing >= size else None
+        if stream.receive is not Receive.OPEN:
+            return None
+        self._payload_chunk = bytearray(size)
+        return memoryview(self._payload_chunk)
+
+    def payload_received(self, size: int, now: float) -> None:
+        """What `payload_target` gave is filled."""
+        self.now = now
+        stream = self._payload_stream
+        assert stream is not None
+        self._payload_left -= size
+        if self._payload_chunk is not None:
+            stream.chunks.append(self._payload_chunk)
+            stream.buffered += size
+            self._payload_chunk = None
+        else:
+            self._filled(stream, size)
+        if not self._payload_left:
+            self._end_data(stream)
+
+    def receive(self, plain: memoryview, now: float) -> None:
+        """Take a record's plaintext. Raises RemoteProtocolError, after which only `close` makes sense."""
+        self.now = now
+        end = len(plain)
+        if not end:
+            raise RemoteProtocolError("an empty record")
+        position = min(self._payload_left, end)
+        if position:
+            self._take_payload(plain[:position])
+        while position < end and self.state is not State.CLOSED:
+            if end - position < HEADER_BYTES:
+                raise RemoteProtocolError("a record ends inside a frame header")
+            kind, flags, aux, stream_id, length = HEADER.unpack_from(plain, position)
+            position += HEADER_BYTES
+            handle = frames.check(kind, flags, aux, stream_id, length)
+            if kind == FrameType.DATA:
+                self._begin_data(stream_id, flags, length)
+                if length and (size := min(length, end - position)):
+                    self._take_payload(plain[position : position + size])
+                    position += size
+                continue
+            if length > end - position:
+                raise RemoteProtocolError(f"a record ends inside a frame of type {kind:#04x}")
+            if handle:
+                _HANDLERS[kind](self, stream_id, aux, plain[position : position + length])
+            position += length
+
+    def _begin_data(self, stream_id: int, flags: int, length: int) -> None:
+        stream = self.streams.get(stream_id)
+        if stream is None or stream.receive >= Receive.FINISHED:
+            raise RemoteProtocolError(f"DATA on stream {stream_id}, which is not open for it")
+        stream.received += length
+        self.received += length
+        if stream.received > stream.receive_limit:
+            raise FlowControlViolation(
+                f"stream {stream_id} sent {stream.received} bytes; its credit was {stream.receive_limit}"
+            )
+        if self.received > self.receive_limit:
+            raise FlowControlViolation(
+                f"{self.received} bytes on all streams; their credit was {self.receive_limit}"
+            )
+        self._payload_stream, self._payload_left, self._payload_fin = stream, length, bool(flags & FIN)
+        if not length:
+            self._end_data(stream)
+
+    def _take_payload(self, data: memoryview) -> None:
+        stream = self._payload_stream
+        assert stream is not None
+        self._payload_left -= len(data)
+        if stream.receive is not Receive.OPEN:
+            self._consumed(stream, len(data))
+        else:
+            if stream.target is not None:
+                size = min(stream.missing, len(data))
+                stream.target[stream.filled : stream.filled + size] = data[:size]
+                self._filled(stream, size)
+                data = data[size:]
+            if len(data):
+                stream.append(data)
+        if not self._payload_left:
+            self._end_data(stream)
+
+    def _filled(self, stream: Stream, size: int) -> None:
+        stream.filled += size
+        self._consumed(stream, size)
+        if not stream.missing:
+            stream.target = None
+            self._announce(stream)
+
+    def _end_data(self, stream: Stream) -> None:
+        self._payload_stream = None
+        if self._payload_fin:
+            stream.step_receive(Step.FIN)
+            self._announce(stream)
+            self._forget_if_over(stream)
+        elif stream.buffered >= stream.need and stream.target is None:
+            self._announce(stream)
+        self._grant_connection()
+
+    def _announce(self, stream: Stream) -> None:
+        if not stream.announced:
+            stream.announced = True
+            self.events.append((Event.READABLE, stream))
+
+    def _known(self, stream_id: int) -> Stream | None:
+        """The stream, or None if it is over. Raises for one that never was."""
+        stream = self.streams.get(stream_id)
+        if stream is None:
+            theirs = stream_id & 1 == self._peer_parity
+            if stream_id > self._last_peer_id if theirs else stream_id >= self._next_id:
+                raise RemoteProtocolError(f"a frame for stream {stream_id}, which was never opened")
+        return stream
+
+    def _provoked(self, frame: bytes) -> None:
+        """Queue a control frame that the peer made us send, unless it makes us queue too many."""
+        if len(self._control) >= MAX_QUEUED_CONTROL:
+            raise Flood(f"more than {MAX_QUEUED_CONTROL} control frames wait to be read by the peer")
+        self._control.append(frame)
+
+    def _on_open(self, stream_id: int, aux: int, _payload: memoryview) -> None:
+        expected = self._last_peer_id + 2 if self._last_peer_id else 2 - self._peer_parity
+        if stream_id != expected:
+            raise RemoteProtocolError(f"OPEN of stream {stream_id}; the next one is {expected}")
+        if self._peer_streams >= self._peer_streams_limit:
+            raise StreamLimitExceeded(f"more than {self._peer_streams_limit} streams opened")
+        self._last_peer_id = stream_id
+        self._peer_streams += 1
+        stream = self._new_stream(stream_id, Priority(aux))
+        if self.state is State.OPEN:
+            self.events.append((Event.OPENED, stream))
+            return
+        self._provoked(frames.encode(FrameType.RESET_STREAM, stream_id, frames.U32.pack(ErrorCode.SHUTDOWN)))
+        stream.step_send(Step.RESET)
+        self.stop(stream, ErrorCode.SHUTDOWN)
+
+    def _on_max_stream_data(self, stream_id: int, _aux: int, payload: memoryview) -> None:
+        stream = self._known(stream_id)
+        (limit,) = frames.U64.unpack(payload)
+        if stream is not None and limit > stream.send_limit:
+            stream.send_limit = limit
+            self._turns.offer(stream)
+
+    def _on_max_data(self, _stream_id: int, _aux: int, payload: memoryview) -> None:
+        self.send_limit = max(self.send_limit, frames.U64.unpack(payload)[0])
+
+    def _on_max_streams(self, _stream_id: int, _aux: int, payload: memoryview) -> None:
+        (limit,) = frames.U32.unpack(payload)
+        if limit > self._our_streams_limit:
+            self._our_streams_limit = limit
+            self.events.append((Event.ROOM, None))
+
+    def _on_reset(self, stream_id: int, _aux: int, payload: memoryview) -> None:
+        stream = self._known(stream_id)
+        if stream is None or stream.receive >= Receive.FINISHED:
+            raise RemoteProtocolError(
+                f"RESET_STREAM on stream {stream_id}, whose sender had already ended it"
+            )
+        (stream.reset_code,) = frames.U32.unpack(payload)
+        stream.step_receive(Step.RESET)
+        self._consumed(stream, stream.drop_unread())
+        self.events.append((Event.RESET, stream))
+        self._forget_if_over(stream)
+
+    def _on_stop(self, stream_id: int, _aux: int, payload: memoryview) -> None:
+        stream = self._known(stream_id)
+        if stream is None or stream.send >= Send.FINISHED:
+            return
+        (stream.stop_code,) = frames.U32.unpack(payload)
+        self._turns.leave(stream)
+        stream.drop_unsent()
+        stream.step_send(Step.RESET)
+        self._provoked(frames.encode(FrameType.RESET_STREAM, stream_id, frames.U32.pack(ErrorCode.CANCELLED)))
+        self.events.append((Event.STOPPED, stream))
+        self._forget_if_over(stream)
+
+    def _on_ping(self, _stream_id: int, _aux: int, payload: memoryview) -> None:
+        self._pongs += 1
+        if self._pongs > MAX_QUEUED_PONGS:
+            raise Flood(f"more than {MAX_QUEUED_PONGS} pings at once")
+        self._provoked(frames.encode(FrameType.PONG, payload=bytes(payload)))
+
+    def _on_pong(self, _stream_id: int, _aux: int, payload: memoryview) -> None:
+        if bytes(payload) != self._ping:
+            return
+        self._ping = None
+        sample_s = self.now - frames.U64.unpack(payload)[0] / 1e6
+        self.rtt_s += (max(0.0, sample_s) - self.rtt_s) / 8  # RFC 6298
+        self.events.append((Event.PONG, None))
+
+    def _on_close(self, _stream_id: int, _aux: int, payload: memoryview) -> None:
+        self.close_code, self.close_reason = frames.decode_reason(payload)
+        self._step("close")
+        self.events.append((Event.CLOSED, None))
+
+    def _on_goaway(self, _stream_id: int, _aux: int, payload: memoryview) -> None:
+        self.close_code, self.close_reason = frames.decode_reason(payload)
+        self.peer_left = True
+        self.events.append((Event.GOAWAY, None))
+
+    def _on_priority(self, stream_id: int, aux: int, _payload: memoryview) -> None:
+        if stream_id & 1 != self._peer_parity:
+            raise RemoteProtocolError(f"PRIORITY on stream {stream_id}, which the peer did not open")
+        stream = self._known(stream_id)
+        if stream is not None:
+            self.set_priority(stream, Priority(aux))
+
+    def _on_pad(self, _stream_id: int, _aux: int, _payload: memoryview) -> None:
+        """Nothing."""
+
+
+_HANDLERS = MappingProxyType(
+    {
+        FrameType.OPEN: Connection._on_open,
+        FrameType.MAX_STREAM_DATA: Connection._on_max_stream_data,
+        FrameType.RESET_STREAM: Connection._on_reset,
+        FrameType.STOP_SENDING: Connection._on_stop,
+        FrameType.MAX_STREAMS: Connection._on_max_streams,
+        FrameType.PING: Connection._on_ping,
+        FrameType.PONG: Connection._on_pong,
+        FrameType.CLOSE: Connection._on_close,
+        FrameType.MAX_DATA: Connection._on_max_data,
+        FrameType.PAD: Connection._on_pad,
+        FrameType.GOAWAY: Connection._on_goaway,
+        FrameType.PRIORITY: Connection._on_priority,
+    }
+)

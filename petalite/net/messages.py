@@ -1,0 +1,218 @@
+"""Messages on a stream: a msgpack header and raw buffers, and reading them piece by piece.
+
+    u32 header length | msgpack header | buffers, back to back
+    header: [0, body, sizes]                        a message
+            [1, body, sizes, method, deadline_ms]   the first message of a call; deadline 0: none
+            [2, body, sizes, code, text]            the call failed; body and sizes are empty
+
+A header has at most 64 KiB, 64 buffers, 1,024 entries in a list or map and 16 levels; map keys are text and
+occur once; numbers, text, bytes, booleans and null are all there is. Lengths are checked before memory is
+taken. Sans I/O: reads from a `Connection` core. Knows no method.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from enum import Enum, auto
+from typing import Any, TypeAlias
+
+import msgpack
+
+from petalite.errors import BadMessage, InvalidArgument
+from petalite.net.connection import Connection
+from petalite.net.frames import U32
+from petalite.net.streams import Receive, Stream
+
+Buffer: TypeAlias = bytes | bytearray | memoryview | Any  # whatever supports the buffer protocol, contiguous
+
+MAX_HEADER_BYTES = 64 * 1024
+MAX_BUFFERS = 64
+MAX_ENTRIES = 1024
+MAX_DEPTH = 16
+MAX_METHOD_LENGTH = 64
+_MAX_DEADLINE_MS = 2**31
+_SCALARS = frozenset((type(None), bool, int, float, str, bytes))
+_packer = msgpack.Packer(
+    autoreset=True
+)  # its C buffer is reused; it is only used under the GIL, with no callbacks
+
+
+@dataclass(frozen=True, slots=True)
+class Message:
+    """One RPC message. Buffers are sent from their own memory and received as writable memoryviews."""
+
+    body: Mapping[str, Any] = field(default_factory=dict)  # msgpack's types, text keys
+    buffers: Sequence[Buffer] = ()  # at most 64
+
+
+class Kind(Enum):
+    """A header's first element, and how many elements it has."""
+
+    MESSAGE = (0, 3)
+    REQUEST = (1, 5)
+    FAILURE = (2, 5)
+
+
+_LENGTHS = {kind.value[0]: kind.value[1] for kind in Kind}
+
+
+class Progress(Enum):
+    """What `MessageReader.poll` has when it has no message."""
+
+    PENDING = auto()  # more has to come
+    END = auto()  # the peer finished
+
+
+def encode(header: list[Any], buffers: Sequence[Buffer]) -> list[bytes | memoryview]:
+    """The segments of one message. `header` is complete but for its sizes, which are put at index 2."""
+    if len(buffers) > MAX_BUFFERS:
+        raise InvalidArgument(f"a message has at most {MAX_BUFFERS} buffers, found {len(buffers)}")
+    views = [_flat(buffer) for buffer in buffers]
+    header[2] = [len(view) for view in views]
+    try:
+        packed: bytes = _packer.pack(header)
+    except (TypeError, ValueError, OverflowError) as error:
+        _packer.reset()
+        raise InvalidArgument(f"a message body holds msgpack's types with text keys only: {error}") from error
+    if len(packed) > MAX_HEADER_BYTES:
+        raise InvalidArgument(
+            f"a message body has {len(packed)} bytes, at most {MAX_HEADER_BYTES}; use buffers"
+        )
+    return [U32.pack(len(packed)) + packed, *views]
+
+
+def _flat(buffer: Buffer) -> memoryview:
+    view = memoryview(buffer)
+    if view.ndim == 1 and view.format == "B" and view.contiguous:
+        return view
+    if not view.nbytes:
+        return memoryview(b"")
+    if not view.c_contiguous:
+        raise InvalidArgument("a message's buffers must be contiguous")
+    return view.cast("B")
+
+
+def decode_header(data: bytes | bytearray | memoryview) -> list[Any]:
+    """A header whose shape is as stated above. Raises BadMessage."""
+    try:
+        header = msgpack.unpackb(
+            data,
+            max_array_len=MAX_ENTRIES,
+            max_map_len=MAX_ENTRIES,
+            max_ext_len=0,
+            object_pairs_hook=_unique,
+        )
+    except (ValueError, msgpack.UnpackException, RecursionError, TypeError) as error:
+        raise BadMessage(f"a message header is not valid msgpack: {error}") from error
+    if type(header) is not list or len(header) < 3 or type(header[0]) is not int:
+        raise BadMessage("a message header is not a list of kind, body and sizes")
+    kind, body, sizes = header[:3]
+    if len(header) < _LENGTHS.get(kind, 1 << 16):
+        raise BadMessage(f"a message header of kind {kind} has {len(header)} elements")
+    if type(body) is not dict or type(sizes) is not list or len(sizes) > MAX_BUFFERS:
+        raise BadMessage(f"a message's body is a map, its sizes a list of at most {MAX_BUFFERS}")
+    for size in sizes:
+        if type(size) is not int or size < 0:
+            raise BadMessage("a buffer's size is a whole number, and not negative")
+    _check(body, MAX_DEPTH)
+    if kind == Kind.REQUEST.value[0]:
+        _check_request(header[3], header[4])
+    elif kind == Kind.FAILURE.value[0] and (type(header[3]) is not int or type(header[4]) is not str):
+        raise BadMessage("a failure has a code and a text")
+    return header
+
+
+def _check_request(method: Any, deadline_ms: Any) -> None:
+    if type(method) is not str or not 0 < len(method) <= MAX_METHOD_LENGTH:
+        raise BadMessage(f"a method is named by 1 to {MAX_METHOD_LENGTH} characters")
+    if type(deadline_ms) is not int or not 0 <= deadline_ms <= _MAX_DEADLINE_MS:
+        raise BadMessage("a deadline is a number of milliseconds below 2^31, 0 for none")
+
+
+def _unique(pairs: list[tuple[Any, Any]]) -> dict[str, Any]:
+    result = dict(pairs)
+    if len(result) != len(pairs):
+        raise BadMessage("a map has the same key twice")
+    for key in result:
+        if type(key) is not str:
+            raise BadMessage("a map's keys are text")
+    return result
+
+
+def _check(container: Any, depth: int) -> None:
+    for item in container.values() if type(container) is dict else container:
+        kind = type(item)
+        if kind in _SCALARS:
+            continue
+        if kind is not dict and kind is not list:
+            raise BadMessage(f"a message body holds {kind.__name__}, which is not a type of messages")
+        if not depth:
+            raise BadMessage(f"a message body is nested more than {MAX_DEPTH} levels deep")
+        _check(item, depth - 1)
+
+
+class MessageReader:
+    """Reads the messages of one stream, one after another, each buffer into memory of its own."""
+
+    __slots__ = ("_buffers", "_connection", "_header", "_sizes", "_stream", "admit")
+
+    def __init__(
+        self, connection: Connection, stream: Stream, admit: Callable[[list[Any]], None] | None = None
+    ) -> None:
+        """`admit` sees each header before any memory is taken for its buffers, and raises to refuse it."""
+        self._connection = connection
+        self._stream = stream
+        self.admit = admit
+        self._header: list[Any] | None = None
+        self._sizes: list[int] = []
+        self._buffers: list[memoryview] = []
+        stream.need = U32.size
+
+    def poll(self) -> tuple[list[Any], list[memoryview]] | Progress:
+        """The next header and its buffers, as far as they have come. Raises BadMessage."""
+        if self._header is None and not self._read_header():
+            return self._pending(at_boundary=not self._stream.buffered)
+        stream, buffers = self._stream, self._buffers
+        while stream.target is None and len(buffers) < len(self._sizes):
+            size = self._sizes[len(buffers)]
+            if stream.buffered >= size:
+                buffers.append(memoryview(self._connection.take(stream, size)))
+                continue
+            if stream.receive is not Receive.OPEN:
+                break
+            target = memoryview(bytearray(size))
+            buffers.append(target)
+            self._connection.expect(stream, target)
+        if stream.target is not None or len(buffers) < len(self._sizes):
+            return self._pending(at_boundary=False)
+        header = self._header
+        assert header is not None
+        self._header, self._buffers = None, []
+        stream.need = U32.size
+        return header, buffers
+
+    def _read_header(self) -> bool:
+        stream = self._stream
+        if stream.buffered < U32.size:
+            stream.need = U32.size
+            return False
+        length = U32.unpack(stream.peek(U32.size))[0]
+        if length > MAX_HEADER_BYTES:
+            raise BadMessage(f"a message header claims {length} bytes; the most is {MAX_HEADER_BYTES}")
+        if stream.buffered < U32.size + length:
+            stream.need = U32.size + length
+            return False
+        packed = self._connection.take(stream, U32.size + length)
+        header = decode_header(memoryview(packed)[U32.size :])
+        if self.admit is not None:
+            self.admit(header)
+        self._header, self._sizes = header, header[2]
+        return True
+
+    def _pending(self, at_boundary: bool) -> Progress:
+        if self._stream.receive is not Receive.FINISHED:
+            return Progress.PENDING
+        if at_boundary:
+            return Progress.END
+        raise BadMessage("the stream ended inside a message")

@@ -1,0 +1,416 @@
+"""Calls: one stream each, from a request to the last answer, an error, a cancellation or a deadline.
+
+A call is unary (`Link.call`), or streams either way or both (`send`, `receive`, `finish`). Its deadline
+travels with it. Either end may give up: `cancel` here is a raised error there. Knows messages and streams;
+knows no socket and no address book.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+from petalite.errors import (
+    BadMessage,
+    Cancelled,
+    ConnectionLost,
+    DeadlineExceeded,
+    ErrorCode,
+    LocalProtocolError,
+    PetaliteError,
+    ResourceLimit,
+    UnknownMethod,
+    code_of,
+    from_wire,
+)
+from petalite.net import messages, schema
+from petalite.net.connection import Event
+from petalite.net.messages import Buffer, Kind, Message, MessageReader, Progress
+from petalite.net.multiaddr import Multiaddr
+from petalite.net.streams import Priority, Receive, Send, Stream
+
+if TYPE_CHECKING:
+    from petalite.net.identity import PeerId
+    from petalite.net.lane import Lane
+    from petalite.net.link import Link
+
+logger = logging.getLogger(__name__)
+
+Body: TypeAlias = Mapping[str, Any] | None
+Reply: TypeAlias = Message | Mapping[str, Any] | None
+Handler: TypeAlias = Callable[..., Awaitable[Reply]]
+
+REQUEST_TIMEOUT_S = 30.0  # from a stream's opening to the whole of its first message
+MAX_REPLY_BYTES = 1024 * 1024 * 1024  # of one message's buffers, where no method's policy says less
+
+
+@dataclass(frozen=True, slots=True)
+class MethodPolicy:
+    """What a method's callers may ask for."""
+
+    max_message_bytes: int = 256 * 1024 * 1024  # all buffers of one message
+    max_buffers: int = 64  # per message
+    max_concurrent: int = 1024  # calls at once, of all peers together
+    priority: Priority = Priority.INTERACTIVE  # the highest class in which answers are sent
+
+
+@dataclass(slots=True)
+class Method:
+    """A served method: its handler and what counts for it."""
+
+    handler: Handler
+    request: type | None
+    policy: MethodPolicy
+    running: int = 0
+
+
+class Call:
+    """One end of a call. Errors of the peer, the link and the clock are raised where it is waited for."""
+
+    __slots__ = (
+        "_deadline",
+        "_drain_waiters",
+        "_error",
+        "_lane",
+        "_link",
+        "_max_buffers",
+        "_max_bytes",
+        "_reader",
+        "_stream",
+        "_timer",
+        "_waiter",
+        "method",
+        "request",
+        "task",
+    )
+
+    def __init__(self, link: Link, lane: Lane, stream: Stream, method: str = "") -> None:
+        self._link = link
+        self._lane = lane
+        self._stream = stream
+        self.method = method
+        self.request = Message()  # the server's end: the call's first message
+        self.task: asyncio.Task[None] | None = None  # the server's end: the handler's
+        self._max_bytes = MAX_REPLY_BYTES
+        self._max_buffers = messages.MAX_BUFFERS
+        self._reader = MessageReader(lane.connection, stream, self._admit)
+        self._error: PetaliteError | None = None
+        self._waiter: asyncio.Future[None] | None = None
+        self._drain_waiters: list[asyncio.Future[None]] = []
+        self._deadline: float | None = None
+        self._timer: asyncio.TimerHandle | None = None
+        stream.owner = self
+
+    @property
+    def peer(self) -> PeerId:
+        return self._link.peer
+
+    @property
+    def remote_address(self) -> Multiaddr:
+        """Where the peer's packets come from, without its id."""
+        return self._link.remote_address
+
+    @property
+    def priority(self) -> Priority:
+        """The class that this end sends in; set by the caller's end, it also asks for the answers'."""
+        return self._stream.priority
+
+    @priority.setter
+    def priority(self, priority: Priority) -> None:
+        self._lane.connection.set_priority(self._stream, priority)
+
+    def remaining_s(self) -> float | None:
+        """How long the call may still take; None without a deadline."""
+        if self._deadline is None:
+            return None
+        return max(0.0, self._deadline - self._link.loop.time())
+
+    # -- the caller's verbs ------------------------------------------------------------------------
+
+    async def send(self, body: Body = None, buffers: Sequence[Buffer] = ()) -> None:
+        """Send a message. On return its buffers are sealed and the caller's again; until then a slow peer
+        holds it.
+
+        Cancelled inside a message that is partly sent, it ends the call: the rest can no longer follow.
+        """
+        self._write([Kind.MESSAGE.value[0], body or {}, None], buffers, fin=False)
+        if self._stream.queued:
+            await self._drained()
+
+    async def receive(self) -> Message | None:
+        """The next message; None when the peer has finished."""
+        while True:
+            try:
+                polled = self._poll()
+            except BadMessage:
+                self.cancel(ErrorCode.BAD_MESSAGE)
+                raise
+            if type(polled) is tuple:
+                header, buffers = polled
+                if header[0] == Kind.FAILURE.value[0]:
+                    raise self._failed(from_wire(header[3], header[4]))
+                return Message(header[1], buffers)
+            if polled is Progress.END:
+                return None
+            if self._error is not None:
+                raise self._error
+            await self._readable()
+
+    async def finish(self) -> None:
+        """Say that no more messages follow; receiving goes on."""
+        if self._stream.send is Send.OPEN:
+            self._lane.connection.write(self._stream, (), fin=True)
+            self._lane.flush()
+
+    def cancel(self, code: ErrorCode = ErrorCode.CANCELLED) -> None:
+        """Give up: whoever waits for the call here is told, and the peer is."""
+        self._fail(from_wire(code, "the call was given up here"), code)
+
+    # -- what links and hosts use ------------------------------------------------------------------
+
+    def set_deadline(self, timeout_s: float | None) -> None:
+        """Let the call fail in so many seconds."""
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = self._deadline = None
+        if timeout_s is not None:
+            loop = self._link.loop
+            self._deadline = loop.time() + timeout_s
+            self._timer = loop.call_at(self._deadline, self._expire, timeout_s)
+
+    def begin(self, body: Body, buffers: Sequence[Buffer], fin: bool) -> None:
+        """Queue the request."""
+        remaining_s = self.remaining_s()
+        deadline_ms = 0 if remaining_s is None else min(max(1, int(remaining_s * 1000)), 2**31)
+        self._write([Kind.REQUEST.value[0], body or {}, None, self.method, deadline_ms], buffers, fin)
+
+    async def begun(self) -> None:
+        """Wait until the request is sealed."""
+        if self._stream.queued:
+            await self._drained()
+
+    def end(self) -> None:
+        """Nobody uses this end any more: what is still open is cut off."""
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+        stream, connection = self._stream, self._lane.connection
+        if stream.send is Send.OPEN or stream.receive is Receive.OPEN:
+            if stream.send is Send.OPEN:
+                connection.reset(stream, ErrorCode.CANCELLED)
+            connection.stop(stream, ErrorCode.CANCELLED)
+            self._lane.flush()
+        elif stream.buffered:
+            connection.stop(stream, ErrorCode.CANCELLED)
+        self._error = self._error or Cancelled("the call is over")
+
+    def on_event(self, event: Event) -> None:
+        """What happened to the call's stream."""
+        if event is Event.READABLE:
+            if self._waiter is not None and not self._waiter.done():
+                self._waiter.set_result(None)
+        elif event is Event.DRAINED:
+            for waiter in self._drain_waiters:
+                if not waiter.done():
+                    waiter.set_result(None)
+            self._drain_waiters.clear()
+        elif event is Event.RESET:
+            self._fail(from_wire(self._stream.reset_code, self._by_peer("gave up")))
+        elif event is Event.STOPPED:
+            error = from_wire(self._stream.stop_code, self._by_peer("no longer reads"))
+            if self.task is not None:
+                self._fail(error)  # the caller wants no answer
+            else:
+                self._fail_drains(error)  # the answer may still come, and says more than this
+
+    def lost(self, error: PetaliteError) -> None:
+        """The link is gone."""
+        if isinstance(error, ConnectionLost):
+            self._fail(ConnectionLost(f"{self.peer.short()}: {error}"))
+        else:
+            self._fail(error)
+
+    # -- within ------------------------------------------------------------------------------------
+
+    def _by_peer(self, did: str) -> str:
+        return f"{self.peer.short()} {did} the call to {self.method!r}"
+
+    def _admit(self, header: list[Any]) -> None:
+        if header[0] == Kind.REQUEST.value[0]:
+            raise BadMessage("a second request in one call")
+        self._admit_sizes(header[2])
+
+    def _admit_sizes(self, sizes: list[int]) -> None:
+        if len(sizes) > self._max_buffers or sum(sizes) > self._max_bytes:
+            raise BadMessage(
+                f"a message of {len(sizes)} buffers with {sum(sizes)} bytes; {self.method or 'a call'} takes "
+                f"{self._max_buffers} with {self._max_bytes}"
+            )
+
+    def _write(self, header: list[Any], buffers: Sequence[Buffer], fin: bool) -> None:
+        if self._error is not None:
+            raise self._error
+        if self._stream.send is not Send.OPEN:
+            if self._stream.stop_code:
+                raise from_wire(self._stream.stop_code, self._by_peer("no longer reads"))
+            raise LocalProtocolError(f"send on a call to {self.method!r} that has finished")
+        segments = messages.encode(header, buffers)
+        self._lane.connection.write(self._stream, segments, fin)
+        self._lane.flush()
+
+    def _poll(self) -> tuple[list[Any], list[memoryview]] | Progress:
+        polled = self._reader.poll()
+        if self._lane.connection.wants_write:
+            self._lane.flush()  # what was read is credit for the peer
+        return polled
+
+    async def _drained(self) -> None:
+        waiter = self._link.loop.create_future()
+        self._drain_waiters.append(waiter)
+        self._stream.wants_drained = True
+        if self._error is not None:
+            raise self._error
+        try:
+            await waiter
+        except asyncio.CancelledError:
+            if self._stream.queued:
+                self.cancel()
+            raise
+
+    async def _readable(self) -> None:
+        if self._waiter is not None:
+            raise LocalProtocolError("two tasks wait for messages of one call")
+        self._waiter = self._link.loop.create_future()
+        try:
+            await self._waiter
+        finally:
+            self._waiter = None
+
+    def _expire(self, timeout_s: float) -> None:
+        self._fail(
+            DeadlineExceeded(f"{self.method!r} at {self.peer.short()} took longer than {timeout_s:.3g} s"),
+            ErrorCode.DEADLINE,
+        )
+
+    def _failed(self, error: PetaliteError) -> PetaliteError:
+        self._error = self._error or error
+        return error
+
+    def _fail(self, error: PetaliteError, tell: ErrorCode | None = None) -> None:
+        """End it with an error, raised in whoever waits for it; a handler that does not is cancelled."""
+        if tell is not None:
+            connection = self._lane.connection
+            connection.reset(self._stream, tell)
+            connection.stop(self._stream, tell)
+            self._lane.flush()
+        if self._error is not None:
+            return
+        self._error = error
+        waited_for = self._fail_drains(error)
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_exception(error)
+            waited_for = True
+        if (
+            not waited_for
+            and self.task is not None
+            and self.task is not asyncio.current_task(self._link.loop)
+        ):
+            self.task.cancel()
+
+    def _fail_drains(self, error: PetaliteError) -> bool:
+        """Raise `error` in who waits for a message to be sent; whether anybody did."""
+        waiters = [waiter for waiter in self._drain_waiters if not waiter.done()]
+        self._drain_waiters.clear()
+        for waiter in waiters:
+            waiter.set_exception(error)
+        return bool(waiters)
+
+    # -- serving -----------------------------------------------------------------------------------
+
+    async def serve(self, methods: Mapping[str, Method]) -> None:
+        """Read the request, run its handler, send what it returns or raises. A host's task runs this."""
+        try:
+            await self._serve(methods)
+        except asyncio.CancelledError:
+            if self._error is None:
+                raise  # the host is closing
+            self._tell(self._error)
+        except PetaliteError as error:
+            self._tell(error)
+        except Exception:
+            logger.exception("the handler of %r failed", self.method)
+            self._tell(PetaliteError("the handler failed"))
+        finally:
+            self.end()
+
+    async def _serve(self, methods: Mapping[str, Method]) -> None:
+        self.set_deadline(REQUEST_TIMEOUT_S)
+        found: list[Method] = []
+
+        def admit(header: list[Any]) -> None:
+            found.append(self._admit_request(header, methods))
+            self._reader.admit = self._admit
+
+        self._reader.admit = admit
+        first = await self._receive_request()
+        method = found[0]
+        if method.running >= method.policy.max_concurrent:
+            raise ResourceLimit(f"{self.method!r} already runs {method.running} calls")
+        header, buffers = first
+        self.request = Message(header[1], buffers)
+        self.set_deadline(header[4] / 1000 if header[4] else None)
+        self._stream.highest = method.policy.priority
+        self.priority = self._stream.priority
+        method.running += 1
+        try:
+            if method.request is None:
+                reply = await method.handler(self)
+            else:
+                reply = await method.handler(self, schema.decode(method.request, header[1]))
+        finally:
+            method.running -= 1
+        await self._reply(reply)
+
+    def _admit_request(self, header: list[Any], methods: Mapping[str, Method]) -> Method:
+        if header[0] != Kind.REQUEST.value[0]:
+            raise BadMessage("a call begins with a request")
+        self.method = header[3]
+        method = methods.get(self.method)
+        if method is None:
+            raise UnknownMethod(f"there is no method {self.method!r} here")
+        self._max_bytes, self._max_buffers = method.policy.max_message_bytes, method.policy.max_buffers
+        self._admit_sizes(header[2])
+        return method
+
+    async def _receive_request(self) -> tuple[list[Any], list[memoryview]]:
+        while True:
+            polled = self._poll()
+            if type(polled) is tuple:
+                return polled
+            if polled is Progress.END:
+                raise BadMessage("a call without a request")
+            if self._error is not None:
+                raise self._error
+            await self._readable()
+
+    async def _reply(self, reply: Reply) -> None:
+        if self._stream.send is not Send.OPEN:
+            return
+        if reply is None:
+            await self.finish()
+            return
+        message = reply if isinstance(reply, Message) else Message(reply)
+        self._write([Kind.MESSAGE.value[0], message.body, None], message.buffers, fin=True)
+        await self.begun()
+
+    def _tell(self, error: PetaliteError) -> None:
+        """Let the peer know why its call failed, if it can still hear it."""
+        if self._stream.send is not Send.OPEN or isinstance(self._error, ConnectionLost):
+            return
+        text = str(error)[:1000]
+        header = [Kind.FAILURE.value[0], {}, None, int(code_of(error)), text]
+        self._lane.connection.write(self._stream, messages.encode(header, ()), fin=True)
+        self._lane.flush()

@@ -1,0 +1,74 @@
+"""Two connection cores joined by a link that delivers records whole, late, or not at all."""
+
+from __future__ import annotations
+
+from collections import deque
+
+from petalite.net.connection import Connection, Event, Windows
+from petalite.net.streams import Stream
+
+
+class End:
+    """A core, what it sent and nobody has delivered yet, and what it said happened."""
+
+    def __init__(self, initiator: bool, ours: Windows, theirs: Windows) -> None:
+        self.core = Connection(initiator, ours, theirs)
+        self.wire: deque[bytes] = deque()
+        self.events: list[tuple[Event, Stream | None]] = []
+
+    def emit(self, max_bytes: int = 128 * 1024) -> bool:
+        """Let it send one batch; whether there was anything."""
+        records = self.core.next_records(max_bytes)
+        self.wire.extend(bytes(record) for record in records)
+        self.collect()
+        return bool(records)
+
+    def take(self, record: bytes, now: float = 0.0) -> None:
+        """Give it a record as a lane does: straight into a payload's target where there is one."""
+        target = self.core.payload_target(len(record))
+        if target is None:
+            self.core.receive(memoryview(record), now)
+        else:
+            target[:] = record
+            target.release()
+            self.core.payload_received(len(record), now)
+        self.collect()
+
+    def collect(self) -> None:
+        for event, stream in self.core.events:
+            if stream is not None:
+                stream.announced = False
+            self.events.append((event, stream))
+        self.core.events.clear()
+
+    def happened(self, event: Event) -> list[Stream | None]:
+        return [stream for kind, stream in self.events if kind is event]
+
+
+class Pair:
+    def __init__(self, first: Windows | None = None, second: Windows | None = None) -> None:
+        first, second = first or Windows(), second or Windows()
+        self.ends = (End(True, first, second), End(False, second, first))
+
+    def deliver(self, sender: int, now: float = 0.0) -> bool:
+        """The oldest record that `sender` sent reaches the other end."""
+        wire = self.ends[sender].wire
+        if not wire:
+            return False
+        self.ends[1 - sender].take(wire.popleft(), now)
+        return True
+
+    def drive(self, now: float = 0.0) -> None:
+        """Until nobody has anything to say."""
+        busy = True
+        while busy:
+            busy = False
+            for sender in (0, 1):
+                busy |= self.ends[sender].emit()
+                while self.deliver(sender, now):
+                    busy = True
+
+
+def read_all(end: End, stream: Stream) -> bytes:
+    """Everything that is buffered, read."""
+    return bytes(end.core.take(stream, stream.buffered)) if stream.buffered else b""
