@@ -1,0 +1,267 @@
+"""The KV cache of one span, and the plan of one packed step over it.
+
+A row is one sequence's keys and values in every block of the span, or of a part of it. Its memory grows in
+slabs towards the length it was opened for, so that memory follows use while `reserved_bytes` says what is
+promised. A step appends to any number of rows at once; lengths change only when all its blocks have run, so
+a step that failed can be sent again.
+
+Per block a row holds one tensor (2, K, capacity, D): keys and values, head by head, as attention reads them.
+Knows tensors and lengths; not what a session is. Not thread-safe: it belongs to the thread that computes.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from petalite.errors import BadMessage, InvalidArgument, SessionGap, SessionLimit, UnknownSession, WrongSpan
+from petalite.kernels.attention import CausalMasks, attend
+from petalite.kernels.rope import RotationTable
+
+_SLAB_TOKENS = 64
+
+
+@dataclass(frozen=True, slots=True)
+class Segment:
+    """`n_tokens` consecutive tokens of one row, the first at `position`."""
+
+    row: int
+    position: int
+    n_tokens: int
+
+    @property
+    def end(self) -> int:
+        return self.position + self.n_tokens
+
+
+@dataclass(frozen=True, slots=True)
+class CacheShape:
+    """What the rows of one span have in common."""
+
+    start: int  # the span's blocks [start, end)
+    end: int
+    n_kv_heads: int  # K
+    head_dim: int  # D
+    dtype: torch.dtype
+    device: torch.device
+
+    @property
+    def token_bytes(self) -> int:
+        """Bytes of one token in one block."""
+        return 2 * self.n_kv_heads * self.head_dim * self.dtype.itemsize
+
+
+@dataclass(slots=True)
+class _Row:
+    """One sequence. `blocks[i]` is None until the first token reaches that block."""
+
+    max_length: int
+    start: int
+    end: int
+    length: int = 0
+    blocks: list[Tensor | None] = field(default_factory=list)
+
+
+class KVCache:
+    """Rows of cached keys and values. Row numbers are never used twice."""
+
+    def __init__(self, shape: CacheShape, rotations: RotationTable, masks: CausalMasks) -> None:
+        self._shape = shape
+        self._rotations = rotations
+        self._masks = masks
+        self._rows: dict[int, _Row] = {}
+        self._numbers = itertools.count()
+
+    def open_row(self, max_length: int, start: int | None = None, end: int | None = None) -> int:
+        """A new, empty row of at most `max_length` tokens over the blocks [start, end), by default the
+        whole span.
+        """
+        start = self._shape.start if start is None else start
+        end = self._shape.end if end is None else end
+        if not self._shape.start <= start < end <= self._shape.end:
+            raise WrongSpan(
+                f"blocks {start}:{end} are not here; expected part of {self._shape.start}:{self._shape.end}"
+            )
+        if max_length < 1:
+            raise InvalidArgument(f"a row needs room for at least one token, found max_length {max_length}")
+        return self._add(_Row(max_length, start, end, blocks=[None] * (end - start)))
+
+    def length(self, row: int) -> int:
+        """Tokens cached."""
+        return self._row(row).length
+
+    def max_length(self, row: int) -> int:
+        """Tokens there may be."""
+        return self._row(row).max_length
+
+    def truncate(self, row: int, length: int) -> None:
+        """Forget all tokens from position `length` on."""
+        found = self._row(row)
+        if not 0 <= length <= found.length:
+            raise SessionGap(f"cannot truncate a row of {found.length} tokens to {length}")
+        found.length = length
+
+    def fork(self, row: int) -> int:
+        """A new row with the same tokens so far; each then goes its own way."""
+        source = self._row(row)
+        capacity = _capacity(source.length, source.max_length) if source.length else 0
+        copy = _Row(source.max_length, source.start, source.end, source.length)
+        for block in source.blocks:
+            if block is None or not capacity:
+                copy.blocks.append(None)
+            else:
+                copy.blocks.append(_resized(block, capacity, source.length))
+        return self._add(copy)
+
+    def drop(self, row: int) -> None:
+        """Forget a row and free its memory."""
+        self._row(row)
+        del self._rows[row]
+
+    @property
+    def rows(self) -> int:
+        """How many rows are open."""
+        return len(self._rows)
+
+    @property
+    def reserved_bytes(self) -> int:
+        """What all open rows hold once each has reached its max_length."""
+        return sum(self.row_bytes(row.max_length, row.start, row.end) for row in self._rows.values())
+
+    @property
+    def used_bytes(self) -> int:
+        """What they hold now."""
+        return sum(block.nbytes for row in self._rows.values() for block in row.blocks if block is not None)
+
+    def row_bytes(self, length: int, start: int | None = None, end: int | None = None) -> int:
+        """What a row of `length` tokens holds over the blocks [start, end)."""
+        start = self._shape.start if start is None else start
+        end = self._shape.end if end is None else end
+        return length * (end - start) * self._shape.token_bytes
+
+    @contextmanager
+    def step(self, segments: Sequence[Segment], start: int, end: int) -> Iterator[Step]:
+        """Plan a packed step over the blocks [start, end); the rows grow by it if the body ends without an
+        error.
+
+        Raises, and leaves everything as it was: UnknownSession, WrongSpan (a row of other blocks),
+        SessionGap (a position beyond the row's length), SessionLimit, BadMessage. A position inside a row
+        truncates the row there first; what stood after it is overwritten, so that stays so even if the step
+        fails."""
+        rows = self._checked(segments, start, end)
+        for row, segment in zip(rows, segments, strict=True):
+            row.length = min(row.length, segment.position)
+        yield Step(self._shape, rows, segments, self._gather(segments), self._masks)
+        for row, segment in zip(rows, segments, strict=True):
+            row.length = segment.end
+
+    def _checked(self, segments: Sequence[Segment], start: int, end: int) -> list[_Row]:
+        if not segments or len({segment.row for segment in segments}) < len(segments):
+            raise BadMessage("a step needs at least one segment, and one segment per row")
+        rows = [self._row(segment.row) for segment in segments]
+        for row, segment in zip(rows, segments, strict=True):
+            if (row.start, row.end) != (start, end):
+                raise WrongSpan(
+                    f"row {segment.row} caches blocks {row.start}:{row.end}, the step is over {start}:{end}"
+                )
+            if segment.position < 0 or segment.n_tokens < 1:
+                raise BadMessage(f"a segment of {segment.n_tokens} tokens at position {segment.position}")
+            if segment.position > row.length:
+                raise SessionGap(
+                    f"position {segment.position} is beyond the {row.length} tokens of row {segment.row}; "
+                    f"send those between first"
+                )
+            if segment.end > row.max_length:
+                raise SessionLimit(
+                    f"tokens up to {segment.end} do not fit row {segment.row}, opened for {row.max_length}"
+                )
+        return rows
+
+    def _gather(self, segments: Sequence[Segment]) -> Tensor:
+        views = [self._rotations.rows(segment.position, segment.end) for segment in segments]
+        return views[0] if len(views) == 1 else torch.cat(views)
+
+    def _add(self, row: _Row) -> int:
+        number = next(self._numbers)
+        self._rows[number] = row
+        return number
+
+    def _row(self, number: int) -> _Row:
+        row = self._rows.get(number)
+        if row is None:
+            raise UnknownSession(f"there is no cache row {number}")
+        return row
+
+
+class Step:
+    """What every block of one packed step needs, computed once: rotations, where each row's tokens lie,
+    masks.
+    """
+
+    def __init__(
+        self,
+        shape: CacheShape,
+        rows: Sequence[_Row],
+        segments: Sequence[Segment],
+        rotation: Tensor,
+        masks: CausalMasks,
+    ) -> None:
+        self.rotation = rotation  # (T, 1, D/2)
+        self._shape = shape
+        self._masks = masks
+        self._parts: list[tuple[_Row, int, int, int, int]] = []  # row, its tokens in the pack, its positions
+        first = 0
+        for row, segment in zip(rows, segments, strict=True):
+            last = first + segment.n_tokens
+            self._parts.append((row, first, last, segment.position, segment.end))
+            first = last
+        self.n_tokens = first
+
+    def attend(self, block: int, queries: Tensor, keys: Tensor, values: Tensor, window: int | None) -> Tensor:
+        """Append keys and values (T, K, D) to block `block` of every row; queries (T, H, D) → (T, H · D)."""
+        outputs = []
+        for row, first, last, position, end in self._parts:
+            cached = self._room(row, block, position, end)
+            cached[0, :, position:end] = keys[first:last].transpose(0, 1)
+            cached[1, :, position:end] = values[first:last].transpose(0, 1)
+            outputs.append(
+                attend(queries[first:last], cached[0, :, :end], cached[1, :, :end], self._masks, window)
+            )
+        return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+
+    def _room(self, row: _Row, block: int, used: int, needed: int) -> Tensor:
+        """The row's tensor of that block, with room for `needed` tokens and its first `used` kept."""
+        cached = row.blocks[block - row.start]
+        if cached is None:
+            shape = self._shape
+            cached = torch.empty(
+                2,
+                shape.n_kv_heads,
+                _capacity(needed, row.max_length),
+                shape.head_dim,
+                dtype=shape.dtype,
+                device=shape.device,
+            )
+        elif cached.shape[2] < needed:
+            # A half more each time: a row of n tokens is copied at most three times over while it grows to n.
+            grown = max(needed, cached.shape[2] * 3 // 2)
+            cached = _resized(cached, _capacity(grown, row.max_length), used)
+        else:
+            return cached
+        row.blocks[block - row.start] = cached
+        return cached
+
+
+def _capacity(length: int, max_length: int) -> int:
+    return min(max_length, -(-length // _SLAB_TOKENS) * _SLAB_TOKENS)
+
+
+def _resized(cached: Tensor, capacity: int, used: int) -> Tensor:
+    resized = cached.new_empty(*cached.shape[:2], capacity, cached.shape[3])
+    resized[:, :, :used] = cached[:, :, :used]
+    return resized

@@ -1,0 +1,232 @@
+"""A checkpoint: a folder of config.json, safetensors and tokenizer files, or the same on the Hugging Face
+hub.
+
+Tensors are found by the index and mapped from the shards that hold them; no other byte is read, and from
+the hub no other shard is downloaded. Knows files and names; what the tensors mean is the blocks' and the
+edges' business."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Iterable, Mapping
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Protocol
+
+from torch import Tensor
+
+from petalite.errors import InvalidArgument, InvalidCheckpoint, UnsupportedModel
+from petalite.model.config import ModelConfig
+from petalite.model.families import FAMILIES, Family
+from petalite.model.hub import HubFiles
+from petalite.model.manifest import Manifest
+from petalite.model.tensorfile import DTYPES, TensorInfo, mapped_tensors, read_header
+
+_SINGLE = "model.safetensors"
+_INDEX = "model.safetensors.index.json"
+_INDEX_LIMIT_BYTES = 64 << 20
+_DIGEST_LETTERS = 32  # 128 bits of the SHA-256
+_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
+_REPO_ID = re.compile(r"[\w.-]{1,96}/[\w.-]{1,96}")
+
+
+class Files(Protocol):
+    """Where a checkpoint's files come from."""
+
+    name: str
+    folder: Path
+    version: str | None  # of all files together, where the source knows one
+
+    def find(self, name: str) -> Path | None:
+        """The file, fetched if need be; None if the checkpoint has none of that name."""
+        ...
+
+
+class FolderFiles:
+    """A checkpoint in a folder of this machine."""
+
+    version: str | None = None
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.name = folder.resolve().name
+
+    def find(self, name: str) -> Path | None:
+        path = self.folder / name
+        return path if path.is_file() else None
+
+
+class Checkpoint:
+    """An opened checkpoint. Reading config.json is all that opening does."""
+
+    def __init__(self, files: Files) -> None:
+        self._files = files
+        self.config = self._read_config()
+        self._headers: dict[Path, dict[str, TensorInfo]] = {}
+        self.bytes_read = 0  # of tensors handed out; they are mapped, so this is what reading them costs
+
+    @classmethod
+    def open(cls, path_or_repo: str | Path, *, revision: str | None = None) -> Checkpoint:
+        """A folder if there is one of that name, else a repository `owner/name` of the hub, at `revision`.
+
+        Raises InvalidCheckpoint where there is neither or its config.json is broken, UnsupportedModel where
+        petalite cannot run the model that it describes."""
+        folder = Path(path_or_repo).expanduser()
+        if folder.is_dir():
+            return cls(FolderFiles(folder))
+        if folder.exists():
+            raise InvalidCheckpoint(
+                f"{folder} is a file; a checkpoint is a folder (import a GGUF file with "
+                f"`python -m petalite.node import-gguf FILE FOLDER`)"
+            )
+        if isinstance(path_or_repo, str) and _REPO_ID.fullmatch(path_or_repo):
+            return cls(HubFiles(path_or_repo, revision))
+        raise InvalidCheckpoint(
+            f"there is no folder {str(path_or_repo)!r}; expected one with config.json and "
+            f"model.safetensors, or a repository of the Hugging Face hub as owner/name"
+        )
+
+    @property
+    def name(self) -> str:
+        """The folder's own name, or the repository's."""
+        return self._files.name
+
+    @property
+    def folder(self) -> Path:
+        """Where its files are; those of a hub repository appear there as they are asked for."""
+        return self._files.folder
+
+    @property
+    def family(self) -> Family:
+        return FAMILIES[self.config.family]
+
+    def model_id(self, name: str | None = None) -> str:
+        """`name@digest`: equal only for checkpoints that compute the same, as far as can be known without
+        reading them.
+
+        The digest is over the config fields that shape the arithmetic and the version of the weights: the
+        folder's manifest, else the hub's commit, else nothing; then two fine-tunes of one model must be
+        given different names."""
+        name = self.name if name is None else name
+        if not _NAME.fullmatch(name) or len(name) > 96:
+            raise InvalidArgument(
+                f"{name!r} cannot name a model: use letters, digits, '.', '_' and '-', as NAME or "
+                f"OWNER/NAME; give one with --name"
+            )
+        version = self._manifest.digest if self._manifest else (self._files.version or "")
+        text = f"petalite-model-1\n{self.config.canonical_json()}\n{version}"
+        return f"{name}@{hashlib.sha256(text.encode()).hexdigest()[:_DIGEST_LETTERS]}"
+
+    def file(self, name: str) -> Path | None:
+        """The path of a file beside the weights, such as tokenizer.json; None if the checkpoint has none."""
+        return self._files.find(name)
+
+    def read_json(self, name: str) -> dict[str, Any] | None:
+        """The object in a JSON file beside the weights; None if the checkpoint has none."""
+        path = self.file(name)
+        return None if path is None else _read_object(path)
+
+    # -- tensors -----------------------------------------------------------------------------------
+
+    @cached_property
+    def shard_of(self) -> Mapping[str, str]:
+        """Which file holds each tensor."""
+        single = self.file(_SINGLE)
+        if single is not None:
+            return dict.fromkeys(self._header(single), _SINGLE)
+        index = self.file(_INDEX)
+        if index is None:
+            raise InvalidCheckpoint(
+                f"{self.folder} holds neither {_SINGLE} nor {_INDEX}; other weight formats are not read"
+            )
+        weight_map = _read_object(index).get("weight_map")
+        if not isinstance(weight_map, dict) or not weight_map:
+            raise InvalidCheckpoint(f"{index} has no weight_map")
+        for tensor, shard in weight_map.items():
+            if not isinstance(shard, str) or not re.fullmatch(r"[\w.-]+\.safetensors", shard):
+                raise InvalidCheckpoint(
+                    f"{index} puts tensor {tensor!r} in {shard!r}, which is no safetensors file"
+                )
+        return weight_map
+
+    def names(self, prefix: str = "") -> list[str]:
+        """The names of all tensors that begin with `prefix`."""
+        return [name for name in self.shard_of if name.startswith(prefix)]
+
+    def read(self, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Tensor]:
+        """The named tensors, mapped from their files in the order they are stored, each checked to have its
+        shape.
+
+        In the dtype they are stored in. Raises InvalidCheckpoint for what is missing, truncated or of
+        another shape."""
+        found: dict[str, Tensor] = {}
+        for shard, names in self._by_shard(shapes).items():
+            path = self.file(shard)
+            if path is None:
+                raise InvalidCheckpoint(
+                    f"{self.folder / shard} is missing; the index says it holds {names[0]!r}"
+                )
+            header = self._header(path)
+            for name in names:
+                self._check(path, name, header.get(name), shapes[name])
+            names.sort(key=lambda name: header[name].start)
+            found.update(mapped_tensors(path, names))
+            self.bytes_read += sum(header[name].nbytes for name in names)
+        return found
+
+    def _by_shard(self, names: Iterable[str]) -> dict[str, list[str]]:
+        shards: dict[str, list[str]] = {}
+        for name in names:
+            shard = self.shard_of.get(name)
+            if shard is None:
+                raise InvalidCheckpoint(
+                    f"{self.folder} has no tensor {name!r}, which a {self.config.family} model needs"
+                )
+            shards.setdefault(shard, []).append(name)
+        return shards
+
+    def _check(self, path: Path, name: str, info: TensorInfo | None, shape: tuple[int, ...]) -> None:
+        if info is None:
+            raise InvalidCheckpoint(f"{path} does not hold tensor {name!r}, though the index says so")
+        if info.dtype not in DTYPES or not DTYPES[info.dtype].is_floating_point:
+            raise UnsupportedModel(
+                f"{path}: tensor {name!r} is stored as {info.dtype}; F32, F16 and BF16 are read"
+            )
+        if info.shape != shape:
+            raise InvalidCheckpoint(
+                f"{path}: tensor {name!r} has shape {info.shape}; config.json makes it {shape}"
+            )
+        if self._manifest is not None:
+            self._manifest.check(name, info.dtype, info.shape)
+
+    def _header(self, path: Path) -> dict[str, TensorInfo]:
+        if path not in self._headers:
+            self._headers[path] = read_header(path)
+        return self._headers[path]
+
+    @cached_property
+    def _manifest(self) -> Manifest | None:
+        path = self.file(Manifest.FILE)
+        return None if path is None else Manifest.parse(_read_object(path), source=str(path))
+
+    def _read_config(self) -> ModelConfig:
+        path = self.file("config.json")
+        if path is None:
+            raise InvalidCheckpoint(f"{self._files.folder} holds no config.json; it is no checkpoint")
+        return ModelConfig.from_dict(_read_object(path), source=str(path))
+
+
+def _read_object(path: Path) -> dict[str, Any]:
+    try:
+        if path.stat().st_size > _INDEX_LIMIT_BYTES:
+            raise InvalidCheckpoint(f"{path} is larger than {_INDEX_LIMIT_BYTES >> 20} MiB")
+        value = json.loads(path.read_bytes())
+    except OSError as error:
+        raise InvalidCheckpoint(f"cannot read {path}: {error.strerror or error}") from error
+    except (ValueError, RecursionError) as error:
+        raise InvalidCheckpoint(f"{path} is not JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise InvalidCheckpoint(f"{path} holds a {type(value).__name__}, expected an object")
+    return value

@@ -1,0 +1,195 @@
+"""A span: consecutive blocks of a model in memory, and the one forward that serves every use of them.
+
+`load_span` reads a span's tensors and nothing else, one block at a time. `BlockSpan.forward` runs a packed
+step over a KV cache; `forward_stateless` runs whole sequences without one and can be differentiated. Knows
+no session and no network."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from petalite.errors import BadTensor, InvalidArgument, InvalidCheckpoint, WrongSpan
+from petalite.kernels import linear
+from petalite.kernels.attention import CausalMasks, attend
+from petalite.kernels.rope import RotationTable
+from petalite.model.cache import CacheShape, KVCache, Segment
+from petalite.model.checkpoint import Checkpoint
+from petalite.model.config import ModelConfig
+from petalite.model.llama import LlamaBlock, tensor_shapes
+
+COMPUTE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_IGNORED = ("rotary_emb.inv_freq",)  # old conversions stored what the config says anyway
+
+Progress = Callable[[int, int], None]  # (done, total)
+
+
+class BlockSpan:
+    """The blocks [start, end) of a model."""
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        start: int,
+        blocks: Sequence[LlamaBlock],
+        *,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        attention = config.attention
+        self.config = config
+        self.start = start
+        self.end = start + len(blocks)
+        self.dtype = dtype
+        self.device = device
+        self._blocks = blocks
+        self._rotations = RotationTable(attention.rope, attention.head_dim, device)
+        self._masks = CausalMasks(attention.n_heads // attention.n_kv_heads, dtype, device)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of its weights."""
+        return sum(block.nbytes for block in self._blocks)
+
+    def token_bytes(self, start: int | None = None, end: int | None = None) -> int:
+        """Bytes of one token in a KV cache over the blocks [start, end), by default the whole span."""
+        first, last = self._range(start, end)
+        return (last - first) * self._cache_shape().token_bytes
+
+    def new_cache(self) -> KVCache:
+        """An empty cache for rows of this span. One serves any number of sessions."""
+        return KVCache(self._cache_shape(), self._rotations, self._masks)
+
+    def _cache_shape(self) -> CacheShape:
+        attention = self.config.attention
+        return CacheShape(
+            self.start, self.end, attention.n_kv_heads, attention.head_dim, self.dtype, self.device
+        )
+
+    def forward(
+        self,
+        hidden: Tensor,
+        segments: Sequence[Segment],
+        cache: KVCache,
+        *,
+        start: int | None = None,
+        end: int | None = None,
+    ) -> Tensor:
+        """One packed step: hidden states (T, E) of the segments, one after the other → (T, E).
+
+        The rows must have been opened over the same blocks [start, end). Raises what `KVCache.step` raises,
+        and BadTensor; the lengths of the rows then stay as they were."""
+        first, last = self._range(start, end)
+        n_tokens = sum(segment.n_tokens for segment in segments)
+        self._check(hidden, (n_tokens, self.config.hidden_size))
+        with torch.inference_mode(), cache.step(segments, first, last) as step:
+            hidden = hidden.to(self.device, self.dtype)
+            for block in self._blocks[first - self.start : last - self.start]:
+                hidden = block(hidden, step)
+        return hidden
+
+    def forward_stateless(
+        self, hidden: Tensor, *, start: int | None = None, end: int | None = None
+    ) -> Tensor:
+        """Whole sequences without a cache: (B, T, E) → (B, T, E), each row causal; differentiable in
+        `hidden`.
+        """
+        first, last = self._range(start, end)
+        if hidden.ndim != 3:
+            raise BadTensor(
+                f"hidden states of shape {tuple(hidden.shape)}; expected (rows, tokens, hidden size)"
+            )
+        n_rows, n_tokens, _ = hidden.shape
+        self._check(hidden, (n_rows, n_tokens, self.config.hidden_size))
+        rotation = self._rotations.rows(0, n_tokens).repeat(n_rows, 1, 1)
+        step = _UncachedStep(n_rows, rotation, self._masks)
+        packed = hidden.to(self.device, self.dtype).reshape(n_rows * n_tokens, -1)
+        for block in self._blocks[first - self.start : last - self.start]:
+            packed = block(packed, step)
+        return packed.view(n_rows, n_tokens, -1)
+
+    def _range(self, start: int | None, end: int | None) -> tuple[int, int]:
+        first = self.start if start is None else start
+        last = self.end if end is None else end
+        if not self.start <= first < last <= self.end:
+            raise WrongSpan(f"blocks {first}:{last} are not here; expected part of {self.start}:{self.end}")
+        return first, last
+
+    @staticmethod
+    def _check(hidden: Tensor, shape: tuple[int, ...]) -> None:
+        if tuple(hidden.shape) != shape or 0 in shape or not hidden.is_floating_point():
+            raise BadTensor(
+                f"hidden states of shape {tuple(hidden.shape)} in {hidden.dtype}; expected {shape}"
+            )
+
+
+@dataclass(frozen=True, slots=True)
+class _UncachedStep:
+    """Rows of equal length that see only themselves."""
+
+    n_rows: int
+    rotation: Tensor
+    masks: CausalMasks
+
+    def attend(self, block: int, queries: Tensor, keys: Tensor, values: Tensor, window: int | None) -> Tensor:
+        rows = zip(*(tensor.chunk(self.n_rows) for tensor in (queries, keys, values)), strict=True)
+        return torch.cat(
+            [attend(q, k.transpose(0, 1), v.transpose(0, 1), self.masks, window) for q, k, v in rows]
+        )
+
+
+def load_span(
+    checkpoint: Checkpoint,
+    start: int,
+    end: int,
+    *,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+    progress: Progress | None = None,
+) -> BlockSpan:
+    """Read the blocks [start, end) of a checkpoint, and nothing else of it. `progress` counts blocks.
+
+    Raises InvalidArgument for blocks that the model has not, InvalidCheckpoint for broken or missing tensors.
+    """
+    config, device = checkpoint.config, torch.device(device)
+    if not 0 <= start < end <= config.n_blocks:
+        raise InvalidArgument(
+            f"blocks {start}:{end} are outside the model; {checkpoint.name} has blocks 0:{config.n_blocks}"
+        )
+    if dtype not in COMPUTE_DTYPES:
+        raise InvalidArgument(
+            f"cannot compute in {dtype}; choose one of {', '.join(map(str, COMPUTE_DTYPES))}"
+        )
+    blocks = []
+    for index in range(start, end):
+        blocks.append(_load_block(checkpoint, index, dtype, device))
+        if progress is not None:
+            progress(index + 1 - start, end - start)
+    return BlockSpan(config, start, blocks, dtype=dtype, device=device)
+
+
+def _load_block(checkpoint: Checkpoint, index: int, dtype: torch.dtype, device: torch.device) -> LlamaBlock:
+    config = checkpoint.config
+    names = checkpoint.family.names
+    prefix = names.block_prefix.format(block=index)
+    shapes = tensor_shapes(config)
+    stored = {
+        part: prefix + names.block[part.rpartition(".")[0]] + "." + part.rpartition(".")[2] for part in shapes
+    }
+    unknown = [
+        name for name in set(checkpoint.names(prefix)) - set(stored.values()) if not name.endswith(_IGNORED)
+    ]
+    if unknown:
+        raise InvalidCheckpoint(
+            f"{checkpoint.folder}: block {index} has a tensor {min(unknown)!r} unknown to config.json"
+        )
+    mapped = checkpoint.read({stored[part]: shape for part, shape in shapes.items()})
+    parts = {part: mapped[name].to(device, dtype) for part, name in stored.items()}
+    for part, tensor in parts.items():
+        # The sum of finite numbers may overflow; only then is every one looked at.
+        if not torch.isfinite(tensor.sum(dtype=torch.float32)) and not torch.isfinite(tensor).all():
+            raise InvalidCheckpoint(f"{checkpoint.folder}: block {index} has NaN or Inf in {stored[part]!r}")
+    return LlamaBlock(config, index, parts, linear.pick(device, dtype).make)
