@@ -47,6 +47,12 @@ def _ipv4_inside(ip: IPv6Address) -> IPv4Address | None:
     return ip.ipv4_mapped or ip.sixtofour
 
 
+@lru_cache(maxsize=4096)
+def place_of_host(address: Multiaddr) -> Place | None:
+    """The place of wherever a connection comes from."""
+    return place_of(address.ip) if address.ip is not None else None
+
+
 def place_of(ip: IPv4Address | IPv6Address) -> Place:
     """Scope and prefix of an IP address."""
     if isinstance(ip, IPv6Address):
@@ -91,36 +97,46 @@ class Contact:
     peer_id: PeerId
     addresses: tuple[str, ...]  # multiaddr texts; the one known to work first, at most MAX_ADDRESSES
     node_id: DhtKey = field(init=False, compare=False, repr=False)
+    # Of the first address: the one that counts for diversity. None when it has no IP address.
+    place: Place | None = field(init=False, compare=False, repr=False)
+    # The least of all addresses' scopes; None when any of them is not to be taken at all.
+    reach: Scope | None = field(init=False, compare=False, repr=False)
+    # As it travels: the 32 bytes of the peer's key, then its addresses, a space between each two.
+    encoded: bytes = field(init=False, compare=False, repr=False)
 
     def __post_init__(self) -> None:
+        places = [_own_place(self.peer_id, text) for text in self.addresses]
+        scopes = [place.scope for place in places if place is not None]
+        encoded = self.peer_id.public_key + " ".join(self.addresses).encode()
+        object.__setattr__(self, "encoded", encoded)
         object.__setattr__(self, "node_id", DhtKey.of_peer(self.peer_id))
+        object.__setattr__(self, "place", places[0] if places else None)
+        object.__setattr__(self, "reach", min(scopes) if scopes and len(scopes) == len(places) else None)
 
-    @property
-    def place(self) -> Place | None:
-        """Of the first address: the one that counts for diversity. None when it has no IP address."""
-        parsed = parse_address(self.addresses[0]) if self.addresses else None
-        return parsed[1] if parsed else None
-
-    def encode(self) -> bytes:
-        """As it travels: the 32 bytes of the peer's key, then its addresses, a space between each two."""
-        return self.peer_id.public_key + " ".join(self.addresses).encode()
+    @classmethod
+    def of(cls, peer_id: PeerId, addresses: Iterable[str]) -> Contact:
+        """Equal contacts made here or decoded are one object for as long as anyone holds it: a peer that
+        stands in the tables of many nodes of a process is there once."""
+        contact = cls(peer_id, tuple(addresses))
+        return _in_use.setdefault(contact.encoded, contact)
 
     @classmethod
     def decode(cls, data: bytes) -> Contact:
-        """Raises BadMessage. Equal bytes give the same object for as long as anyone holds it: a peer that
-        stands in the tables of many nodes of a process is there once."""
+        """Raises BadMessage."""
         contact = _in_use.get(data)
         if contact is None:
             try:
-                addresses = data[KEY_BYTES:].decode("ascii").split(" ")
+                addresses = data[KEY_BYTES:MAX_CONTACT_BYTES].decode("ascii").split(" ")
             except UnicodeDecodeError:
                 raise BadMessage("a contact whose addresses are not text") from None
-            if len(data) < KEY_BYTES or not 0 < len(addresses) <= MAX_ADDRESSES or not all(addresses):
+            right = KEY_BYTES < len(data) <= MAX_CONTACT_BYTES and len(addresses) <= MAX_ADDRESSES
+            if not right or not all(addresses):
                 raise BadMessage(
                     f"a contact of {len(data)} bytes with {len(addresses)} addresses; "
                     f"expected a {KEY_BYTES}-byte key and 1 to {MAX_ADDRESSES} addresses"
                 )
-            contact = _in_use[data] = cls(PeerId(data[:KEY_BYTES]), tuple(addresses))
+            contact = cls(PeerId(data[:KEY_BYTES]), tuple(addresses))
+            _in_use[contact.encoded] = contact
         return contact
 
 
@@ -141,14 +157,20 @@ def seen_from(addresses: Iterable[str], seen: Multiaddr | None) -> list[str]:
     return resolved
 
 
-def believable(peer_id: PeerId, addresses: Iterable[str], teller: Scope) -> tuple[str, ...]:
-    """Those of a peer's claimed addresses that a teller of this scope may name; other peers' are dropped
+def believable(contact: Contact, teller: Scope) -> Contact:
+    """The contact with those of its addresses that a teller of this scope may name; other peers' are dropped
     too."""
+    if contact.reach is not None and contact.reach >= teller:
+        return contact
     kept = []
-    for text in addresses:
-        parsed = parse_address(text)
-        if parsed is None or parsed[1].scope < teller:
-            continue
-        if parsed[0].peer_id is None or parsed[0].peer_id == peer_id:
+    for text in contact.addresses:
+        place = _own_place(contact.peer_id, text)
+        if place is not None and place.scope >= teller:
             kept.append(text)
-    return tuple(kept)
+    return Contact.of(contact.peer_id, kept)
+
+
+def _own_place(peer_id: PeerId, text: str) -> Place | None:
+    """The place of an address, unless it names another peer."""
+    parsed = parse_address(text)
+    return parsed[1] if parsed is not None and parsed[0].peer_id in (None, peer_id) else None

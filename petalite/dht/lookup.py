@@ -15,7 +15,6 @@ Pure: contacts, answers and times in, queries out.
 from __future__ import annotations
 
 from bisect import insort
-from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
@@ -85,17 +84,20 @@ class _Path:
 
     number: int
     width: int  # how many of its nearest are to answer
+    alpha: int  # queries it may have waiting within their soft deadline
     candidates: list[Candidate] = field(default_factory=list)
     heard_of: set[DhtKey] = field(default_factory=set)
+    n_asked: int = 0  # of its own queries, how many wait within their soft deadline
+    n_slow: int = 0  # and how many beyond it
+    n_holders: int = 0  # and how many brought records
 
 
 @dataclass(frozen=True, slots=True)
 class _Survey:
     """Where a path stands."""
 
-    frontier: tuple[Candidate, ...]  # its nearest peers that may still answer
+    frontier: list[Candidate]  # its nearest peers that may still answer
     settled: bool
-    spare: int  # queries it may still put
     reach: float  # how far away the last of them is; without end where there are too few
 
 
@@ -108,15 +110,18 @@ class Search:
     ) -> None:
         self.key = key
         self.n_queries = 0
-        self._answered = 0
+        self._n_answered = 0
         self._own_id = own_id
         self._settings = settings
         self._known: dict[DhtKey, Candidate] = {}
-        self._paths = [_Path(number, -(-settings.k // settings.paths)) for number in range(settings.paths)]
-        self._union = _Path(settings.paths, settings.k)
-        self._surveys: dict[int, _Survey] = {}  # by path; emptied by whatever changes a state
+        d = settings.paths
+        self._paths = [_Path(number, -(-settings.k // d), settings.alpha) for number in range(d)]
+        self._union = _Path(d, settings.k, settings.alpha * d)
+        self._surveys: dict[
+            int, _Survey
+        ] = {}  # by path; made anew after every answer, failure or soft deadline
         for number, contact in enumerate(sorted(seeds, key=lambda seed: seed.node_id ^ key)):
-            self._learn(contact, self._paths[number % settings.paths])
+            self._learn(contact, self._paths[number % d])
 
     # -- what the coordinator asks -------------------------------------------------------------------
 
@@ -130,7 +135,7 @@ class Search:
         """The nearest peer that a path with a query to spare wants asked."""
         for path in self._active():
             survey = self._survey(path)
-            if survey.spare and not survey.settled:
+            if path.n_asked < path.alpha and not survey.settled:
                 for candidate in survey.frontier:
                     if candidate.state is State.NEW:
                         return self._claim(candidate, path)
@@ -150,23 +155,21 @@ class Search:
     def answered(self, contact: Contact, answer: Answer) -> None:
         """The peer answered. `contact` says where it was reached."""
         candidate = self._known[contact.node_id]
-        assert candidate.path is not None, "a peer that nobody asked"
-        candidate.state, candidate.contact, candidate.holds = State.ANSWERED, contact, answer.holds
-        candidate.prefix = _prefix(contact)
-        self._answered += 1
-        path = [*self._paths, self._union][candidate.path]
+        path = self._become(candidate, State.ANSWERED)
+        candidate.contact, candidate.prefix, candidate.holds = contact, _prefix(contact), answer.holds
+        path.n_holders += answer.holds
+        self._n_answered += 1
+        heard_of = path.heard_of
         for told in answer.contacts[: self._settings.k]:
-            self._learn(told, path)
-        self._surveys.clear()
+            if told.node_id not in heard_of:
+                self._learn(told, path)
 
     def failed(self, node_id: DhtKey) -> None:
-        self._known[node_id].state = State.FAILED
-        self._surveys.clear()
+        self._become(self._known[node_id], State.FAILED)
 
     def slow(self, node_id: DhtKey) -> None:
         """The peer's soft deadline passed: another takes its place, and its answer is still welcome."""
-        self._known[node_id].state = State.SLOW
-        self._surveys.clear()
+        self._become(self._known[node_id], State.SLOW)
 
     # -- the outcome ---------------------------------------------------------------------------------
 
@@ -201,23 +204,34 @@ class Search:
 
     def _learn(self, contact: Contact, path: _Path) -> None:
         node_id = contact.node_id
-        if node_id == self._own_id:
+        if node_id in path.heard_of or node_id == self._own_id:
             return
+        path.heard_of.add(node_id)
         candidate = self._known.get(node_id)
         if candidate is None:
             candidate = self._known[node_id] = Candidate(contact, node_id ^ self.key, _prefix(contact))
             insort(self._union.candidates, candidate)
-        if path is not self._union and node_id not in path.heard_of:
-            path.heard_of.add(node_id)
+        if path is not self._union:
             insort(path.candidates, candidate)
 
     def _claim(self, candidate: Candidate, path: _Path) -> Candidate | None:
         if self.n_queries >= self._settings.max_queries:
             return None
-        candidate.state, candidate.path = State.ASKED, path.number
+        candidate.path = path.number
+        self._become(candidate, State.ASKED)
         self.n_queries += 1
-        self._surveys.clear()
         return candidate
+
+    def _become(self, candidate: Candidate, state: State) -> _Path:
+        """Keeps the counts of the path that asked; returns it."""
+        assert candidate.path is not None, "a peer that nobody asked"
+        path = self._paths[candidate.path] if candidate.path < len(self._paths) else self._union
+        path.n_asked += (state is State.ASKED) - (candidate.state is State.ASKED)
+        path.n_slow += (state is State.SLOW) - (candidate.state is State.SLOW)
+        candidate.state = state
+        if state is not State.ASKED:
+            self._surveys.clear()  # while asking, what was seen before will do: an answer is sure to follow
+        return path
 
     def _active(self) -> list[_Path]:
         """The paths; once they have settled, what they found together, unless what they hold is enough."""
@@ -235,37 +249,37 @@ class Search:
 
     def _look(self, path: _Path) -> _Survey:
         alone = path is not self._union  # the union of all paths looks at what any of them asked
-        # Beyond the k nearest that anybody told of, no path need look, as long as those nearest turn out to
-        # be there.
+        # Beyond the k nearest that anybody told of, no path need look, as long as those turn out to be there.
         reach = self._survey(self._union).reach if alone else inf
         per_prefix = self._settings.per_prefix
-        prefixes: Counter[bytes] = Counter()
+        prefixes: dict[bytes, int] = {}
         frontier: list[Candidate] = []
-        asked = slow = holders = 0
+        pending = False
         for candidate in path.candidates:
+            if len(frontier) == path.width or candidate.distance > reach:
+                break
             state = candidate.state
-            if state is State.FAILED or (alone and candidate.path not in (None, path.number)):
+            if state is State.FAILED or state is State.SLOW:
                 continue
-            asked += state is State.ASKED
-            slow += state is State.SLOW
-            holders += candidate.holds
-            if state is State.SLOW or len(frontier) == path.width or candidate.distance > reach:
+            if alone and candidate.path is not None and candidate.path != path.number:
                 continue
             if candidate.prefix is not None and per_prefix is not None:
-                if prefixes[candidate.prefix] >= per_prefix:
+                count = prefixes.get(candidate.prefix, 0)
+                if count >= per_prefix:
                     continue
-                prefixes[candidate.prefix] += 1
+                prefixes[candidate.prefix] = count + 1
             frontier.append(candidate)
-        pending = any(candidate.state is not State.ANSWERED for candidate in frontier)
-        # Where fewer are left, the slow ones can be done without if most peers are not slow.
+            pending = pending or state is not State.ANSWERED
         full = len(frontier) == path.width
-        settled = not pending and (full or slow <= self._answered)
-        if alone and self._settings.holders is not None and holders >= self._settings.holders:
-            settled = True
-        alpha = self._settings.alpha * (1 if alone else self._settings.paths)
-        return _Survey(
-            tuple(frontier), settled, max(0, alpha - asked), frontier[-1].distance if full else inf
-        )
+        # Where fewer are left, the slow ones can be done without if most peers are not slow.
+        settled = not pending and (full or self._n_slow(path) <= self._n_answered)
+        if alone and self._settings.holders is not None:
+            settled = settled or path.n_holders >= self._settings.holders
+        return _Survey(frontier, settled, frontier[-1].distance if full else inf)
+
+    def _n_slow(self, path: _Path) -> int:
+        paths = [*self._paths, path] if path is self._union else [path]
+        return sum(one.n_slow for one in paths)
 
 
 def _prefix(contact: Contact) -> bytes | None:

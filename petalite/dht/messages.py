@@ -2,17 +2,19 @@
 
 Who calls is known from the connection; a caller that serves as well says at which addresses, which makes it a
 candidate for the callee's table and nothing more. Contacts and records travel as byte strings with layouts of
-their own (`Contact.encode`, `Record.encode`); a peer that is near several of the keys asked for is listed
+their own (`Contact.encoded`, `Record.encode`); a peer that is near several of the keys asked for is listed
 once.
 """
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
 from typing import Annotated
 
-from petalite.dht.contacts import MAX_ADDRESS_LENGTH, MAX_ADDRESSES, MAX_CONTACT_BYTES, Contact
+from petalite.dht.contacts import MAX_ADDRESS_LENGTH, MAX_ADDRESSES, Contact
 from petalite.dht.keys import KEY_BYTES, DhtKey
 from petalite.dht.lookup import MAX_KEYS_PER_QUERY
 from petalite.dht.records import MAX_RECORD_BYTES
@@ -32,11 +34,8 @@ Addresses = Annotated[
     Bounds(0, MAX_ADDRESSES),
 ]
 _Key = Annotated[bytes, Bounds(KEY_BYTES, KEY_BYTES)]
-_Contact = Annotated[bytes, Bounds(KEY_BYTES + 1, MAX_CONTACT_BYTES)]
 _Record = Annotated[bytes, Bounds(1, MAX_RECORD_BYTES)]
-_Indices = Annotated[
-    tuple[Annotated[int, Bounds(0, MAX_KEYS_PER_QUERY * MAX_NEAREST)], ...], Bounds(0, MAX_NEAREST)
-]
+_Indices = Annotated[bytes, Bounds(0, 2 * MAX_NEAREST)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +57,7 @@ class Find:
 class Found:
     """About one key."""
 
-    nearest: _Indices  # into `peers` of the message
+    nearest: _Indices  # two bytes each, into `peers` of the message
     records: tuple[_Record, ...] = ()
 
 
@@ -66,7 +65,7 @@ class Found:
 class FindAnswer:
     """One `Found` per key, in their order."""
 
-    peers: Annotated[tuple[_Contact, ...], Bounds(0, MAX_KEYS_PER_QUERY * MAX_NEAREST)]
+    peers: Annotated[tuple[bytes, ...], Bounds(0, MAX_KEYS_PER_QUERY * MAX_NEAREST)]
     found: Annotated[tuple[Found, ...], Bounds(1, MAX_KEYS_PER_QUERY)]
 
 
@@ -84,34 +83,35 @@ class StoreAnswer:
     """What became of each record, in their order, and whom the callee knows nearer to its key."""
 
     outcomes: Annotated[tuple[Annotated[int, Bounds(0, 255)], ...], Bounds(1, MAX_RECORDS_PER_STORE)]
-    peers: Annotated[tuple[_Contact, ...], Bounds(0, MAX_RECORDS_PER_STORE * MAX_NEAREST)]
+    peers: Annotated[tuple[bytes, ...], Bounds(0, MAX_RECORDS_PER_STORE * MAX_NEAREST)]
     found: Annotated[
         tuple[Found, ...], Bounds(1, MAX_RECORDS_PER_STORE)
     ]  # `records`: the newer one that stood
 
 
-def pack_nearest(nearest: Sequence[Sequence[Contact]]) -> tuple[tuple[bytes, ...], list[tuple[int, ...]]]:
+def pack_nearest(nearest: Sequence[Sequence[Contact]]) -> tuple[tuple[bytes, ...], list[bytes]]:
     """The contacts near each of several keys, each listed once, and for each key which of them are its own.
     Where they would take more than MAX_PEERS_BYTES, every key keeps its nearest."""
+    if len(nearest) == 1 and sum(len(contact.encoded) for contact in nearest[0]) <= MAX_PEERS_BYTES:
+        n = len(nearest[0])
+        return tuple([contact.encoded for contact in nearest[0]]), [_INDEX[n].pack(*range(n))]
     numbers: dict[DhtKey, int] = {}
     peers: list[bytes] = []
     indices: list[list[int]] = [[] for _ in nearest]
     left = MAX_PEERS_BYTES
-    for rank in range(max(map(len, nearest), default=0)):
-        for contacts, own in zip(nearest, indices, strict=True):
-            if rank >= len(contacts):
+    for rank in zip_longest(*nearest):
+        for contact, own in zip(rank, indices, strict=True):
+            if contact is None:
                 continue
-            contact = contacts[rank]
             number = numbers.get(contact.node_id)
             if number is None:
-                data = contact.encode()
-                left -= len(data)
+                left -= len(contact.encoded)
                 if left < 0:
-                    return tuple(peers), [tuple(own) for own in indices]
+                    return tuple(peers), [_INDEX[len(own)].pack(*own) for own in indices]
                 number = numbers[contact.node_id] = len(peers)
-                peers.append(data)
+                peers.append(contact.encoded)
             own.append(number)
-    return tuple(peers), [tuple(own) for own in indices]
+    return tuple(peers), [_INDEX[len(own)].pack(*own) for own in indices]
 
 
 def unpack_nearest(peers: Sequence[bytes], found: Sequence[Found], n_keys: int) -> list[list[Contact]]:
@@ -121,6 +121,12 @@ def unpack_nearest(peers: Sequence[bytes], found: Sequence[Found], n_keys: int) 
         raise BadMessage(f"an answer about {len(found)} keys to a question about {n_keys}")
     contacts = [Contact.decode(peer) for peer in peers]
     try:
-        return [[contacts[number] for number in item.nearest] for item in found]
-    except IndexError:
+        return [
+            [contacts[number] for number in _INDEX[len(item.nearest) // 2].unpack(item.nearest)]
+            for item in found
+        ]
+    except (IndexError, struct.error):
         raise BadMessage(f"an answer that points beyond its {len(contacts)} contacts") from None
+
+
+_INDEX = [struct.Struct(f">{n}H") for n in range(MAX_NEAREST + 1)]

@@ -136,7 +136,7 @@ class DhtNode:
         ready: asyncio.Future[asyncio.TaskGroup] = asyncio.get_running_loop().create_future()
         task = asyncio.create_task(self._supervise(ready), name="dht node")
         self._running = _Running(task, await ready)
-        self._peers.refresh_places()
+        self._peers.look_around()
         if not self.client_mode:
             self._service.serve(self._network)
         self._spawn(self._upkeep.run(self._came_back))

@@ -15,11 +15,10 @@ from typing import Any, TypeVar
 from petalite.dht.contacts import (
     MAX_ADDRESSES,
     Contact,
-    Place,
     Scope,
     believable,
     parse_address,
-    place_of,
+    place_of_host,
     seen_from,
 )
 from petalite.dht.keys import DhtKey
@@ -80,13 +79,16 @@ class Peers:
         self._spawn = spawn
         self._client_mode = client_mode
         self._usual_call_s = settings.min_soft_s / settings.soft_per_rtt
+        self._own_addresses: tuple[str, ...] = ()
         self._verifying: set[DhtKey] = set()
         self._distrusted: dict[DhtKey, float] = {}  # until when
 
     @property
     def own_addresses(self) -> tuple[str, ...]:
         """What we say of ourselves: where we serve; nothing in client mode, so that no table takes us in."""
-        return () if self._client_mode else tuple(self._network.addresses[:MAX_ADDRESSES])
+        if not self._own_addresses and not self._client_mode:
+            self.look_around()
+        return self._own_addresses
 
     @property
     def alone(self) -> bool:
@@ -131,7 +133,7 @@ class Peers:
         claimed = self.believed(contact.peer_id, answer.addresses, remote)
         known = self.located(contact)
         addresses = dict.fromkeys((*known.addresses[:1], *claimed.addresses))
-        known = Contact(contact.peer_id, tuple(addresses)[:MAX_ADDRESSES])
+        known = Contact.of(contact.peer_id, tuple(addresses)[:MAX_ADDRESSES])
         if not answer.addresses:
             self.table.remove(contact.node_id)  # it serves no longer
         elif known.node_id in self.table:
@@ -152,7 +154,7 @@ class Peers:
         if there.port != address.port:
             there = address  # they called us first, from a port that nobody can call
         text = str(Multiaddr(there.protocol, there.host, there.port))
-        return await self.ping(Contact(peer_id, (text,)))
+        return await self.ping(Contact.of(peer_id, (text,)))
 
     def located(self, contact: Contact) -> Contact:
         """The contact with the address it was reached at first, so that diversity counts where it is and not
@@ -165,7 +167,7 @@ class Peers:
         ]
         if not first or first[0] == contact.addresses[0]:
             return contact
-        return Contact(contact.peer_id, tuple(dict.fromkeys((*first, *contact.addresses))))
+        return Contact.of(contact.peer_id, dict.fromkeys((*first, *contact.addresses)))
 
     # -- strangers and liars -----------------------------------------------------------------------
 
@@ -187,21 +189,17 @@ class Peers:
 
     def believed(self, peer_id: PeerId, addresses: Iterable[str], seen: Multiaddr | None) -> Contact:
         """A contact with those of its own claimed addresses that a peer seen there may name."""
-        claimed = believable(peer_id, seen_from(addresses, seen), _scope(seen))
-        return Contact(peer_id, claimed[:MAX_ADDRESSES])
+        claimed = believable(Contact(peer_id, tuple(seen_from(addresses, seen))), _scope(seen))
+        return Contact.of(peer_id, claimed.addresses[:MAX_ADDRESSES])
 
     def cleaned(self, contacts: Iterable[Contact], teller: Contact) -> list[Contact]:
         """What remains of the contacts that a peer told us: no liars, no addresses it has no business to
         tell."""
         scope = self._scope_of(teller.peer_id)
-        kept = []
-        for contact in contacts:
-            addresses = believable(contact.peer_id, contact.addresses, scope)
-            if addresses and not self._is_distrusted(contact.node_id):
-                kept.append(
-                    contact if addresses == contact.addresses else Contact(contact.peer_id, addresses)
-                )
-        return kept
+        if self._distrusted:
+            contacts = [contact for contact in contacts if not self._is_distrusted(contact.node_id)]
+        kept = [believable(contact, scope) for contact in contacts]
+        return [contact for contact in kept if contact.addresses]
 
     def distrust(self, contact: Contact) -> None:
         """It broke a rule: out of the table, and not let in again for a while."""
@@ -212,11 +210,13 @@ class Peers:
         if len(self._distrusted) > self._settings.max_distrusted:
             del self._distrusted[next(iter(self._distrusted))]
 
-    def refresh_places(self) -> None:
-        """Take note of where we are ourselves: it decides whose prefixes are bounded."""
+    def look_around(self) -> None:
+        """Take note of where we are ourselves: it is what we tell, and decides whose prefixes are bounded."""
+        addresses = tuple(self._network.addresses[:MAX_ADDRESSES])
         self.table.places = tuple(
-            parsed[1] for text in self._network.addresses if (parsed := parse_address(text)) is not None
+            parsed[1] for text in addresses if (parsed := parse_address(text)) is not None
         )
+        self._own_addresses = () if self._client_mode else addresses
 
     # -- inside ------------------------------------------------------------------------------------
 
@@ -255,12 +255,12 @@ class Peers:
         # public Internet one of them must be where it comes from, or ids on one machine could claim to be all
         # over the world.
         remote = self._network.remote_address(contact.peer_id)
-        if remote is None or remote.ip is None or place_of(remote.ip).scope < Scope.GLOBAL:
+        if remote is None or _scope(remote) < Scope.GLOBAL:
             return True
         return any((p := parse_address(text)) and p[0].host == remote.host for text in contact.addresses)
 
 
 def _scope(address: Multiaddr | None) -> Scope:
     """Who can be where a connection comes from; nothing known counts as the open Internet."""
-    place: Place | None = place_of(address.ip) if address is not None and address.ip is not None else None
+    place = place_of_host(address) if address is not None else None
     return place.scope if place else Scope.GLOBAL

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from random import Random
 from typing import Any
 
-from petalite.dht.contacts import Scope, place_of
+from petalite.dht.contacts import Scope, place_of_host
 from petalite.dht.keys import DhtKey
 from petalite.dht.limits import RateLimiter, RateSettings
 from petalite.dht.messages import (
@@ -109,7 +109,7 @@ class Service:
             room_bytes -= len(held.data) if held else 0
             standing.append((held.data,) if held and room_bytes >= 0 else ())
         keys = [record.key for record in records]
-        peers, indices = self._nearest(caller, keys) if request.nearest else ((), [()] * len(keys))
+        peers, indices = self._nearest(caller, keys) if request.nearest else ((), [b""] * len(keys))
         found = tuple(Found(own, newer) for own, newer in zip(indices, standing, strict=True))
         return encode(StoreAnswer(tuple(outcomes), peers, found))
 
@@ -124,7 +124,7 @@ class Service:
         if not allowed:
             raise RateLimited("too many DHT calls from you or your network; slow down")
 
-    def _nearest(self, caller: Caller, keys: list[DhtKey]) -> tuple[tuple[bytes, ...], list[tuple[int, ...]]]:
+    def _nearest(self, caller: Caller, keys: list[DhtKey]) -> tuple[tuple[bytes, ...], list[bytes]]:
         near = []
         for key in keys:
             contacts = self._peers.nearest(key, self._k + 1)
@@ -154,6 +154,5 @@ class Service:
 
 def _public_prefix(caller: Caller) -> bytes | None:
     """The network that a public caller comes from; private ones are not told apart by it."""
-    ip = caller.address.ip if caller.address is not None else None
-    place = place_of(ip) if ip is not None else None
+    place = place_of_host(caller.address) if caller.address is not None else None
     return place.prefix if place is not None and place.scope is Scope.GLOBAL else None

@@ -100,12 +100,14 @@ class Upkeep:
 
         async def reach(address: Multiaddr) -> None:
             async with room:
+                failure: str | None = "this node failed"
                 try:
                     await self._peers.dial(address)
+                    failure = None
                 except PetaliteError as error:
-                    outcomes.put_nowait((address, str(error)))
-                else:
-                    outcomes.put_nowait((address, None))
+                    failure = str(error)
+                finally:
+                    outcomes.put_nowait((address, failure))
 
         for address in addresses:
             self._spawn(reach(address))
@@ -143,7 +145,7 @@ class Upkeep:
 
     async def _tick(self) -> None:
         now_s, settings = self._clock.time_s(), self._settings
-        self._peers.refresh_places()
+        self._peers.look_around()
         self._storage.sweep(now_s)
         for contact in self._peers.table.unseen(now_s, settings.probe_after_s)[: settings.probes_per_tick]:
             self._spawn(self._peers.check(contact))

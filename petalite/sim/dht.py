@@ -102,7 +102,7 @@ class SimSwarm:
             random=Random(int.from_bytes(seed)),
         )
         await node.start()
-        peer = SimPeer(node, endpoint, Contact(identity.peer_id, (address,)))
+        peer = SimPeer(node, endpoint, Contact.of(identity.peer_id, (address,)))
         self.peers.append(peer)
         return peer
 

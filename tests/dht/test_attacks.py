@@ -71,10 +71,10 @@ class Hostile:
 
     async def store(self, caller: Caller, body: Mapping[str, Any]) -> Mapping[str, Any]:
         n = len(decode(Store, body).records)
-        return encode(StoreAnswer((0,) * n, (), (Found(()),) * n))
+        return encode(StoreAnswer((0,) * n, (), (Found(b""),) * n))
 
     def nothing_to_find(self, caller: Caller, request: Find) -> Mapping[str, Any]:
-        return encode(FindAnswer((), (Found(()),) * len(request.keys)))
+        return encode(FindAnswer((), (Found(b""),) * len(request.keys)))
 
     async def call(self, target: SimPeer, method: str, message: Any) -> Mapping[str, Any]:
         body = message if isinstance(message, dict) else encode(message)
@@ -100,6 +100,11 @@ class Hostile:
     def signed(self, record: Record) -> Record:
         signature = self.identity.sign(b"petalite-dht-record-v1" + record._signed_part())
         return replace(record, signature=signature)
+
+
+def numbers(n: int) -> bytes:
+    """The first n contacts of an answer, all near the key."""
+    return b"".join(number.to_bytes(2) for number in range(n))
 
 
 def stored(peer: SimPeer) -> int:
@@ -269,8 +274,8 @@ def test_an_answer_with_thousands_of_peers_discredits_who_gave_it():
         assert liar.contact.node_id not in reader.node.table
 
     def answer(liar: Hostile, request: Find) -> Mapping[str, Any]:
-        peers = [contact.encode() for contact in crowd]
-        return {"peers": peers, "found": [{"nearest": list(range(3000)), "records": []}]}
+        peers = [contact.encoded for contact in crowd]
+        return {"peers": peers, "found": [{"nearest": numbers(3000), "records": []}]}
 
     swarm_with_a_liar(answer, check)
 
@@ -284,7 +289,7 @@ def test_peers_that_do_not_exist_are_tried_and_not_kept():
         assert not {contact.node_id for contact in ghosts} & {e.contact.node_id for e in reader.node.table}
 
     def answer(liar: Hostile, request: Find) -> Mapping[str, Any]:
-        return encode(FindAnswer(tuple(g.encode() for g in ghosts), (Found(tuple(range(20))),)))
+        return encode(FindAnswer(tuple(g.encoded for g in ghosts), (Found(numbers(20)),)))
 
     swarm_with_a_liar(answer, check)
 
@@ -314,8 +319,8 @@ def test_a_public_peer_cannot_send_us_into_our_own_network():
         assert not {contact.peer_id for contact in targets} & {contact.peer_id for contact in dialled}
 
     def answer(liar: Hostile, request: Find) -> Mapping[str, Any]:
-        found = Found(tuple(range(len(targets))))
-        return encode(FindAnswer(tuple(target.encode() for target in targets), (found,)))
+        found = Found(numbers(len(targets)))
+        return encode(FindAnswer(tuple(target.encoded for target in targets), (found,)))
 
     swarm_with_a_liar(answer, check)
 
@@ -329,7 +334,7 @@ def test_our_own_id_in_an_answer_is_not_called():
 
     def answer(liar: Hostile, request: Find) -> Mapping[str, Any]:
         assert reader_contact
-        return encode(FindAnswer((reader_contact[0].encode(),), (Found((0,)),)))
+        return encode(FindAnswer((reader_contact[0].encoded,), (Found(numbers(1)),)))
 
     reader_contact: list[Contact] = []
 
@@ -347,11 +352,11 @@ def test_forged_and_misplaced_records_in_an_answer_discredit_who_gave_it():
 
     def forged(liar: Hostile, request: Find) -> Mapping[str, Any]:
         record = replace(liar.record(), owner=Identity.from_seed(bytes(32)).peer_id)
-        return encode(FindAnswer((), (Found((), (record.encode(),)),)))
+        return encode(FindAnswer((), (Found(b"", (record.encode(),)),)))
 
     def misplaced(liar: Hostile, request: Find) -> Mapping[str, Any]:
         record = liar.signed(replace(liar.record(), name=b"model/9"))
-        return encode(FindAnswer((), (Found((), (record.encode(),)),)))
+        return encode(FindAnswer((), (Found(b"", (record.encode(),)),)))
 
     swarm_with_a_liar(forged, check)
     swarm_with_a_liar(misplaced, check)
@@ -364,7 +369,7 @@ def test_an_outdated_record_in_an_answer_is_passed_over():
 
     def answer(liar: Hostile, request: Find) -> Mapping[str, Any]:
         record = liar.record(issued_at=NOW - 7200)
-        return encode(FindAnswer((), (Found((), (record.encode(),)),)))
+        return encode(FindAnswer((), (Found(b"", (record.encode(),)),)))
 
     swarm_with_a_liar(answer, check)
 
@@ -539,14 +544,14 @@ def turn(bad: list[SimPeer]) -> None:
     async def find(caller: Caller, body: Mapping[str, Any]) -> Mapping[str, Any]:
         key = DhtKey.parse(decode(Find, body).keys[0])
         near = sorted(bad, key=lambda peer: peer.contact.node_id ^ key)[:20]
-        peers = tuple(peer.contact.encode() for peer in near)
-        return encode(FindAnswer(peers, (Found(tuple(range(len(near)))),)))
+        peers = tuple(peer.contact.encoded for peer in near)
+        return encode(FindAnswer(peers, (Found(numbers(len(near))),)))
 
     async def store(caller: Caller, body: Mapping[str, Any]) -> Mapping[str, Any]:
         key = Record.decode(decode(Store, body).records[0]).key
         near = sorted(bad, key=lambda peer: peer.contact.node_id ^ key)[:20]
-        peers = tuple(peer.contact.encode() for peer in near)
-        return encode(StoreAnswer((0,), peers, (Found(tuple(range(len(near)))),)))
+        peers = tuple(peer.contact.encoded for peer in near)
+        return encode(StoreAnswer((0,), peers, (Found(numbers(len(near))),)))
 
     for peer in bad:
         peer.endpoint.serve(FIND, find)

@@ -79,7 +79,7 @@ class Bench:
             self.work.append,
             client_mode=options.get("client_mode", False),
         )
-        self.peers.refresh_places()
+        self.peers.look_around()
 
     def settle(self) -> None:
         async def all_work() -> None:
