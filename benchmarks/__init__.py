@@ -1,0 +1,1 @@
+"""Measurements behind the project's claims, each beside the thing it is compared with, in one run."""

@@ -1,0 +1,34 @@
+"""`python -m benchmarks NAME [--json]`: run one benchmark, or `all` of them."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+
+# Each is a module here with `run() -> Report`.
+BENCHMARKS = {
+    "hop": "what a hop over loopback adds to a decode step",
+    "decode": "SmolLM2 tokens/s in one process, beside transformers",
+    "footprint": "start time and memory of a bootstrap node, bytes a server reads from disk",
+}
+
+
+def main() -> None:
+    known = "\n".join(f"  {name:<10} {what}" for name, what in BENCHMARKS.items())
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks", epilog=known, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "name", choices=[*BENCHMARKS, "all"], metavar="NAME", help="one of those below, or all"
+    )
+    parser.add_argument("--json", action="store_true", help="print the JSON line alone, without the table")
+    arguments = parser.parse_args()
+    for name in BENCHMARKS if arguments.name == "all" else [arguments.name]:
+        report = importlib.import_module(f"benchmarks.{name}").run()
+        if not arguments.json:
+            report.show()
+        print(report.json(), flush=True)
+
+
+if __name__ == "__main__":
+    main()

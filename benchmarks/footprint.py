@@ -1,0 +1,119 @@
+"""What a node costs: start time and memory of a bootstrap node, bytes a server of a few blocks reads from
+disk.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import mmap
+import os
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+
+from benchmarks.report import Check, Report
+from petalite.model.checkpoint import Checkpoint
+from petalite.node.processes import bootstrap_node
+from petalite.node.smollm2 import smollm2_folder
+
+STARTS = 7
+SPAN = (0, 10)
+_LOAD = """
+import json, sys
+from petalite.model.checkpoint import Checkpoint
+from petalite.model.span import load_span
+checkpoint = Checkpoint.open(sys.argv[1])
+span = load_span(checkpoint, int(sys.argv[2]), int(sys.argv[3]))
+print(json.dumps({"named": checkpoint.bytes_read}))
+"""
+
+
+def run() -> Report:
+    report = Report("footprint", ("what", "value", "unit"))
+    starts_s, memory_mb = _bootstrap()
+    named, resident, expected, whole = _server_bytes(smollm2_folder())
+    for what, value, unit in (
+        ("bootstrap node: start to printed address, median", starts_s, "s"),
+        ("bootstrap node: resident memory", memory_mb, "MB"),
+        (f"weights of SmolLM2's blocks {SPAN[0]}:{SPAN[1]}", expected / 1e6, "MB"),
+        ("of the file, tensors that a server of them asks for", named / 1e6, "MB"),
+        ("of the file, in the page cache after loading them cold", resident / 1e6, "MB"),
+        ("the whole file", whole / 1e6, "MB"),
+    ):
+        report.rows.append((what, value, unit))
+        report.results[what] = {"value": value, "unit": unit}
+    report.checks = [
+        Check("bootstrap start", starts_s, "s", 1.0),
+        Check("bootstrap memory", memory_mb, "MB", 60.0),
+        Check("tensors asked for, over those of the blocks", named / expected, "×", 1.0),
+        Check("pages read, over the blocks' bytes", resident / expected, "×", 1.02),
+    ]
+    return report
+
+
+def _bootstrap() -> tuple[float, float]:
+    starts_s, memory_mb = [], 0.0
+    for _ in range(STARTS):
+        with bootstrap_node() as node:
+            assert node.address
+            starts_s.append(node.ready_s or 0.0)
+            memory_mb = max(memory_mb, _resident_mb(node.pid))
+    return statistics.median(starts_s), memory_mb
+
+
+def _resident_mb(pid: int) -> float:
+    for line in Path(f"/proc/{pid}/status").read_text().splitlines():
+        if line.startswith("VmHWM:"):
+            return int(line.split()[1]) * 1024 / 1e6
+    raise RuntimeError("the kernel does not tell a process's memory")
+
+
+def _server_bytes(folder: Path) -> tuple[int, int, int, int]:
+    """Bytes asked for, bytes that came off the disk, bytes the blocks have, bytes of the file."""
+    checkpoint = Checkpoint.open(folder)
+    path = folder / "model.safetensors"
+    prefixes = [checkpoint.family.names.block_prefix.format(block=block) for block in range(*SPAN)]
+    expected = sum(_stored_bytes(checkpoint, prefix) for prefix in prefixes)
+    _evict(path)
+    loaded = subprocess.run(
+        [sys.executable, "-c", _LOAD, str(folder), *map(str, SPAN)],
+        check=True,
+        capture_output=True,
+        text=True,
+    )
+    named = json.loads(loaded.stdout.splitlines()[-1])["named"]
+    return named, _cached_bytes(path), expected, path.stat().st_size
+
+
+def _stored_bytes(checkpoint: Checkpoint, prefix: str) -> int:
+    from safetensors import safe_open
+
+    with safe_open(checkpoint.folder / "model.safetensors", "pt") as file:
+        return sum(file.get_tensor(name).nbytes for name in checkpoint.names(prefix))
+
+
+def _evict(path: Path) -> None:
+    """Out of the page cache, so that what comes back was read anew."""
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+def _cached_bytes(path: Path) -> int:
+    """mincore(2) over the whole file."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    size = path.stat().st_size
+    pages = -(-size // mmap.PAGESIZE)
+    with (
+        path.open("rb") as file,
+        mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ | mmap.PROT_WRITE, flags=mmap.MAP_PRIVATE) as view,
+    ):
+        resident = (ctypes.c_ubyte * pages)()
+        start = ctypes.c_char.from_buffer(view)
+        address = ctypes.addressof(start)
+        if libc.mincore(ctypes.c_void_p(address), ctypes.c_size_t(size), resident) != 0:
+            raise OSError(ctypes.get_errno(), "mincore")
+        del start
+    return sum(page & 1 for page in resident) * mmap.PAGESIZE

@@ -1,0 +1,67 @@
+"""What was sent to a hop, kept by the sender so that a replacement can be brought to the same state.
+
+This is one half of the papers' dual caches (arXiv 2312.08361, Algorithm 1): the server holds attention keys
+and values, the sender holds inputs. Inputs are kept per row, as the bytes that were sent. Knows no network.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+Row = tuple[int, int, int]
+"""(row, position, n_tokens), as in a step."""
+
+
+@dataclass(slots=True)
+class _Piece:
+    position: int
+    n_tokens: int
+    data: memoryview
+
+
+class KeptInputs:
+    """Per row, the bytes of every input up to the row's length; `token_bytes` for each token."""
+
+    def __init__(self, token_bytes: int) -> None:
+        self._token_bytes = token_bytes
+        self._rows: dict[int, list[_Piece]] = {}
+
+    @property
+    def nbytes(self) -> int:
+        return sum(len(piece.data) for pieces in self._rows.values() for piece in pieces)
+
+    def length(self, row: int) -> int:
+        """Tokens kept of this row; the next input continues there."""
+        pieces = self._rows.get(row)
+        return pieces[-1].position + pieces[-1].n_tokens if pieces else 0
+
+    def put(self, rows: Sequence[Row], data: memoryview) -> None:
+        """Keep a step's input. A position inside a row truncates it there first, as at the server."""
+        assert len(data) == self._token_bytes * sum(n_tokens for _, _, n_tokens in rows)
+        offset = 0
+        for row, position, n_tokens in rows:
+            assert position <= self.length(row), "inputs are kept without gaps"
+            self.truncate(row, position)
+            size = n_tokens * self._token_bytes
+            self._rows.setdefault(row, []).append(_Piece(position, n_tokens, data[offset : offset + size]))
+            offset += size
+
+    def truncate(self, row: int, length: int) -> None:
+        """Forget what lies at and after `length`."""
+        pieces = self._rows.get(row, [])
+        while pieces and pieces[-1].position >= length:
+            pieces.pop()
+        if pieces and pieces[-1].position + pieces[-1].n_tokens > length:
+            last = pieces[-1]
+            last.n_tokens = length - last.position
+            last.data = last.data[: last.n_tokens * self._token_bytes]
+
+    def replay(self, most_tokens: int) -> Iterator[tuple[Row, memoryview]]:
+        """Everything kept, as steps of one row and at most `most_tokens` each, in order."""
+        for row, pieces in self._rows.items():
+            whole = memoryview(bytearray().join(piece.data for piece in pieces))
+            for position in range(0, self.length(row), most_tokens):
+                n_tokens = min(most_tokens, self.length(row) - position)
+                start = position * self._token_bytes
+                yield (row, position, n_tokens), whole[start : start + n_tokens * self._token_bytes]

@@ -1,0 +1,75 @@
+"""`petalite.Swarm`: a client's place in a swarm, and the models it can use there."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from contextlib import AsyncExitStack
+
+from petalite.client.model import AsyncDistributedModel, open_model
+from petalite.client.servers import SwarmServers
+from petalite.client.session import SessionSettings
+from petalite.errors import InvalidArgument
+from petalite.model.checkpoint import Checkpoint
+from petalite.model.compute import ComputeThread
+from petalite.model.dtypes import AUTO
+from petalite.net.identity import Identity
+from petalite.net.multiaddr import Multiaddr
+from petalite.swarm.bans import Bans
+from petalite.swarm.directory import Directory
+from petalite.swarm.peer import PeerSettings, SwarmPeer
+from petalite.swarm.spans import Span
+
+
+class Swarm:
+    """Joined through `peers` (addresses as nodes print them); an async context manager.
+
+    A swarm client dials and is not dialled: it reads the DHT and stands in nobody's table.
+    """
+
+    def __init__(
+        self,
+        peers: Iterable[str | Multiaddr],
+        *,
+        identity: Identity | None = None,
+        swarm_key: bytes | None = None,
+    ) -> None:
+        addresses = tuple(peer if isinstance(peer, Multiaddr) else Multiaddr.parse(peer) for peer in peers)
+        if not addresses:
+            raise InvalidArgument("a swarm is joined through at least one peer; give its address")
+        settings = PeerSettings(bootstrap=addresses, swarm_key=swarm_key)
+        self._peer = SwarmPeer(identity or Identity.generate(), settings)
+        self._bans = Bans()
+        self._models = AsyncExitStack()
+
+    async def __aenter__(self) -> Swarm:
+        await self._peer.__aenter__()
+        return self
+
+    async def __aexit__(self, *exc_info: object) -> None:
+        try:
+            await self._models.aclose()
+        finally:
+            await self._peer.__aexit__(*exc_info)
+
+    async def model(
+        self,
+        path_or_repo: str,
+        *,
+        name: str | None = None,
+        dtype: str = AUTO,
+        settings: SessionSettings = SessionSettings(),
+    ) -> AsyncDistributedModel:
+        """A model of this swarm: its edges are loaded here, its blocks are found when they are needed.
+
+        `name` is the model's name in the swarm where it is not the folder's or repository's; `dtype` is what
+        the edges compute in, by default what the checkpoint was saved in. The model closes with the swarm.
+        """
+
+        async def servers(checkpoint: Checkpoint, thread: ComputeThread) -> SwarmServers:
+            span = Span(0, checkpoint.config.n_blocks)
+            directory = Directory(self._peer.dht, checkpoint.model_id(name), span)
+            return SwarmServers(self._peer.host, directory, self._bans)
+
+        model = await open_model(path_or_repo, servers, dtype=dtype, settings=settings)
+        self._models.push_async_callback(model.close)
+        return model

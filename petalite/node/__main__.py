@@ -1,0 +1,5 @@
+"""`python -m petalite.node`."""
+
+from petalite.node.cli import main
+
+main()

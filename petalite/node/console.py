@@ -1,0 +1,56 @@
+"""What the commands share: a console, a run until somebody says stop, progress bars."""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+import sys
+from collections.abc import Callable, Coroutine, Iterator
+from contextlib import contextmanager
+from typing import Any, TypeVar
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from petalite.net.loop import new_event_loop
+
+T = TypeVar("T")
+
+out = Console(highlight=False, soft_wrap=True)
+err = Console(highlight=False, soft_wrap=True, stderr=True)
+
+Report = Callable[[int, int], None]
+"""`report(done, total)`: progress of something countable."""
+
+
+def run_async(main: Coroutine[Any, Any, T]) -> T:
+    """Run to the end on petalite's loop; Ctrl-C cancels it and exits with the shell's code for that."""
+    try:
+        with asyncio.Runner(loop_factory=new_event_loop) as runner:
+            return runner.run(main)
+    except KeyboardInterrupt:
+        sys.exit(128 + signal.SIGINT)
+
+
+async def until_stopped() -> str:
+    """Wait for Ctrl-C or SIGTERM; the name of what came. Another one ends the process at once."""
+    loop = asyncio.get_running_loop()
+    stopped: asyncio.Future[str] = loop.create_future()
+
+    def on_signal(number: signal.Signals) -> None:
+        if not stopped.done():
+            stopped.set_result(number.name)
+        loop.remove_signal_handler(number)
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        loop.add_signal_handler(number, on_signal, number)
+    return await stopped
+
+
+@contextmanager
+def progress(what: str) -> Iterator[Report]:
+    """A bar on standard error for what may take more than a second; gone when it is done."""
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=err, transient=True) as bars:
+        task = bars.add_task(what, total=None)
+        yield lambda done, total: bars.update(task, completed=done, total=total)

@@ -1,0 +1,93 @@
+"""What the command line's options become: small settings, checked before anything starts."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from petalite.errors import InvalidArgument
+from petalite.net.identity import Identity
+from petalite.net.multiaddr import Multiaddr
+from petalite.server.node import Node
+from petalite.swarm.peer import PeerSettings, load_swarm_key
+
+
+def addresses(texts: Sequence[str] | None) -> tuple[str, ...]:
+    """The addresses of a repeated option; each use may hold several, with commas between."""
+    return tuple(part for text in texts or () for part in text.split(",") if part)
+
+
+@dataclass(frozen=True, slots=True)
+class NodeSettings:
+    """Who this node is and how it takes part."""
+
+    identity: Identity
+    peer: PeerSettings
+
+    @classmethod
+    def parse(
+        cls,
+        peers: Sequence[str] | None,
+        new_swarm: bool,
+        listen: Sequence[str],
+        identity: Path | None,
+        swarm_key: Path | None,
+    ) -> NodeSettings:
+        """Raises InvalidAddress, InvalidIdentity or InvalidArgument for the first thing that cannot work."""
+        if bool(peers) == new_swarm:
+            raise InvalidArgument(
+                "say how to take part: --peers ADDRESS joins a swarm, --new-swarm begins one"
+                if not peers
+                else "--peers joins a swarm and --new-swarm begins another; give one of them"
+            )
+        settings = PeerSettings(
+            listen=tuple(map(Multiaddr.parse, listen)),
+            bootstrap=tuple(map(Multiaddr.parse, addresses(peers))),
+            swarm_key=None if swarm_key is None else load_swarm_key(swarm_key),
+        )
+        return cls(Identity.generate() if identity is None else Identity.load_or_create(identity), settings)
+
+    def node(self) -> Node:
+        return Node(
+            listen=self.peer.listen,
+            peers=self.peer.bootstrap,
+            identity=self.identity,
+            swarm_key=self.peer.swarm_key,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class ModelSource:
+    """Which model a client uses, and where its blocks are."""
+
+    model: str  # a folder or a repo id
+    peers: tuple[str, ...]
+    local: bool
+    swarm_key: Path | None
+    name: str | None
+    dtype: str
+    wait_s: float  # for servers of missing blocks
+
+    def check(self) -> None:
+        if bool(self.peers) == self.local:
+            raise InvalidArgument(
+                "say where the blocks are: --peers ADDRESS in a swarm, --local in this process"
+                if not self.local
+                else "--local runs every block here and --peers in a swarm; give one of them"
+            )
+
+
+@dataclass(frozen=True, slots=True)
+class GenerationOptions:
+    """As `model.stream` takes them."""
+
+    max_new_tokens: int
+    temperature: float
+    top_k: int
+    top_p: float
+    seed: int | None
+
+    def as_keywords(self) -> dict[str, Any]:
+        return {name: getattr(self, name) for name in self.__slots__}

@@ -1,0 +1,64 @@
+"""`status`: the swarm as its DHT tells it. Loads no torch."""
+
+from __future__ import annotations
+
+from rich.table import Table
+
+from petalite.node.console import out, run_async
+from petalite.node.settings import NodeSettings
+from petalite.swarm.directory import Directory, find_models
+from petalite.swarm.peer import SwarmPeer
+from petalite.swarm.records import ModelRecord
+from petalite.swarm.spans import Span, describe, uncovered
+
+_FIND_S = 10.0
+
+
+def run(settings: NodeSettings) -> None:
+    run_async(_run(settings))
+
+
+async def _run(settings: NodeSettings) -> None:
+    async with SwarmPeer(settings.identity, settings.peer) as peer:
+        models = await find_models(peer.dht, timeout_s=_FIND_S)
+        if not models:
+            out.print(
+                "the swarm serves no model; start a server: python -m petalite.node serve MODEL --peers …"
+            )
+        for model in models:
+            directory = Directory(peer.dht, model.model_id, Span(0, model.n_blocks))
+            await directory.refresh(timeout_s=_FIND_S)
+            show_model(model, directory)
+        show_size(peer)
+
+
+def show_model(model: ModelRecord, directory: Directory) -> None:
+    spans = [entry.record.span for entry in directory.servers]
+    missing = uncovered(directory.span, spans)
+    out.print(f"\n[bold]{model.model_id}[/]  {model.n_blocks} blocks, {len(spans)} servers")
+    if missing:
+        out.print(f"[red]nobody serves {describe(missing)}[/]")
+    out.print(f"  holders per block  {holders(directory.span, spans)}")
+    table = Table("server", "blocks", "dtype", "ms per block", "free tokens", "address", box=None)
+    for entry in sorted(directory.servers, key=lambda entry: entry.record.span):
+        record = entry.record
+        table.add_row(
+            entry.peer.short(),
+            str(record.span),
+            record.dtype if record.quant == "none" else f"{record.dtype} {record.quant}",
+            f"{record.block_ms:.2f}",
+            str(record.free_tokens),
+            record.addresses[0].partition("/p2p/")[0] if record.addresses else "",
+        )
+    out.print(table)
+
+
+def holders(span: Span, held: list[Span]) -> str:
+    """One digit per block, in groups of ten: how many servers hold it; 9 stands for more, too."""
+    digits = [str(min(sum(block in other for other in held), 9)) for block in span.blocks]
+    return " ".join("".join(digits[start : start + 10]) for start in range(0, len(digits), 10))
+
+
+def show_size(peer: SwarmPeer) -> None:
+    status = peer.dht.status()
+    out.print(f"\n{status.n_peers} peers of the DHT known from here")

@@ -1,0 +1,121 @@
+"""Which servers to send hidden states through: the cheapest chain over the spans that servers hold.
+
+A pure function of what is known; it reads no clock and no DHT. Nodes of the search are (server, block
+reached), so a chain may leave a server before its span ends. The cost of a link is a function of the two
+ends, so that one search serves the star, where each edge passes the client, and the ring, where servers talk
+to each other.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from petalite.errors import MissingBlocks
+from petalite.net.identity import PeerId
+from petalite.swarm.spans import Span, describe, uncovered
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """A server as routing sees it."""
+
+    peer: PeerId
+    span: Span
+    block_s: float  # one token through one block, seconds
+    penalty_s: float = 0.0  # added once when the chain enters it: queue, lack of cache room, past failures
+
+
+@dataclass(frozen=True, slots=True)
+class Hop:
+    """One server's part of a chain."""
+
+    peer: PeerId
+    span: Span
+
+
+LinkCost = Callable[[PeerId | None, PeerId | None], float]
+"""Seconds from one end to the other; None is the client."""
+
+
+def find_chain(candidates: Sequence[Candidate], span: Span, link_s: LinkCost) -> list[Hop]:
+    """The chain over `span` with the least sum of links, penalties and compute for one token.
+
+    Dijkstra over (candidate, block reached). Ties go to the chain found first in the order of `candidates`,
+    so a caller that spreads equal clients shuffles them. Raises MissingBlocks, naming every block nobody
+    holds.
+    """
+    missing = uncovered(span, (candidate.span for candidate in candidates))
+    if missing:
+        raise MissingBlocks(
+            f"no server holds {describe(missing)} of {span}; start one with: "
+            f"python -m petalite.node serve MODEL --blocks {missing[0]} --peers ...",
+            [block for part in missing for block in part.blocks],
+        )
+    covering = {
+        block: [i for i, candidate in enumerate(candidates) if block in candidate.span]
+        for block in span.blocks
+    }
+    start = (-1, span.start)
+    came_from: dict[tuple[int, int], tuple[int, int]] = {}
+    done: set[tuple[int, int]] = set()
+    frontier: list[tuple[float, int, tuple[int, int]]] = [(0.0, 0, start)]
+    best = {start: 0.0}
+    pushed = 0
+    while frontier:
+        cost, _, node = heapq.heappop(frontier)
+        if node in done:
+            continue
+        done.add(node)
+        current, block = node
+        if current == len(candidates):
+            return _chain(candidates, came_from, came_from[node], span.start)
+        peer = candidates[current].peer if current >= 0 else None
+        steps: list[tuple[float, tuple[int, int]]] = []
+        if block == span.end:
+            steps.append((link_s(peer, None), (len(candidates), block)))
+        else:
+            for i in covering[block]:
+                entering = 0.0 if i == current else link_s(peer, candidates[i].peer) + candidates[i].penalty_s
+                steps.append((entering + candidates[i].block_s, (i, block + 1)))
+        for extra, target in steps:
+            if cost + extra < best.get(target, float("inf")):
+                best[target] = cost + extra
+                came_from[target] = node
+                pushed += 1
+                heapq.heappush(frontier, (cost + extra, pushed, target))
+    raise AssertionError("a covered span has a chain")
+
+
+def _chain(
+    candidates: Sequence[Candidate],
+    came_from: dict[tuple[int, int], tuple[int, int]],
+    node: tuple[int, int],
+    first_block: int,
+) -> list[Hop]:
+    hops: list[Hop] = []
+    end = node[1]
+    while node[0] >= 0:
+        before = came_from[node]
+        if before[0] != node[0]:
+            hops.append(Hop(candidates[node[0]].peer, Span(before[1], end)))
+            end = before[1]
+        node = before
+    assert end == first_block
+    return hops[::-1]
+
+
+def star_link(to_client_s: Callable[[PeerId], float], per_hop_s: float) -> LinkCost:
+    """The star's link costs: every edge goes through the client, so a switch costs both half round trips.
+
+    `to_client_s(peer)` is the one-way latency between client and peer, `per_hop_s` what software costs per
+    hop.
+    """
+
+    def link_s(source: PeerId | None, target: PeerId | None) -> float:
+        back = 0.0 if source is None else to_client_s(source)
+        out = 0.0 if target is None else to_client_s(target) + per_hop_s
+        return back + out
+
+    return link_s

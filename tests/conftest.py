@@ -1,0 +1,43 @@
+"""What tests of several rooms share: a real model, and what transformers says it says."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from petalite.model.checkpoint import Checkpoint
+from petalite.model.tokenizer import load_tokenizer
+from petalite.node.smollm2 import smollm2_folder
+
+PROMPT_TOKENS = (5, 9, 17, 33, 64, 65, 120, 257, 400, 600)
+NEW_TOKENS = 16
+
+
+@pytest.fixture(scope="session")
+def smollm2() -> Path:
+    """SmolLM2-135M-Instruct as a model folder, in the cache that the demo uses too."""
+    return smollm2_folder()
+
+
+@pytest.fixture(scope="session")
+def smollm2_greedy(smollm2: Path) -> list[tuple[list[int], list[int]]]:
+    """Prompts of 5 to 600 tokens, each with the ids that transformers adds to it, greedily, in float32."""
+    from transformers import AutoModelForCausalLM
+
+    reference = AutoModelForCausalLM.from_pretrained(smollm2, dtype=torch.float32).eval()
+    text = (Path(__file__).parents[1] / "LICENSE").read_text() * 4
+    tokens = load_tokenizer(Checkpoint.open(smollm2)).encode(text)
+    pairs = []
+    for index, length in enumerate(PROMPT_TOKENS):
+        prompt = tokens[7 * index : 7 * index + length]
+        with torch.inference_mode():
+            output = reference.generate(
+                torch.tensor([prompt]),
+                attention_mask=torch.ones(1, length, dtype=torch.long),
+                max_new_tokens=NEW_TOKENS,
+                do_sample=False,
+            )
+        pairs.append((prompt, output[0, length:].tolist()))
+    return pairs

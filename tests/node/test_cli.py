@@ -1,0 +1,211 @@
+"""The command line as people meet it: every wrong input ends in one sentence and exit code 2, and nothing
+hangs.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from tests.helpers.checkpoints import tiny_llama
+
+from petalite.net.identity import Identity
+from petalite.node.processes import NodeProcess, bootstrap_node, serve_node
+
+ANYONE = str(Identity.from_seed(b"\x01" * 32).peer_id)
+NOBODY = f"/ip4/127.0.0.1/tcp/9/p2p/{ANYONE}"  # the discard port: nothing listens there
+DEADLINE_S = 60
+
+
+def petalite(*arguments: str, stdin: str = "") -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "petalite.node", *arguments]
+    return subprocess.run(
+        command, input=stdin, capture_output=True, text=True, timeout=DEADLINE_S, check=False
+    )
+
+
+def refused(*arguments: str) -> str:
+    """Run it, expect exit code 2 and one sentence; the sentence."""
+    result = petalite(*arguments)
+    assert result.returncode == 2, result.stdout + result.stderr
+    assert "Traceback" not in result.stderr
+    lines = result.stderr.strip().splitlines()
+    assert len(lines) == 1 and lines[0].startswith("error: "), result.stderr
+    return lines[0]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_llama(tmp_path_factory.mktemp("models") / "tiny", num_hidden_layers=4)
+
+
+@pytest.fixture(scope="module")
+def half_swarm(model: Path) -> Iterator[NodeProcess]:
+    """A swarm in which nobody serves blocks 2 and 3."""
+    with serve_node(str(model), "0:2", []) as server:
+        yield server
+
+
+def edit_config(**changes: object) -> Callable[[Path], None]:
+    def edit(folder: Path) -> None:
+        path = folder / "config.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+    return edit
+
+
+def truncate(folder: Path) -> None:
+    path = folder / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+def name_a_missing_shard(folder: Path) -> None:
+    (folder / "model.safetensors").rename(folder / "model-1.safetensors")
+    names = {"model.embed_tokens.weight": "model-1.safetensors"}
+    names |= dict.fromkeys(
+        (
+            f"model.layers.{block}.{part}.weight"
+            for block in range(4)
+            for part in (
+                *(f"self_attn.{letter}_proj" for letter in "qkvo"),
+                *(f"mlp.{which}_proj" for which in ("gate", "up", "down")),
+                "input_layernorm",
+                "post_attention_layernorm",
+            )
+        ),
+        "model-2.safetensors",
+    )
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": names}))
+
+
+BROKEN_FOLDERS: dict[str, tuple[Callable[[Path], None], str]] = {
+    "no weights": (lambda folder: (folder / "model.safetensors").unlink(), "model.safetensors"),
+    "truncated weights": (truncate, "model.safetensors"),
+    "an index that names a missing shard": (name_a_missing_shard, "model-2.safetensors"),
+    "no config": (lambda folder: (folder / "config.json").unlink(), "config.json"),
+    "a config that is not JSON": (lambda folder: (folder / "config.json").write_text("{"), "JSON"),
+    "an unsupported architecture": (edit_config(model_type="mamba"), "mamba"),
+}
+
+
+@pytest.mark.parametrize("case", BROKEN_FOLDERS)
+def test_serving_a_broken_folder(case: str, model: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "broken"
+    shutil.copytree(model, folder)
+    breaks, named = BROKEN_FOLDERS[case]
+    breaks(folder)
+    assert named in refused("serve", str(folder), "--new-swarm", "--listen", "/ip4/127.0.0.1/tcp/0")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        (["--blocks", "0:9"], "0:4"),
+        (["--blocks", "3:3"], "3:3"),
+        (["--blocks", "first"], "first"),
+        (["--blocks", "0:2", "--dtype", "int3"], "int3"),
+        (["--blocks", "0:2", "--name", "a b"], "a b"),
+        (["--peers", NOBODY], "--new-swarm"),
+        (["--swarm-key", "/nowhere/key"], "/nowhere/key"),
+        (["--listen", "127.0.0.1:80"], "127.0.0.1:80"),
+        (["--listen", "/ip4/203.0.113.7/tcp/0"], "203.0.113.7"),
+    ],
+)
+def test_serving_with_options_that_cannot_work(model: Path, arguments: list[str], named: str) -> None:
+    assert named in refused("serve", str(model), "--new-swarm", *arguments)
+
+
+def test_serving_without_saying_which_swarm(model: Path) -> None:
+    assert "--new-swarm" in refused("serve", str(model))
+
+
+def test_a_model_that_is_not_there() -> None:
+    assert "nowhere" in refused("generate", "/tmp/nowhere-at-all", "--local", "--prompt", "x")
+
+
+@pytest.mark.parametrize(
+    ("address", "named"),
+    [
+        ("localhost:31330", "localhost:31330"),
+        ("/ip4/127.0.0.1/udp/1", "udp"),
+        ("/ip4/127.0.0.1/tcp/9/p2p/Qm", "Qm"),
+        (NOBODY, "/ip4/127.0.0.1/tcp/9"),
+    ],
+)
+def test_a_peer_address_that_does_not_parse_or_answer(model: Path, address: str, named: str) -> None:
+    assert named in refused("generate", str(model), "--peers", address, "--prompt", "x")
+    assert named in refused("status", "--peers", address)
+
+
+def test_somebody_else_answers_at_the_address(half_swarm: NodeProcess, model: Path) -> None:
+    address = str(half_swarm.address).replace(str(half_swarm.peer_id), ANYONE)
+    assert ANYONE in refused("generate", str(model), "--peers", address, "--prompt", "x")
+
+
+def test_a_block_that_nobody_serves(half_swarm: NodeProcess, model: Path) -> None:
+    peers = ("--peers", str(half_swarm.address))
+    assert "blocks 2:4" in refused("generate", str(model), *peers, "--prompt", "x", "--wait", "0")
+    status = petalite("status", *peers)
+    assert status.returncode == 0
+    assert "nobody serves blocks 2:4" in status.stdout
+    assert "1100" in status.stdout
+
+
+def test_a_prompt_longer_than_the_model_takes(model: Path) -> None:
+    message = refused("generate", str(model), "--local", "--prompt", "x " * 3000)
+    assert "prompt" in message and "tokens" in message
+
+
+def test_generate_says_where_the_blocks_are_to_be(model: Path) -> None:
+    assert "--local" in refused("generate", str(model), "--prompt", "x")
+
+
+def test_an_empty_swarm_says_so() -> None:
+    with bootstrap_node() as bootstrap:
+        status = petalite("status", "--peers", str(bootstrap.address))
+    assert status.returncode == 0
+    assert "serves no model" in status.stdout
+
+
+def test_bootstrap_keeps_its_identity_in_a_private_file(tmp_path: Path) -> None:
+    identity = tmp_path / "keys" / "node"
+    ids = []
+    for _ in range(2):
+        with NodeProcess(
+            "bootstrap", "--listen", "/ip4/127.0.0.1/tcp/0", "--identity", str(identity)
+        ) as node:
+            ids.append(node.peer_id)
+    assert ids[0] == ids[1] == Identity.load(identity).peer_id
+    assert identity.stat().st_mode & 0o777 == 0o600
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_server_leaves_cleanly(number: signal.Signals, model: Path) -> None:
+    """Told to stop, it withdraws its records: the swarm that is left knows at once, without waiting for a
+    TTL.
+    """
+    with bootstrap_node() as bootstrap:
+        with serve_node(str(model), "0:4", [bootstrap.address]) as server:
+            assert "0:4" in petalite("status", "--peers", str(bootstrap.address)).stdout
+            assert server.stop(number) == 0
+            assert "Traceback" not in server.output
+        assert "serves no model" in petalite("status", "--peers", str(bootstrap.address)).stdout
+
+
+def test_help_is_quick() -> None:
+    """No torch: `--help` and `bootstrap` stay usable on small machines."""
+    code = (
+        "import sys; from petalite.node import cli; sys.argv = ['petalite', '--help']\n"
+        "try: cli.main()\nexcept SystemExit: pass\nsys.exit('torch' in sys.modules)"
+    )
+    began_s = time.monotonic()
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert result.returncode == 0, f"took {time.monotonic() - began_s:.1f} s and loaded torch"
+    assert "serve" in result.stdout

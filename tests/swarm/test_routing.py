@@ -1,0 +1,102 @@
+"""Routing: the chain found is the cheapest of all chains, by brute force over every possible chain."""
+
+from __future__ import annotations
+
+import itertools
+import math
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from petalite.errors import MissingBlocks
+from petalite.net.identity import PeerId
+from petalite.swarm.routing import Candidate, Hop, find_chain, star_link
+from petalite.swarm.spans import Span
+
+L = 5
+
+
+def peer(number: int) -> PeerId:
+    return PeerId(number.to_bytes(32, "big"))
+
+
+def cost_of(chain: list[Hop], candidates: list[Candidate], link_s) -> float:
+    by_peer = {candidate.peer: candidate for candidate in candidates}
+    ends = [None, *(hop.peer for hop in chain), None]
+    total = sum(link_s(a, b) for a, b in itertools.pairwise(ends))
+    return total + sum(
+        by_peer[hop.peer].penalty_s + by_peer[hop.peer].block_s * len(hop.span) for hop in chain
+    )
+
+
+def every_chain(candidates: list[Candidate], span: Span):
+    """All assignments of a candidate to each block, folded into hops."""
+    choices = [[c for c in candidates if block in c.span] for block in span.blocks]
+    for assignment in itertools.product(*choices):
+        hops: list[Hop] = []
+        for block, candidate in zip(span.blocks, assignment, strict=True):
+            if hops and hops[-1].peer == candidate.peer:
+                hops[-1] = Hop(candidate.peer, Span(hops[-1].span.start, block + 1))
+            else:
+                hops.append(Hop(candidate.peer, Span(block, block + 1)))
+        yield hops
+
+
+candidate_lists = st.lists(
+    st.tuples(st.integers(0, L - 1), st.integers(1, L), st.floats(0, 2), st.floats(0, 3)), max_size=5
+).map(
+    lambda rows: [
+        Candidate(peer(i), Span(start, min(start + length, L)), block_s, penalty_s)
+        for i, (start, length, block_s, penalty_s) in enumerate(rows)
+    ]
+)
+
+
+@settings(max_examples=150, deadline=None)
+@given(candidate_lists, st.integers(0, 2**32))
+def test_no_chain_is_cheaper(candidates: list[Candidate], seed: int) -> None:
+    span = Span(0, L)
+
+    def link_s(a: PeerId | None, b: PeerId | None) -> float:
+        return (hash((seed, a, b)) % 1000) / 300
+
+    try:
+        found = find_chain(candidates, span, link_s)
+    except MissingBlocks as error:
+        held = {block for candidate in candidates for block in candidate.span.blocks}
+        assert set(error.blocks) == set(span.blocks) - held != set()
+        return
+    assert [block for hop in found for block in hop.span.blocks] == list(span.blocks)
+    assert all(a.peer != b.peer for a, b in itertools.pairwise(found))
+    best = min(cost_of(chain, candidates, link_s) for chain in every_chain(candidates, span))
+    assert math.isclose(cost_of(found, candidates, link_s), best, rel_tol=1e-9, abs_tol=1e-9)
+
+
+def test_the_star_prefers_one_far_server_to_three_near_ones() -> None:
+    """Each switch in a star costs a whole round trip to the client."""
+    near = [Candidate(peer(i), Span(i * 2, i * 2 + 2), 0.001) for i in range(3)]
+    far = Candidate(peer(9), Span(0, 6), 0.001)
+    latency = {candidate.peer: 0.010 for candidate in near} | {far.peer: 0.020}
+    chain = find_chain([*near, far], Span(0, 6), star_link(latency.__getitem__, 0.001))
+    assert chain == [Hop(far.peer, Span(0, 6))]
+
+
+def test_a_penalty_moves_the_chain_but_the_last_holder_is_still_used() -> None:
+    a, b = Candidate(peer(1), Span(0, 2), 0.001, penalty_s=1000.0), Candidate(peer(2), Span(0, 2), 0.5)
+    link = star_link(lambda _: 0.01, 0.0)
+    assert find_chain([a, b], Span(0, 2), link)[0].peer == b.peer
+    assert find_chain([a], Span(0, 2), link)[0].peer == a.peer
+
+
+def test_a_sub_span_is_routed_alone() -> None:
+    candidates = [Candidate(peer(1), Span(0, 8), 0.1), Candidate(peer(2), Span(4, 12), 0.1)]
+    assert find_chain(candidates, Span(9, 11), lambda a, b: 1.0) == [Hop(peer(2), Span(9, 11))]
+
+
+def test_missing_blocks_says_what_to_start() -> None:
+    with pytest.raises(MissingBlocks, match=r"blocks 2:4 and 6:8 .* --blocks 2:4") as caught:
+        find_chain(
+            [Candidate(peer(1), Span(0, 2), 1), Candidate(peer(2), Span(4, 6), 1)], Span(0, 8), lambda a, b: 0
+        )
+    assert caught.value.blocks == (2, 3, 6, 7)
