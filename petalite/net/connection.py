@@ -30,6 +30,8 @@ from petalite.net.records import MAX_PLAINTEXT_BYTES
 from petalite.net.scheduling import Turns, gather
 from petalite.net.streams import Priority, Receive, Send, Step, Stream
 
+_DATA = int(FrameType.DATA)  # plain, for the comparison that every frame goes through
+
 MAX_QUEUED_PONGS = 8
 MAX_QUEUED_CONTROL = 1024  # frames that wait for a peer which provokes them and does not read them
 MAX_STREAM_ID = 0xFFFF_FFFF
@@ -104,7 +106,7 @@ class Connection:
         self._our_streams = 0
         self._our_streams_limit = theirs.streams
 
-        self._control: list[bytes] = []
+        self._control: list[bytes | memoryview] = []
         self._grants: dict[
             int, bytes
         ] = {}  # the newest MAX_… per stream; 0 and -1 stand for the connection's
@@ -117,10 +119,11 @@ class Connection:
         self.received = 0
         self.consumed = 0
         self.receive_limit = self._window = ours.connection_bytes
+        self._grant_at = self._window - (self._window >> 1)  # bytes taken at which credit is given again
         self._granted_at = now
         self._payload_stream: Stream | None = None  # whose DATA payload is under way
         self._payload_left = 0
-        self._payload_fin = False
+        self._payload_flags = 0
         self._payload_chunk: bytearray | None = None
 
     # -- opening and ending ------------------------------------------------------------------------
@@ -134,6 +137,10 @@ class Connection:
             and self._our_streams < self._our_streams_limit
             and self._next_id <= MAX_STREAM_ID
         )
+
+    @property
+    def closed(self) -> bool:
+        return self.state is State.CLOSED
 
     @property
     def exhausted(self) -> bool:
@@ -183,7 +190,7 @@ class Connection:
 
     @property
     def wants_write(self) -> bool:
-        return bool(self._control or self._grants) or self._turns.waiting
+        return bool(self._control or self._grants or self._turns.waiting)
 
     def write(self, stream: Stream, segments: Sequence[bytes | memoryview], fin: bool = False) -> None:
         """Queue bytes, which the caller leaves alone until they are sent; with `fin`, the last ones."""
@@ -222,44 +229,39 @@ class Connection:
         Chosen only now, so that nothing urgent stands behind what was chosen long ago.
         """
         records: list[bytes | memoryview] = []
-        small, left = self._next_control(), max_bytes
+        small, left = self._next_control(), max_bytes  # `small` is what the next record of many frames holds
         small_bytes = sum(map(len, small)) if small else 0
-        if self._control or self.state is State.CLOSED:
+        if self._control or self.closed:
             left = 0
-        while left > 0 and self.sent < self.send_limit and (stream := self._turns.next()) is not None:
+        turns = self._turns
+        while left > 0 and turns.waiting and self.sent < self.send_limit:
+            stream = turns.next()
             room = min(MAX_DATA_BYTES, stream.send_limit - stream.sent, self.send_limit - self.sent)
-            outbox = stream.outbox
-            if outbox and room >= ALIGNED_BYTES and len(outbox[0]) >= ALIGNED_BYTES:
-                payload = outbox.popleft()
-                if len(payload) > room:
-                    payload = memoryview(payload)
-                    outbox.appendleft(payload[room:])
-                    payload = payload[:room]
-                size = len(payload)
-                small.append(self._data_header(stream, size))
+            pieces, size = gather(stream.outbox, room)
+            if small_bytes + HEADER_BYTES + size > MAX_PLAINTEXT_BYTES and size < ALIGNED_BYTES:
                 records.append(b"".join(small))
-                records.append(payload)
                 small, small_bytes = [], 0
-            else:
-                pieces, size = gather(outbox, room)
-                if small_bytes + HEADER_BYTES + size > MAX_PLAINTEXT_BYTES:
-                    records.append(b"".join(small))
-                    small, small_bytes = [], 0
-                small.append(self._data_header(stream, size))
+            last = stream.send is Send.FINISHING and not stream.outbox
+            small.append(HEADER.pack(FrameType.DATA, FIN if last else 0, 0, stream.id, size))
+            if size < ALIGNED_BYTES:
+                small += pieces
                 small_bytes += HEADER_BYTES + size
-                if size >= ALIGNED_BYTES:
-                    records.append(b"".join(small))
-                    small, small_bytes = [], 0
-                    records.append(b"".join(pieces))
-                else:
-                    small += pieces
+            else:
+                records.append(b"".join(small))
+                records.append(pieces[0] if len(pieces) == 1 else b"".join(pieces))
+                small, small_bytes = [], 0
             left -= HEADER_BYTES + size
-            self._after_data(stream, size)
+            stream.sent += size
+            stream.queued -= size
+            self.sent += size
+            turns.took(stream)
+            if not stream.outbox:
+                self._sent_all(stream)
         if small:
             records.append(b"".join(small))
         return records
 
-    def _next_control(self) -> list[bytes]:
+    def _next_control(self) -> list[bytes | memoryview]:
         """The control frames for the next batch: few enough for one record."""
         control = self._control
         if self._grants:
@@ -269,18 +271,7 @@ class Connection:
         self._pongs = 0
         return control[:_CONTROL_BATCH] if self._control else control
 
-    def _data_header(self, stream: Stream, size: int) -> bytes:
-        last = stream.send is Send.FINISHING and not stream.outbox
-        return HEADER.pack(FrameType.DATA, FIN if last else 0, 0, stream.id, size)
-
-    def _after_data(self, stream: Stream, size: int) -> None:
-        """Account for a DATA frame of the stream whose turn it was."""
-        stream.sent += size
-        stream.queued -= size
-        self.sent += size
-        self._turns.took(stream)
-        if stream.outbox:
-            return
+    def _sent_all(self, stream: Stream) -> None:
         if stream.wants_drained:
             stream.wants_drained = False
             self.events.append((Event.DRAINED, stream))
@@ -319,12 +310,12 @@ class Connection:
         stream.consumed += size
         self.consumed += size
         if stream.receive is Receive.OPEN:
-            limit = stream.consumed + stream.missing + stream.window
-            if limit - stream.receive_limit >= stream.window >> 1:
+            if stream.consumed + stream.missing >= stream.grant_at:
                 self._grant_stream(stream)
-        self._grant_connection()
-        if stream.receive is Receive.FINISHED:
+        elif stream.receive is Receive.FINISHED:
             self._forget_if_over(stream)
+        if self.received >= self._grant_at:
+            self._grant_connection()
 
     def _grant_stream(self, stream: Stream) -> None:
         # A window used up within two round trips is what holds the sender back.
@@ -332,18 +323,19 @@ class Connection:
             stream.window = min(2 * stream.window, max(stream.window, self._ours.max_stream_bytes))
         stream.granted_at = self.now
         stream.receive_limit = stream.consumed + stream.missing + stream.window
+        stream.grant_at = stream.receive_limit - (stream.window >> 1)
         payload = frames.U64.pack(stream.receive_limit)
         self._grants[stream.id] = frames.encode(FrameType.MAX_STREAM_DATA, stream.id, payload)
 
     def _grant_connection(self) -> None:
-        unread = self.received - self.consumed
-        base = self.received - max(0, unread - self._ours.allowance_bytes)
-        if base + self._window - self.receive_limit < self._window >> 1:
+        base = min(self.received, self.consumed + self._ours.allowance_bytes)
+        if base < self._grant_at:
             return
         if self.now - self._granted_at < 2 * self.rtt_s:
             self._window = min(2 * self._window, max(self._window, self._ours.max_connection_bytes))
         self._granted_at = self.now
         self.receive_limit = base + self._window
+        self._grant_at = self.receive_limit - (self._window >> 1)
         self._grants[0] = frames.encode(FrameType.MAX_DATA, payload=frames.U64.pack(self.receive_limit))
 
     def _forget_if_over(self, stream: Stream) -> None:
@@ -361,7 +353,7 @@ class Connection:
     def payload_target(self, size: int) -> memoryview | None:
         """Where to open a record of `size` plaintext bytes, if all of it is one stream's payload."""
         stream = self._payload_stream
-        if size > self._payload_left or size < ALIGNED_BYTES or stream is None or self.state is State.CLOSED:
+        if size > self._payload_left or size < ALIGNED_BYTES or stream is None or self.closed:
             return None
         if stream.target is not None:
             filled = stream.filled
@@ -384,7 +376,7 @@ class Connection:
         else:
             self._filled(stream, size)
         if not self._payload_left:
-            self._end_data(stream)
+            self._end_data(stream, self._payload_flags)
 
     def receive(self, plain: memoryview, now: float) -> None:
         """Take a record's plaintext. Raises RemoteProtocolError, after which only `close` makes sense."""
@@ -394,26 +386,24 @@ class Connection:
             raise RemoteProtocolError("an empty record")
         position = min(self._payload_left, end)
         if position:
-            self._take_payload(plain[:position])
-        while position < end and self.state is not State.CLOSED:
+            self._continue_payload(plain[:position])
+        while position < end and not self.closed:
             if end - position < HEADER_BYTES:
                 raise RemoteProtocolError("a record ends inside a frame header")
             kind, flags, aux, stream_id, length = HEADER.unpack_from(plain, position)
             position += HEADER_BYTES
-            handle = frames.check(kind, flags, aux, stream_id, length)
-            if kind == FrameType.DATA:
-                self._begin_data(stream_id, flags, length)
-                if length and (size := min(length, end - position)):
-                    self._take_payload(plain[position : position + size])
-                    position += size
+            if kind == _DATA and not aux and flags <= FIN and stream_id and length <= MAX_DATA_BYTES:
+                position += self._on_data(stream_id, flags, length, plain[position : position + length])
                 continue
+            handle = frames.check(kind, flags, aux, stream_id, length)
             if length > end - position:
                 raise RemoteProtocolError(f"a record ends inside a frame of type {kind:#04x}")
             if handle:
                 _HANDLERS[kind](self, stream_id, aux, plain[position : position + length])
             position += length
 
-    def _begin_data(self, stream_id: int, flags: int, length: int) -> None:
+    def _on_data(self, stream_id: int, flags: int, length: int, data: memoryview) -> int:
+        """A frame of `length` bytes of which this record has `data`; how many bytes that is."""
         stream = self.streams.get(stream_id)
         if stream is None or stream.receive >= Receive.FINISHED:
             raise RemoteProtocolError(f"DATA on stream {stream_id}, which is not open for it")
@@ -427,26 +417,35 @@ class Connection:
             raise FlowControlViolation(
                 f"{self.received} bytes on all streams; their credit was {self.receive_limit}"
             )
-        self._payload_stream, self._payload_left, self._payload_fin = stream, length, bool(flags & FIN)
-        if not length:
-            self._end_data(stream)
+        size = len(data)
+        if size:
+            self._take_payload(stream, data)
+        if size == length:
+            self._end_data(stream, flags)
+        else:
+            self._payload_stream, self._payload_left, self._payload_flags = stream, length - size, flags
+        return size
 
-    def _take_payload(self, data: memoryview) -> None:
+    def _continue_payload(self, data: memoryview) -> None:
+        """The rest, or a part of it, of a payload that began in an earlier record."""
         stream = self._payload_stream
         assert stream is not None
         self._payload_left -= len(data)
+        self._take_payload(stream, data)
+        if not self._payload_left:
+            self._end_data(stream, self._payload_flags)
+
+    def _take_payload(self, stream: Stream, data: memoryview) -> None:
         if stream.receive is not Receive.OPEN:
             self._consumed(stream, len(data))
-        else:
-            if stream.target is not None:
-                size = min(stream.missing, len(data))
-                stream.target[stream.filled : stream.filled + size] = data[:size]
-                self._filled(stream, size)
-                data = data[size:]
-            if len(data):
-                stream.append(data)
-        if not self._payload_left:
-            self._end_data(stream)
+            return
+        if stream.target is not None:
+            size = min(stream.missing, len(data))
+            stream.target[stream.filled : stream.filled + size] = data[:size]
+            self._filled(stream, size)
+            data = data[size:]
+        if len(data):
+            stream.append(data)
 
     def _filled(self, stream: Stream, size: int) -> None:
         stream.filled += size
@@ -455,15 +454,16 @@ class Connection:
             stream.target = None
             self._announce(stream)
 
-    def _end_data(self, stream: Stream) -> None:
+    def _end_data(self, stream: Stream, flags: int) -> None:
         self._payload_stream = None
-        if self._payload_fin:
+        if flags:
             stream.step_receive(Step.FIN)
             self._announce(stream)
             self._forget_if_over(stream)
         elif stream.buffered >= stream.need and stream.target is None:
             self._announce(stream)
-        self._grant_connection()
+        if self.received >= self._grant_at:
+            self._grant_connection()
 
     def _announce(self, stream: Stream) -> None:
         if not stream.announced:

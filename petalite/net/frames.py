@@ -3,7 +3,7 @@
     u8 type | u8 flags | u16 aux | u32 stream | u32 length | length bytes          big-endian
 
 Every frame lies whole in one record, but for the payload of DATA, which may go on through the records after
-its header; a DATA payload of 4 KiB or more starts and ends on record boundaries, so that it is sealed from
+its header; a DATA payload of 32 KiB or more starts and ends on record boundaries, so that it is sealed from
 its sender's memory and opened into its reader's. Knows shapes and sizes; knows nothing of streams' states.
 """
 
@@ -22,7 +22,7 @@ U32 = Struct(">I")
 U64 = Struct(">Q")
 
 MAX_DATA_BYTES = 63 * 1024  # of one DATA frame; with its tag it fits one record
-ALIGNED_BYTES = 4096  # a DATA payload this long has records of its own
+ALIGNED_BYTES = 32 * 1024  # a DATA payload this long has records of its own; to copy a shorter one is faster
 MAX_REASON_BYTES = 256
 FIN = 0x01
 FIRST_IGNORABLE = 0x40  # a type from here on may be skipped by who does not know it

@@ -410,6 +410,7 @@ class Host:
             now = monotonic()
             for link in list(self._all_links):
                 link.tick(now)
+            self._scratch.pool.trim(now)
 
     def _spawn(self, coroutine: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
         """A task that ends with the host at the latest."""

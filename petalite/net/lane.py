@@ -10,11 +10,15 @@ from __future__ import annotations
 
 import asyncio
 import socket
+import sys
+from ipaddress import ip_address
 from time import monotonic
 from typing import Protocol
 
 from petalite.errors import ConnectionLost, ErrorCode, PetaliteError, RemoteProtocolError, code_of, from_wire
 from petalite.net.connection import Connection, Event
+from petalite.net.frames import ALIGNED_BYTES
+from petalite.net.noise import TAG_BYTES
 from petalite.net.records import MAX_PLAINTEXT_BYTES, OVERHEAD_BYTES, PREFIX_BYTES, Opener, Sealer
 from petalite.net.streams import Stream
 
@@ -27,10 +31,13 @@ BATCHES_PER_TURN = 4  # then the loop's other work has its turn
 NOTSENT_LOWAT_BYTES = 128 * 1024
 USER_TIMEOUT_MS = 20_000
 LINGER_S = 1.0  # how long a closed lane waits for the peer to have read why
+POOLED_BYTES = 256 * 1024  # buffers from this size on are pooled,
+POOL_BYTES = 64 * 1024 * 1024  # so many bytes in all at most,
+POOL_S = 10.0  # and so long after they were last taken
 _KEPT_BUFFERS = 4
 _SMALL_LEFTOVER_BYTES = 16 * 1024
 _UNHEARD = "the peer closed the connection behind the handshake: another swarm key, or it has no room"
-_MIN_BOX_BYTES = OVERHEAD_BYTES - PREFIX_BYTES
+_MIN_BOX_BYTES = TAG_BYTES + 1
 
 
 class Scratch:
@@ -38,6 +45,7 @@ class Scratch:
 
     def __init__(self) -> None:
         self.receive = memoryview(bytearray(RECEIVE_BYTES))
+        self.pool = BufferPool()
         self._free: list[memoryview] = []
 
     def borrow(self) -> memoryview:
@@ -47,6 +55,43 @@ class Scratch:
     def give_back(self, buffer: memoryview) -> None:
         if len(self._free) < _KEPT_BUFFERS:
             self._free.append(buffer)
+
+
+class BufferPool:
+    """Memory for large messages, given out again when nobody refers to it any more.
+
+    Fresh pages cost the kernel more than decryption costs us: 16 MiB of them take 5 ms. What is given out may
+    hold old bytes, so it is for those who fill all of it before anybody reads it.
+    """
+
+    def __init__(self) -> None:
+        self._kept: dict[int, list[tuple[bytearray, float]]] = {}
+        self._kept_bytes = 0
+
+    def take(self, size: int) -> memoryview:
+        """Writable memory of that size; a reference to the view, or to a slice of it, keeps it taken."""
+        if not POOLED_BYTES <= size <= POOL_BYTES:
+            return memoryview(bytearray(size))
+        kept = self._kept.setdefault(size, [])
+        for index, (buffer, _) in enumerate(kept):
+            if sys.getrefcount(buffer) == 3:  # the list's, the loop's and the question's
+                kept[index] = (buffer, monotonic())
+                return memoryview(buffer)
+        buffer = bytearray(size)
+        if self._kept_bytes + size <= POOL_BYTES:
+            self._kept_bytes += size
+            kept.append((buffer, monotonic()))
+        return memoryview(buffer)
+
+    def trim(self, now: float) -> None:
+        """Let go of what was not taken for a while."""
+        for size, kept in list(self._kept.items()):
+            fresh = [(buffer, used_at) for buffer, used_at in kept if now - used_at < POOL_S]
+            self._kept_bytes -= size * (len(kept) - len(fresh))
+            if fresh:
+                self._kept[size] = fresh
+            else:
+                del self._kept[size]
 
 
 class LaneOwner(Protocol):
@@ -64,14 +109,19 @@ def tune(sock: socket.socket) -> None:
     for option, value in (
         ("TCP_NOTSENT_LOWAT", NOTSENT_LOWAT_BYTES),
         ("TCP_USER_TIMEOUT", USER_TIMEOUT_MS),
-        ("TCP_CONGESTION", b"bbr"),
+        ("TCP_CONGESTION", None if _is_local(sock) else b"bbr"),
     ):
         number = getattr(socket, option, None)  # absent on some systems, as the permission may be
-        if number is not None:
+        if number is not None and value is not None:
             try:
                 sock.setsockopt(socket.IPPROTO_TCP, number, value)
             except OSError:
                 continue
+
+
+def _is_local(sock: socket.socket) -> bool:
+    """Whether the other end is this machine: nothing is lost there, and BBR costs a quarter of the rate."""
+    return ip_address(sock.getpeername()[0].partition("%")[0]).is_loopback
 
 
 class Lane:
@@ -94,10 +144,9 @@ class Lane:
         self._opener = opener
         self._scratch = scratch
         self._owner = owner
+        self.allocate = scratch.pool.take
         self.last_received = monotonic()  # when a record last came
-        self._heard = False  # whether a record ever came
-        self.received_bytes = 0
-        self.sent_bytes = 0
+        self._begun = self.last_received
         self._carry = b""  # half of a record's length
         self._partial: memoryview | None = None  # a record of which a part has come
         self._partial_rest = memoryview(b"")  # its part that has not
@@ -120,7 +169,10 @@ class Lane:
 
     def _on_readable(self) -> None:
         try:
-            size = self._receive()
+            if self._partial is None and not self._carry:
+                size = self._sock.recv_into(self._scratch.receive) or -1
+            else:
+                size = self._receive_on()
         except (BlockingIOError, InterruptedError):
             return
         except OSError as error:
@@ -131,44 +183,38 @@ class Lane:
         elif not self._ending:
             self._handle(size)
 
-    def _receive(self) -> int:
-        """Read from the socket: how many bytes stand in the shared buffer; -1 at the end.
+    def _receive_on(self) -> int:
+        """Read on where a record was cut: how many bytes stand in the shared buffer; -1 at the end.
 
         The rest of a record whose front is already here goes to that front, and is not copied again.
         """
         buffer = self._scratch.receive
         if self._partial is not None:
             size: int = self._sock.recvmsg_into([self._partial_rest, buffer])[0]
-            if not size:
-                return -1
-            self.received_bytes += size
             missing = len(self._partial_rest)
             self._partial_rest = self._partial_rest[size:]
-            return max(0, size - missing)
+            return max(0, size - missing) if size else -1
         carried = len(self._carry)
-        if carried:
-            buffer[:carried] = self._carry
-        size = self._sock.recv_into(buffer[carried:] if carried else buffer)
-        if not size:
-            return -1
+        buffer[:carried] = self._carry
+        size = self._sock.recv_into(buffer[carried:])
         self._carry = b""
-        self.received_bytes += size
-        return size + carried
+        return size + carried if size else -1
 
     def _handle(self, size: int) -> None:
         """Open the records in the front of the shared buffer, and tell what they brought."""
+        connection = self.connection
         try:
             self._open_records(size)
         except RemoteProtocolError as error:
-            self.connection.close(code_of(error), str(error))
+            connection.close(code_of(error), str(error))
             self._notify()
             self._end(error)
             return
         self._notify()
-        if self.connection.state is self.connection.state.CLOSED:
-            code, reason = self.connection.close_code, self.connection.close_reason
+        if connection.closed:
+            code, reason = connection.close_code, connection.close_reason
             self._end(from_wire(code, reason) if code else ConnectionLost(f"the peer closed: {reason}"))
-        else:
+        elif connection.wants_write:
             self.flush()
 
     def _open_records(self, size: int) -> None:
@@ -178,6 +224,7 @@ class Lane:
                 return
             box, self._partial = self._partial[PREFIX_BYTES:], None
             self._open_record(box, now)
+            self.last_received = now
         buffer, position, length = self._scratch.receive, 0, 0
         while size - position >= PREFIX_BYTES:
             length = buffer[position] << 8 | buffer[position + 1]
@@ -188,6 +235,8 @@ class Lane:
                 break
             self._open_record(buffer[position + PREFIX_BYTES : end], now)
             position = end
+        if position:
+            self.last_received = now
         rest = size - position
         if rest >= PREFIX_BYTES:
             self._partial = memoryview(bytearray(PREFIX_BYTES + length))
@@ -197,9 +246,9 @@ class Lane:
             self._carry = bytes(buffer[position:size])
 
     def _open_record(self, box: memoryview, now: float) -> None:
-        size = len(box) - (_MIN_BOX_BYTES)
+        size = len(box) - TAG_BYTES
         connection = self.connection
-        target = connection.payload_target(size)
+        target = connection.payload_target(size) if size >= ALIGNED_BYTES else None
         if target is None:
             plain = box[:size]
             self._opener.open(box, plain)
@@ -207,8 +256,6 @@ class Lane:
         else:
             self._opener.open(box, target)
             connection.payload_received(size, now)
-        self.last_received = now
-        self._heard = True
 
     def _notify(self) -> None:
         events = self.connection.events
@@ -227,57 +274,47 @@ class Lane:
                 self._lose(f"the connection broke: {error.strerror or error}")
 
     def _pump(self) -> None:
+        connection = self.connection
         for _ in range(BATCHES_PER_TURN):
-            records = self.connection.next_records(BATCH_BYTES)
+            records = connection.next_records(BATCH_BYTES) if connection.wants_write else ()
             if not records:
-                self._after_pump()
-                return
+                break
             buffer = self._scratch.borrow()
             end = 0
             for plain in records:
                 end += self._sealer.seal(plain, buffer[end:])
-            self._buffer, self._unsent = buffer, buffer[:end]
-            if not self._send_unsent():
+            if not self._send(buffer[:end], buffer):
                 break
+            if connection.events:
+                self._notify()
+        if self._unsent is not None or (records and connection.wants_write):
+            if not self._blocked:
+                self._blocked = True
+                self._loop.add_writer(self._fd, self._on_writable)
             self._notify()
-        else:
-            if not self.connection.wants_write:
-                self._after_pump()
-                return
-        if not self._blocked:
-            self._blocked = True
-            self._loop.add_writer(self._fd, self._on_writable)
-        self._notify()
-
-    def _after_pump(self) -> None:
-        if self._ending:  # the reason is sent; now the peer may end its side
+        elif self._ending:  # the reason is sent; now the peer may end its side
             self._sock.shutdown(socket.SHUT_WR)
 
-    def _send_unsent(self) -> bool:
-        """Whether the kernel took everything."""
-        unsent, buffer = self._unsent, self._buffer
-        assert unsent is not None
+    def _send(self, unsent: memoryview, buffer: memoryview | None) -> bool:
+        """Whether the kernel took everything. `buffer` is what was borrowed; it is kept until then."""
         try:
             sent = self._sock.send(unsent)
         except (BlockingIOError, InterruptedError):
             sent = 0
-        self.sent_bytes += sent
-        if sent < len(unsent):
-            unsent = unsent[sent:]
-            if buffer is not None and len(unsent) <= _SMALL_LEFTOVER_BYTES:
-                self._unsent, self._buffer = memoryview(bytes(unsent)), None
+        if sent == len(unsent):
+            self._unsent = self._buffer = None
+            if buffer is not None:
                 self._scratch.give_back(buffer)
-            else:
-                self._unsent = unsent
-            return False
-        self._unsent = self._buffer = None
-        if buffer is not None:
+            return True
+        self._unsent, self._buffer = unsent[sent:], buffer
+        if buffer is not None and len(unsent) - sent <= _SMALL_LEFTOVER_BYTES:
+            self._unsent, self._buffer = memoryview(bytes(self._unsent)), None
             self._scratch.give_back(buffer)
-        return True
+        return False
 
     def _on_writable(self) -> None:
         try:
-            if self._unsent is not None and not self._send_unsent():
+            if self._unsent is not None and not self._send(self._unsent, self._buffer):
                 return
             self._blocked = False
             self._loop.remove_writer(self._fd)
@@ -322,4 +359,6 @@ class Lane:
         told = self._ending
         self.abort()
         if not told:
-            self._owner.lane_lost(self, ConnectionLost(reason if self._heard else _UNHEARD))
+            self._owner.lane_lost(
+                self, ConnectionLost(_UNHEARD if self.last_received == self._begun else reason)
+            )

@@ -15,6 +15,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum, auto
+from types import MappingProxyType
 from typing import Any, TypeAlias
 
 import msgpack
@@ -46,15 +47,9 @@ class Message:
     buffers: Sequence[Buffer] = ()  # at most 64
 
 
-class Kind(Enum):
-    """A header's first element, and how many elements it has."""
-
-    MESSAGE = (0, 3)
-    REQUEST = (1, 5)
-    FAILURE = (2, 5)
-
-
-_LENGTHS = {kind.value[0]: kind.value[1] for kind in Kind}
+# A header's first element, and how many elements each kind has at least; more are of a later version.
+MESSAGE, REQUEST, FAILURE = 0, 1, 2
+_LENGTHS = MappingProxyType({MESSAGE: 3, REQUEST: 5, FAILURE: 5})
 
 
 class Progress(Enum):
@@ -107,7 +102,7 @@ def decode_header(data: bytes | bytearray | memoryview) -> list[Any]:
         raise BadMessage(f"a message header is not valid msgpack: {error}") from error
     if type(header) is not list or len(header) < 3 or type(header[0]) is not int:
         raise BadMessage("a message header is not a list of kind, body and sizes")
-    kind, body, sizes = header[:3]
+    kind, body, sizes = header[0], header[1], header[2]
     if len(header) < _LENGTHS.get(kind, 1 << 16):
         raise BadMessage(f"a message header of kind {kind} has {len(header)} elements")
     if type(body) is not dict or type(sizes) is not list or len(sizes) > MAX_BUFFERS:
@@ -116,9 +111,9 @@ def decode_header(data: bytes | bytearray | memoryview) -> list[Any]:
         if type(size) is not int or size < 0:
             raise BadMessage("a buffer's size is a whole number, and not negative")
     _check(body, MAX_DEPTH)
-    if kind == Kind.REQUEST.value[0]:
+    if kind == REQUEST:
         _check_request(header[3], header[4])
-    elif kind == Kind.FAILURE.value[0] and (type(header[3]) is not int or type(header[4]) is not str):
+    elif kind == FAILURE and (type(header[3]) is not int or type(header[4]) is not str):
         raise BadMessage("a failure has a code and a text")
     return header
 
@@ -155,14 +150,19 @@ def _check(container: Any, depth: int) -> None:
 class MessageReader:
     """Reads the messages of one stream, one after another, each buffer into memory of its own."""
 
-    __slots__ = ("_buffers", "_connection", "_header", "_sizes", "_stream", "admit")
+    __slots__ = ("_allocate", "_buffers", "_connection", "_header", "_sizes", "_stream", "admit")
 
     def __init__(
-        self, connection: Connection, stream: Stream, admit: Callable[[list[Any]], None] | None = None
+        self,
+        connection: Connection,
+        stream: Stream,
+        admit: Callable[[list[Any]], None] | None = None,
+        allocate: Callable[[int], memoryview] = lambda size: memoryview(bytearray(size)),
     ) -> None:
         """`admit` sees each header before any memory is taken for its buffers, and raises to refuse it."""
         self._connection = connection
         self._stream = stream
+        self._allocate = allocate
         self.admit = admit
         self._header: list[Any] | None = None
         self._sizes: list[int] = []
@@ -181,7 +181,7 @@ class MessageReader:
                 continue
             if stream.receive is not Receive.OPEN:
                 break
-            target = memoryview(bytearray(size))
+            target = self._allocate(size)
             buffers.append(target)
             self._connection.expect(stream, target)
         if stream.target is not None or len(buffers) < len(self._sizes):
@@ -197,7 +197,7 @@ class MessageReader:
         if stream.buffered < U32.size:
             stream.need = U32.size
             return False
-        length = U32.unpack(stream.peek(U32.size))[0]
+        length = int.from_bytes(stream.peek(U32.size), "big")
         if length > MAX_HEADER_BYTES:
             raise BadMessage(f"a message header claims {length} bytes; the most is {MAX_HEADER_BYTES}")
         if stream.buffered < U32.size + length:

@@ -28,7 +28,7 @@ from petalite.errors import (
 )
 from petalite.net import messages, schema
 from petalite.net.connection import Event
-from petalite.net.messages import Buffer, Kind, Message, MessageReader, Progress
+from petalite.net.messages import FAILURE, MESSAGE, REQUEST, Buffer, Message, MessageReader, Progress
 from petalite.net.multiaddr import Multiaddr
 from petalite.net.streams import Priority, Receive, Send, Stream
 
@@ -96,7 +96,7 @@ class Call:
         self.task: asyncio.Task[None] | None = None  # the server's end: the handler's
         self._max_bytes = MAX_REPLY_BYTES
         self._max_buffers = messages.MAX_BUFFERS
-        self._reader = MessageReader(lane.connection, stream, self._admit)
+        self._reader = MessageReader(lane.connection, stream, self._admit, lane.allocate)
         self._error: PetaliteError | None = None
         self._waiter: asyncio.Future[None] | None = None
         self._drain_waiters: list[asyncio.Future[None]] = []
@@ -136,28 +136,23 @@ class Call:
 
         Cancelled inside a message that is partly sent, it ends the call: the rest can no longer follow.
         """
-        self._write([Kind.MESSAGE.value[0], body or {}, None], buffers, fin=False)
+        self._write([MESSAGE, body or {}, None], buffers, fin=False)
         if self._stream.queued:
             await self._drained()
 
     async def receive(self) -> Message | None:
         """The next message; None when the peer has finished."""
-        while True:
-            try:
-                polled = self._poll()
-            except BadMessage:
-                self.cancel(ErrorCode.BAD_MESSAGE)
-                raise
-            if type(polled) is tuple:
-                header, buffers = polled
-                if header[0] == Kind.FAILURE.value[0]:
-                    raise self._failed(from_wire(header[3], header[4]))
-                return Message(header[1], buffers)
-            if polled is Progress.END:
-                return None
-            if self._error is not None:
-                raise self._error
-            await self._readable()
+        try:
+            received = await self._next()
+        except BadMessage:
+            self.cancel(ErrorCode.BAD_MESSAGE)
+            raise
+        if received is None:
+            return None
+        header, buffers = received
+        if header[0] == FAILURE:
+            raise self._failed(from_wire(header[3], header[4]))
+        return Message(header[1], buffers)
 
     async def finish(self) -> None:
         """Say that no more messages follow; receiving goes on."""
@@ -185,7 +180,7 @@ class Call:
         """Queue the request."""
         remaining_s = self.remaining_s()
         deadline_ms = 0 if remaining_s is None else min(max(1, int(remaining_s * 1000)), 2**31)
-        self._write([Kind.REQUEST.value[0], body or {}, None, self.method, deadline_ms], buffers, fin)
+        self._write([REQUEST, body or {}, None, self.method, deadline_ms], buffers, fin)
 
     async def begun(self) -> None:
         """Wait until the request is sealed."""
@@ -239,7 +234,7 @@ class Call:
         return f"{self.peer.short()} {did} the call to {self.method!r}"
 
     def _admit(self, header: list[Any]) -> None:
-        if header[0] == Kind.REQUEST.value[0]:
+        if header[0] == REQUEST:
             raise BadMessage("a second request in one call")
         self._admit_sizes(header[2])
 
@@ -261,11 +256,26 @@ class Call:
         self._lane.connection.write(self._stream, segments, fin)
         self._lane.flush()
 
-    def _poll(self) -> tuple[list[Any], list[memoryview]] | Progress:
-        polled = self._reader.poll()
-        if self._lane.connection.wants_write:
-            self._lane.flush()  # what was read is credit for the peer
-        return polled
+    async def _next(self) -> tuple[list[Any], list[memoryview]] | None:
+        """The next header and its buffers; None when the peer has finished."""
+        connection = self._lane.connection
+        while True:
+            polled = self._reader.poll()
+            if connection.wants_write:
+                self._lane.flush()  # what was read is credit for the peer
+            if type(polled) is tuple:
+                return polled
+            if polled is Progress.END:
+                return None
+            if self._error is not None:
+                raise self._error
+            if self._waiter is not None:
+                raise LocalProtocolError("two tasks wait for messages of one call")
+            self._waiter = self._link.loop.create_future()
+            try:
+                await self._waiter
+            finally:
+                self._waiter = None
 
     async def _drained(self) -> None:
         waiter = self._link.loop.create_future()
@@ -279,15 +289,6 @@ class Call:
             if self._stream.queued:
                 self.cancel()
             raise
-
-    async def _readable(self) -> None:
-        if self._waiter is not None:
-            raise LocalProtocolError("two tasks wait for messages of one call")
-        self._waiter = self._link.loop.create_future()
-        try:
-            await self._waiter
-        finally:
-            self._waiter = None
 
     def _expire(self, timeout_s: float) -> None:
         self._fail(
@@ -347,7 +348,6 @@ class Call:
             self.end()
 
     async def _serve(self, methods: Mapping[str, Method]) -> None:
-        self.set_deadline(REQUEST_TIMEOUT_S)
         found: list[Method] = []
 
         def admit(header: list[Any]) -> None:
@@ -355,7 +355,11 @@ class Call:
             self._reader.admit = self._admit
 
         self._reader.admit = admit
-        first = await self._receive_request()
+        if self._stream.receive is Receive.OPEN:  # most requests are here as a whole, and need no timer
+            self.set_deadline(REQUEST_TIMEOUT_S)
+        first = await self._next()
+        if first is None:
+            raise BadMessage("a call without a request")
         method = found[0]
         if method.running >= method.policy.max_concurrent:
             raise ResourceLimit(f"{self.method!r} already runs {method.running} calls")
@@ -375,7 +379,7 @@ class Call:
         await self._reply(reply)
 
     def _admit_request(self, header: list[Any], methods: Mapping[str, Method]) -> Method:
-        if header[0] != Kind.REQUEST.value[0]:
+        if header[0] != REQUEST:
             raise BadMessage("a call begins with a request")
         self.method = header[3]
         method = methods.get(self.method)
@@ -385,17 +389,6 @@ class Call:
         self._admit_sizes(header[2])
         return method
 
-    async def _receive_request(self) -> tuple[list[Any], list[memoryview]]:
-        while True:
-            polled = self._poll()
-            if type(polled) is tuple:
-                return polled
-            if polled is Progress.END:
-                raise BadMessage("a call without a request")
-            if self._error is not None:
-                raise self._error
-            await self._readable()
-
     async def _reply(self, reply: Reply) -> None:
         if self._stream.send is not Send.OPEN:
             return
@@ -403,7 +396,7 @@ class Call:
             await self.finish()
             return
         message = reply if isinstance(reply, Message) else Message(reply)
-        self._write([Kind.MESSAGE.value[0], message.body, None], message.buffers, fin=True)
+        self._write([MESSAGE, message.body, None], message.buffers, fin=True)
         await self.begun()
 
     def _tell(self, error: PetaliteError) -> None:
@@ -411,6 +404,6 @@ class Call:
         if self._stream.send is not Send.OPEN or isinstance(self._error, ConnectionLost):
             return
         text = str(error)[:1000]
-        header = [Kind.FAILURE.value[0], {}, None, int(code_of(error)), text]
+        header = [FAILURE, {}, None, int(code_of(error)), text]
         self._lane.connection.write(self._stream, messages.encode(header, ()), fin=True)
         self._lane.flush()

@@ -20,10 +20,7 @@ class Turns:
     def __init__(self) -> None:
         self._ready: tuple[deque[Stream], ...] = tuple(deque() for _ in Priority)
         self._starved = [0] * len(Priority)
-
-    @property
-    def waiting(self) -> bool:
-        return any(self._ready)
+        self.waiting = 0  # streams
 
     def offer(self, stream: Stream) -> None:
         """Queue the stream if it can send and is not queued."""
@@ -31,11 +28,13 @@ class Turns:
             return
         if stream.sent < stream.send_limit if stream.outbox else stream.send is Send.FINISHING:
             stream.ready = True
+            self.waiting += 1
             self._ready[stream.priority].append(stream)
 
     def leave(self, stream: Stream) -> None:
         if stream.ready:
             self._ready[stream.priority].remove(stream)
+            self.waiting -= 1
             stream.ready = False
 
     def move(self, stream: Stream, priority: Priority) -> None:
@@ -44,48 +43,49 @@ class Turns:
         stream.priority = priority
         self.offer(stream)
 
-    def next(self) -> Stream | None:
+    def next(self) -> Stream:
         """Whose turn it is: the highest class that waits, or one below it that waited for too long."""
-        chosen: int | None = None
-        for priority, queue in enumerate(self._ready):
-            if not queue:
-                continue
-            if chosen is None:
-                chosen = priority
-                continue
-            self._starved[priority] += min(MAX_DATA_BYTES, self._ready[chosen][0].queued)
-            if self._starved[priority] > STARVED_BYTES:
-                chosen = priority
-                break
-        if chosen is None:
-            return None
-        self._starved[chosen] = 0
-        return self._ready[chosen][0]
+        ready, chosen = self._ready, 0
+        while not ready[chosen]:
+            chosen += 1
+        if len(ready[chosen]) < self.waiting:
+            above = chosen
+            for priority in range(chosen + 1, len(ready)):
+                if ready[priority]:
+                    self._starved[priority] += min(MAX_DATA_BYTES, ready[above][0].queued)
+                    if self._starved[priority] > STARVED_BYTES:
+                        chosen = priority
+                        break
+            self._starved[chosen] = 0
+        return ready[chosen][0]
 
     def took(self, stream: Stream) -> None:
         """The stream that `next` named has had its turn."""
         self._ready[stream.priority].popleft()
+        self.waiting -= 1
         stream.ready = False
         if stream.outbox:
             self.offer(stream)
 
 
-def gather(outbox: deque[bytes | memoryview], room: int) -> tuple[list[bytes], int]:
-    """Small segments from the front, or a small piece of a large one that has no more room than that."""
-    pieces: list[bytes] = []
+def gather(outbox: deque[bytes | memoryview], room: int) -> tuple[list[bytes | memoryview], int]:
+    """Take the payload of the next frame: a large segment alone, or as many small ones as fit."""
+    pieces: list[bytes | memoryview] = []
     size = 0
     while outbox and size < room:
         segment = outbox[0]
-        if len(segment) > room - size:
-            if size and len(segment) >= ALIGNED_BYTES:
-                break  # it may find room for records of its own in its next turn
+        length = len(segment)
+        if size and length >= ALIGNED_BYTES:
+            break  # it has records of its own
+        if length > room - size:
             segment = memoryview(segment)
             outbox[0] = segment[room - size :]
             segment = segment[: room - size]
-        elif size and len(segment) >= ALIGNED_BYTES:
-            break
+            length = room - size
         else:
             outbox.popleft()
-        pieces.append(bytes(segment))
-        size += len(segment)
+        pieces.append(segment)
+        size += length
+        if length >= ALIGNED_BYTES:
+            break
     return pieces, size

@@ -80,6 +80,7 @@ class Stream:
         "chunks",
         "consumed",
         "filled",
+        "grant_at",
         "granted_at",
         "highest",
         "id",
@@ -127,6 +128,7 @@ class Stream:
         self.consumed = 0  # read by the application, or thrown away
         self.receive_limit = window  # our credit: `received` may reach this
         self.window = window
+        self.grant_at = window - (window >> 1)  # bytes read, or about to be, at which credit is given again
         self.granted_at = now
         self.reset_code = 0  # why the peer gave up sending
         self.announced = False  # whether an unhandled event says that there is something to read
@@ -186,14 +188,17 @@ class Stream:
         self._drain_into(memoryview(taken))
         return taken
 
-    def peek(self, size: int) -> bytes:
+    def peek(self, size: int) -> bytearray:
         """The next few bytes, which are there, left where they are."""
-        peeked = bytearray()
+        peeked = self.chunks[0][:size]
+        if len(peeked) == size:
+            return peeked
+        peeked.clear()
         for chunk in self.chunks:
             peeked += chunk[: size - len(peeked)]
             if len(peeked) == size:
                 break
-        return bytes(peeked)
+        return peeked
 
     def take_into(self, target: memoryview) -> int:
         """Move what is buffered into the front of `target`; how many bytes that was."""
