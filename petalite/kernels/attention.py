@@ -54,17 +54,17 @@ class CausalMasks:
 
 
 def attend(queries: Tensor, keys: Tensor, values: Tensor, masks: CausalMasks, window: int | None) -> Tensor:
-    """Queries (T, H, D) of the last T of S tokens; keys and values (K, S, D). Returns (T, H · D).
+    """Queries (T, H, D) of the last T of S tokens; keys and values (1, K, S, D). Returns (T, H · D).
 
     With a `window`, a token sees itself and the `window - 1` tokens before it.
     """
     n_tokens, n_heads, head_dim = queries.shape
-    n_kv_heads, n_keys, _ = keys.shape
+    _, n_kv_heads, n_keys, _ = keys.shape
     if n_tokens == 1:
-        first = 0 if window is None else max(0, n_keys - window)
+        if window is not None and window < n_keys:
+            keys, values = keys[:, :, -window:], values[:, :, -window:]
         folded = queries.view(1, n_kv_heads, n_heads // n_kv_heads, head_dim)
-        seen = keys[:, first:].unsqueeze(0), values[:, first:].unsqueeze(0)
-        return scaled_dot_product_attention(folded, *seen).reshape(1, n_heads * head_dim)
+        return scaled_dot_product_attention(folded, keys, values).view(1, n_heads * head_dim)
     grouped = queries.view(n_tokens, n_kv_heads, -1, head_dim).transpose(0, 1)  # (K, T, G, D)
     outputs = []
     for start in range(0, n_tokens, masks.block_tokens):
@@ -74,8 +74,8 @@ def attend(queries: Tensor, keys: Tensor, values: Tensor, masks: CausalMasks, wi
         first = 0 if window is None else max(0, last - length - window + 1)
         output = scaled_dot_product_attention(
             block.flatten(1, 2).unsqueeze(0),
-            keys[:, first:last].unsqueeze(0),
-            values[:, first:last].unsqueeze(0),
+            keys[:, :, first:last],
+            values[:, :, first:last],
             attn_mask=masks.view(length, last - first, window),
         )
         outputs.append(output.view(n_kv_heads, length, -1, head_dim).transpose(0, 1).flatten(1))

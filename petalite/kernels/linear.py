@@ -19,6 +19,8 @@ from torch.nn.functional import linear
 
 logger = logging.getLogger(__name__)
 
+_linear_pointwise: Callable[..., Tensor] = torch.ops.mkldnn._linear_pointwise.default
+
 
 class Linear(Protocol):
     """x (T, K) → (T, N)."""
@@ -58,7 +60,7 @@ class OneDnnLinear:
     float32 product of one row uses one core only. Below four rows oneDNN takes a slower path, so fewer are
     repeated up to four; the answers to one to four tokens then are the same to the bit."""
 
-    _MIN_ROWS = 4
+    MIN_ROWS = 4
 
     def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
         self.shape = weight.shape
@@ -74,10 +76,10 @@ class OneDnnLinear:
 
     def product(self, x: Tensor) -> Tensor:
         n_rows = x.shape[0]
-        if 0 < n_rows < self._MIN_ROWS:
-            x = x.repeat(-(-self._MIN_ROWS // n_rows), 1)
-        product: Tensor = torch.ops.mkldnn._linear_pointwise(x, self._packed, self._bias, "none", [], "")
-        return product[:n_rows]
+        if n_rows < self.MIN_ROWS:
+            x = torch.cat((x,) * -(-self.MIN_ROWS // n_rows))
+            return _linear_pointwise(x, self._packed, self._bias, "none", [], "")[:n_rows]
+        return _linear_pointwise(x, self._packed, self._bias, "none", [], "")
 
     def dense(self) -> Tensor:
         return self._packed.to_dense()
@@ -109,6 +111,9 @@ class LinearKernel:
     name: str
     make: Callable[[Tensor, Tensor | None], Linear]
     works_on: Callable[[torch.device, torch.dtype], bool]
+    min_rows: int = (
+        1  # fewer tokens than this cost as much; a caller that pads once spares every linear doing so
+    )
 
 
 def _onednn_works_on(device: torch.device, dtype: torch.dtype) -> bool:
@@ -121,7 +126,7 @@ def _onednn_works_on(device: torch.device, dtype: torch.dtype) -> bool:
 
 
 KERNELS = (  # best first
-    LinearKernel("onednn", OneDnnLinear, _onednn_works_on),
+    LinearKernel("onednn", OneDnnLinear, _onednn_works_on, OneDnnLinear.MIN_ROWS),
     LinearKernel("dense", DenseLinear, lambda device, dtype: True),
 )
 

@@ -128,10 +128,15 @@ def rotations(rope: Rope, head_dim: int, start: int, end: int, device: torch.dev
     return torch.polar(torch.tensor(rope.attention_factor).expand_as(angles), angles).unsqueeze(1).to(device)
 
 
-def rotate(x: Tensor, rotation: Tensor) -> Tensor:
-    """Turn every pair of `x` (T, heads, D) by `rotation` (T, 1, D/2), in float32 whatever `x` is in."""
-    pairs = torch.view_as_complex(x.float().view(*x.shape[:-1], -1, 2))
-    return torch.view_as_real(pairs * rotation).flatten(-2).to(x.dtype)
+def rotate_(heads: Tensor, n_rotated: int, rotation: Tensor) -> Tensor:
+    """Turn every pair of the first `n_rotated` heads of (T, heads, D) by `rotation` (T, 1, D/2), in float32.
+
+    In place where `heads` is float32 already; give it what nothing else needs.
+    """
+    exact = heads.float()
+    pairs = torch.view_as_complex(exact.view(*heads.shape[:-1], -1, 2))
+    pairs.narrow(1, 0, n_rotated).mul_(rotation)
+    return exact.to(heads.dtype)
 
 
 def interleave_rows(weight: Tensor, head_dim: int) -> Tensor:

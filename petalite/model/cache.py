@@ -5,9 +5,9 @@ slabs towards the length it was opened for, so that memory follows use while `re
 promised. A step appends to any number of rows at once; lengths change only when all its blocks have run, so
 a step that failed can be sent again.
 
-Per block a row holds one tensor (2, K, capacity, D): keys and values, head by head, as attention reads them.
-Knows tensors and lengths; not what a session is. Not thread-safe: it belongs to the thread that computes.
-"""
+Per block a row holds one tensor (2, 1, K, capacity, D): keys and values, head by head, as attention reads
+them. Knows tensors and lengths; not what a session is. Not thread-safe: it belongs to the thread that
+computes."""
 
 from __future__ import annotations
 
@@ -145,18 +145,20 @@ class KVCache:
         return length * (end - start) * self._shape.token_bytes
 
     @contextmanager
-    def step(self, segments: Sequence[Segment], start: int, end: int) -> Iterator[Step]:
+    def step(
+        self, segments: Sequence[Segment], start: int, end: int, *, min_tokens: int = 1
+    ) -> Iterator[Step]:
         """Plan a packed step over the blocks [start, end); the rows grow by it if the body ends without an
         error.
 
         Raises, and leaves everything as it was: UnknownSession, WrongSpan (a row of other blocks),
         SessionGap (a position beyond the row's length), SessionLimit, BadMessage. A position inside a row
         truncates the row there first; what stood after it is overwritten, so that stays so even if the step
-        fails."""
+        fails. A step of fewer than `min_tokens` is padded with tokens that belong to no row."""
         rows = self._checked(segments, start, end)
         for row, segment in zip(rows, segments, strict=True):
             row.length = min(row.length, segment.position)
-        yield Step(self._shape, rows, segments, self._gather(segments), self._masks)
+        yield Step(self._shape, rows, segments, self._gather(segments, min_tokens), self._masks)
         for row, segment in zip(rows, segments, strict=True):
             row.length = segment.end
 
@@ -182,8 +184,12 @@ class KVCache:
                 )
         return rows
 
-    def _gather(self, segments: Sequence[Segment]) -> Tensor:
-        views = [self._rotations.rows(segment.position, segment.end) for segment in segments]
+    def _gather(self, segments: Sequence[Segment], min_tokens: int) -> Tensor:
+        """(T, 1, D/2), T at least `min_tokens`; what padding is rotated by does not matter."""
+        *others, last = segments
+        padding = max(0, min_tokens - sum(segment.n_tokens for segment in segments))
+        views = [self._rotations.rows(segment.position, segment.end) for segment in others]
+        views.append(self._rotations.rows(last.position, last.end + padding))
         return views[0] if len(views) == 1 else torch.cat(views)
 
     def _add(self, row: _Row) -> int:
@@ -214,24 +220,28 @@ class Step:
         self.rotation = rotation  # (T, 1, D/2)
         self._shape = shape
         self._masks = masks
-        self._parts: list[tuple[_Row, int, int, int, int]] = []  # row, its tokens in the pack, its positions
+        self._parts: list[
+            tuple[_Row, int, int, int, int]
+        ] = []  # row, first and number in the pack, positions
         first = 0
         for row, segment in zip(rows, segments, strict=True):
-            last = first + segment.n_tokens
-            self._parts.append((row, first, last, segment.position, segment.end))
-            first = last
-        self.n_tokens = first
+            self._parts.append((row, first, segment.n_tokens, segment.position, segment.end))
+            first += segment.n_tokens
+        self._padding = rotation.shape[0] - first
 
-    def attend(self, block: int, queries: Tensor, keys: Tensor, values: Tensor, window: int | None) -> Tensor:
-        """Append keys and values (T, K, D) to block `block` of every row; queries (T, H, D) → (T, H · D)."""
-        outputs = []
-        for row, first, last, position, end in self._parts:
+    def attend(self, block: int, heads: Tensor, n_heads: int, window: int | None) -> Tensor:
+        """Append the keys and values in `heads` (T, H + 2K, D) to block `block` of every row → (T, H · D)."""
+        shape, outputs = self._shape, []
+        new = heads.narrow(1, n_heads, 2 * shape.n_kv_heads)
+        new = new.view(-1, 2, 1, shape.n_kv_heads, shape.head_dim).permute(1, 2, 3, 0, 4)
+        for row, first, n_tokens, position, end in self._parts:
             cached = self._room(row, block, position, end)
-            cached[0, :, position:end] = keys[first:last].transpose(0, 1)
-            cached[1, :, position:end] = values[first:last].transpose(0, 1)
-            outputs.append(
-                attend(queries[first:last], cached[0, :, :end], cached[1, :, :end], self._masks, window)
-            )
+            cached.narrow(3, position, n_tokens).copy_(new.narrow(3, first, n_tokens))
+            keys, values = cached.narrow(3, 0, end).unbind()
+            queries = heads.narrow(0, first, n_tokens).narrow(1, 0, n_heads)
+            outputs.append(attend(queries, keys, values, self._masks, window))
+        if self._padding:
+            outputs.append(heads.new_zeros(self._padding, n_heads * shape.head_dim))
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
 
     def _room(self, row: _Row, block: int, used: int, needed: int) -> Tensor:
@@ -241,15 +251,16 @@ class Step:
             shape = self._shape
             cached = torch.empty(
                 2,
+                1,
                 shape.n_kv_heads,
                 _capacity(needed, row.max_length),
                 shape.head_dim,
                 dtype=shape.dtype,
                 device=shape.device,
             )
-        elif cached.shape[2] < needed:
+        elif cached.shape[3] < needed:
             # A half more each time: a row of n tokens is copied at most three times over while it grows to n.
-            grown = max(needed, cached.shape[2] * 3 // 2)
+            grown = max(needed, cached.shape[3] * 3 // 2)
             cached = _resized(cached, _capacity(grown, row.max_length), used)
         else:
             return cached
@@ -262,6 +273,6 @@ def _capacity(length: int, max_length: int) -> int:
 
 
 def _resized(cached: Tensor, capacity: int, used: int) -> Tensor:
-    resized = cached.new_empty(*cached.shape[:2], capacity, cached.shape[3])
-    resized[:, :, :used] = cached[:, :, :used]
+    resized = cached.new_empty(*cached.shape[:3], capacity, cached.shape[4])
+    resized.narrow(3, 0, used).copy_(cached.narrow(3, 0, used))
     return resized

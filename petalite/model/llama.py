@@ -14,7 +14,8 @@ from torch import Tensor
 from torch.nn.functional import rms_norm, silu
 
 from petalite.kernels.linear import Linear
-from petalite.kernels.rope import interleave_rows, rotate
+from petalite.kernels.norm import RmsNorm
+from petalite.kernels.rope import interleave_rows, rotate_
 from petalite.model.config import ModelConfig
 
 
@@ -26,8 +27,8 @@ class AttentionStep(Protocol):
         """(T, 1, D/2)."""
         ...
 
-    def attend(self, block: int, queries: Tensor, keys: Tensor, values: Tensor, window: int | None) -> Tensor:
-        """Queries (T, H, D), keys and values (T, K, D) → (T, H · D)."""
+    def attend(self, block: int, heads: Tensor, n_heads: int, window: int | None) -> Tensor:
+        """Heads (T, H + 2K, D): `n_heads` queries, then keys, then values → (T, H · D)."""
         ...
 
 
@@ -74,7 +75,8 @@ class LlamaBlock:
         self._eps = config.norm_eps
         self._window = config.windows[index]
         self._has_rope = config.rope_blocks[index]
-        self._attention_norm, self._mlp_norm = parts["attention_norm.weight"], parts["mlp_norm.weight"]
+        self._attention_norm = RmsNorm(parts["attention_norm.weight"], config.norm_eps)
+        self._mlp_norm = RmsNorm(parts["mlp_norm.weight"], config.norm_eps)
         self._head_norm = self._fused_head_norm(parts) if attention.qk_norm else None
         self._qkv = linear(*self._fused(parts, ("query", "key", "value"), rotated=("query", "key")))
         self._output = linear(*self._fused(parts, ("output",)))
@@ -83,22 +85,17 @@ class LlamaBlock:
 
     def __call__(self, hidden: Tensor, step: AttentionStep) -> Tensor:
         """(T, E) → (T, E)."""
-        width = hidden.shape[-1:]
-        normed = rms_norm(hidden, width, self._attention_norm, self._eps)
-        heads = self._qkv(normed).view(hidden.shape[0], -1, self._head_dim)
-        n_turned = self._n_heads + self._n_kv_heads
-        turned = heads[:, :n_turned]
+        heads = self._qkv(self._attention_norm(hidden)).view(hidden.shape[0], -1, self._head_dim)
+        n_positioned = self._n_heads + self._n_kv_heads
         if self._head_norm is not None:
-            turned = rms_norm(turned, (self._head_dim,), None, self._eps) * self._head_norm
+            normed = rms_norm(heads[:, :n_positioned], (self._head_dim,), None, self._eps)
+            heads = torch.cat((normed * self._head_norm, heads[:, n_positioned:]), dim=1)
         if self._has_rope:
-            turned = rotate(turned, step.rotation)
-        queries, keys = turned[:, : self._n_heads], turned[:, self._n_heads :]
-        mixed = step.attend(self.index, queries, keys, heads[:, n_turned:], self._window)
-        hidden = hidden + self._output(mixed)
+            heads = rotate_(heads, n_positioned, step.rotation)
+        hidden = hidden + self._output(step.attend(self.index, heads, self._n_heads, self._window))
 
-        normed = rms_norm(hidden, width, self._mlp_norm, self._eps)
-        gate, up = self._gate_up(normed).chunk(2, dim=-1)
-        return hidden + self._down(silu(gate) * up)
+        gate, up = self._gate_up(self._mlp_norm(hidden)).chunk(2, dim=-1)
+        return hidden + self._down(silu(gate).mul_(up))
 
     @property
     def nbytes(self) -> int:

@@ -85,11 +85,14 @@ class BlockSpan:
         first, last = self._range(start, end)
         n_tokens = sum(segment.n_tokens for segment in segments)
         self._check(hidden, (n_tokens, self.config.hidden_size))
-        with torch.inference_mode(), cache.step(segments, first, last) as step:
+        fewest = linear.pick(self.device, self.dtype).min_rows
+        with torch.inference_mode(), cache.step(segments, first, last, min_tokens=fewest) as step:
             hidden = hidden.to(self.device, self.dtype)
+            if n_tokens < fewest:
+                hidden = torch.cat((hidden, hidden.new_zeros(fewest - n_tokens, hidden.shape[1])))
             for block in self._blocks[first - self.start : last - self.start]:
                 hidden = block(hidden, step)
-        return hidden
+            return hidden[:n_tokens]
 
     def forward_stateless(
         self, hidden: Tensor, *, start: int | None = None, end: int | None = None
@@ -134,11 +137,12 @@ class _UncachedStep:
     rotation: Tensor
     masks: CausalMasks
 
-    def attend(self, block: int, queries: Tensor, keys: Tensor, values: Tensor, window: int | None) -> Tensor:
-        rows = zip(*(tensor.chunk(self.n_rows) for tensor in (queries, keys, values)), strict=True)
-        return torch.cat(
-            [attend(q, k.transpose(0, 1), v.transpose(0, 1), self.masks, window) for q, k, v in rows]
-        )
+    def attend(self, block: int, heads: Tensor, n_heads: int, window: int | None) -> Tensor:
+        outputs = []
+        for row in heads.chunk(self.n_rows):
+            keys, values = row[:, n_heads:].transpose(0, 1).unsqueeze(0).chunk(2, dim=1)
+            outputs.append(attend(row[:, :n_heads], keys, values, self.masks, window))
+        return torch.cat(outputs)
 
 
 def load_span(
