@@ -10,14 +10,19 @@ from __future__ import annotations
 import asyncio
 from bisect import bisect_left
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from hashlib import sha256
+from heapq import heapify, heappop, heappush
+from itertools import count
+from math import log
 from random import Random
 
 from petalite.dht.contacts import Contact
 from petalite.dht.keys import KEY_BITS, DhtKey
 from petalite.dht.node import DhtNode, DhtSettings
 from petalite.dht.records import NamespaceRules, RecordChecker
+from petalite.errors import ShuttingDown, Unreachable
 from petalite.net.identity import Identity
 from petalite.net.multiaddr import Multiaddr
 from petalite.sim.network import Endpoint, SimNetwork
@@ -118,10 +123,10 @@ class SimSwarm:
         return born
 
     async def populate(self, n: int) -> list[SimPeer]:
-        """Nodes with the tables of a swarm that has stood for long: random peers in every bucket. No message
-        is sent."""
+        """Nodes with the tables of a swarm that has stood for long: random peers in every bucket, last heard
+        from and looked for at random times. No message is sent."""
         born = [await self.add() for _ in range(n)]
-        now_s = asyncio.get_running_loop().time()
+        now_s, upkeep = asyncio.get_running_loop().time(), self._settings.upkeep
         ring = sorted(self.peers, key=lambda peer: peer.contact.node_id)
         ids = [peer.contact.node_id for peer in ring]
         for peer in born:
@@ -129,24 +134,47 @@ class SimSwarm:
             for index in range(KEY_BITS):
                 low, high = _bucket(peer.contact.node_id, index)
                 first, last = bisect_left(ids, low), bisect_left(ids, high)
-                for number in self.random.sample(range(first, last), min(table.settings.k, last - first)):
-                    table.add(ring[number].contact, now_s)
+                for number in self.random.sample(range(first, last), min(table.settings.k + 4, last - first)):
+                    table.add(ring[number].contact, now_s - self.random.uniform(0.0, upkeep.probe_after_s))
                 if _alone(ids, peer.contact.node_id, index):
                     break
             for index in table.stale_buckets(now_s, 0.0):
-                table.refreshed(DhtKey.random(self.random, peer.contact.node_id, index), now_s)
+                target = DhtKey.random(self.random, peer.contact.node_id, index)
+                table.refreshed(target, now_s - self.random.uniform(0.0, upkeep.refresh_s))
         return born
 
     async def kill(self, peers: Iterable[SimPeer]) -> None:
         """They stop without a word, as machines that lose their power."""
         gone = list(peers)
         for peer in gone:
-            peer.endpoint.down()
+            self.network.remove(peer.endpoint)
         alive = dict.fromkeys(self.peers)
         for peer in gone:
             del alive[peer]
             await peer.node.close(withdraw=False)
         self.peers = list(alive)
+
+    async def churn(self, median_session_s: float, *, staying: Iterable[SimPeer] = ()) -> None:
+        """For ever: each peer but those staying stops after a random session, and a new one joins in its
+        place. Half of all sessions are longer than the median, whatever their age: an exponential
+        distribution."""
+        rate = log(2) / median_session_s
+        random = Random(self._seed)  # its own, so that what else is done meanwhile changes nobody's fate
+        loop = asyncio.get_running_loop()
+        stay = set(staying)
+        ends = [
+            (loop.time() + random.expovariate(rate), n, p) for n, p in enumerate(self.peers) if p not in stay
+        ]
+        heapify(ends)
+        async with asyncio.TaskGroup() as joins:
+            for number in count(len(self.peers)):
+                end_s, _, peer = heappop(ends)
+                await asyncio.sleep(end_s - loop.time())
+                await self.kill([peer])
+                through = random.choice(self.peers).address
+                newcomer = await self.add()
+                joins.create_task(_try_to_join(newcomer, through))
+                heappush(ends, (loop.time() + random.expovariate(rate), number, newcomer))
 
     async def close(self) -> None:
         """End every node, without farewells."""
@@ -163,9 +191,10 @@ class SimSwarm:
         return f"/ip4/{'.'.join(map(str, parts))}/tcp/31330"
 
 
-def exponential_session_s(random: Random, median_s: float) -> float:
-    """How long a peer stays, when half stay longer than the median whatever their age."""
-    return random.expovariate(0.6931471805599453 / median_s)
+async def _try_to_join(peer: SimPeer, through: Multiaddr) -> None:
+    """Whoever it was to join through may have left; the node itself tries again."""
+    with suppress(Unreachable, ShuttingDown):
+        await peer.node.join([through])
 
 
 def _bucket(own_id: DhtKey, index: int) -> tuple[int, int]:

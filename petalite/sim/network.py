@@ -8,6 +8,7 @@ and the network split. Everything random comes from one seed.
 from __future__ import annotations
 
 import asyncio
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from random import Random
@@ -68,6 +69,14 @@ class SimNetwork:
         self._at[address] = self._by_peer[peer_id] = endpoint
         return endpoint
 
+    def remove(self, endpoint: Endpoint) -> None:
+        """It is gone for good: from now on there is silence at its address."""
+        endpoint.down()
+        if self._by_peer.get(endpoint.peer_id) is endpoint:
+            del self._by_peer[endpoint.peer_id]
+        if self._at.get(endpoint.addresses[0]) is endpoint:
+            del self._at[endpoint.addresses[0]]
+
     def split(self, sides: Mapping[PeerId, int]) -> None:
         """From now on messages pass only between peers on the same side; peers not named are on side 0. `{}`
         heals it."""
@@ -110,7 +119,7 @@ class Endpoint:
 
     def __init__(self, network: SimNetwork, peer_id: PeerId, address: Multiaddr) -> None:
         self.address = address
-        self.calls = 0  # made from here
+        self.calls: Counter[str] = Counter()  # made from here, by method
         self.sent_bytes = 0
         self.up = True
         self._network = network
@@ -171,7 +180,7 @@ class Endpoint:
         self, target: Endpoint | None, method: str, body: Mapping[str, Any], timeout_s: float
     ) -> Mapping[str, Any]:
         """A call and its answer; with nobody as the target, and from a peer that is down, silence."""
-        self.calls += 1
+        self.calls[method] += 1
         self._network.traffic.calls += 1
         loop = asyncio.get_running_loop()
         answered: asyncio.Future[bytes] = loop.create_future()
