@@ -108,7 +108,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny_llama(tmp_path_factory.mktemp("models") / "tiny", num_hidden_layers=6)
 
 
-@pytest.mark.parametrize("killed_after", [1, 7, 19])
+@pytest.mark.parametrize("killed_after", [0, 7, 14])
 def test_a_server_killed_in_mid_generation_changes_nothing(tiny: Path, killed_after: int) -> None:
     """SIGKILL to a process of the chain; its blocks have another holder. The ids are those of one process."""
     prompt = list(range(40))
@@ -121,12 +121,11 @@ def test_a_server_killed_in_mid_generation_changes_nothing(tiny: Path, killed_af
         servers = {server.peer_id: server for server in started}
         model = stack.enter_context(petalite.load(str(tiny), peers=[bootstrap.address]))
         with model.session(100) as session:
-            pieces = model.stream(prompt, max_new_tokens=24, session=session)
-            for _ in range(killed_after):
-                next(pieces)
-            victim = session.session.chain[1].peer
-            servers[victim].kill()
-            list(pieces)
+            victim = None
+            for _ in model.stream(prompt, max_new_tokens=24, session=session):
+                if victim is None and session.position >= len(prompt) + killed_after:
+                    victim = session.session.chain[1].peer
+                    servers[victim].kill()
             assert session.token_ids[len(prompt) :] == expected[:-1]
             assert [recovery.lost for recovery in session.trace.recoveries] == [victim]
 

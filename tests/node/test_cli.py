@@ -193,6 +193,7 @@ def test_a_server_leaves_cleanly(number: signal.Signals, model: Path) -> None:
     """
     with bootstrap_node() as bootstrap:
         with serve_node(str(model), "0:4", [bootstrap.address]) as server:
+            assert server.address
             assert "0:4" in petalite("status", "--peers", str(bootstrap.address)).stdout
             assert server.stop(number) == 0
             assert "Traceback" not in server.output
