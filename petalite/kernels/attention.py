@@ -43,6 +43,7 @@ class CausalMasks:
             table = self._tables[window] = self._build(columns, window)
         return table[-n_tokens * self._group :, -n_keys:]
 
+    @torch.inference_mode(False)  # autograd may not save what inference mode made
     def _build(self, columns: int, window: int | None) -> Tensor:
         query = torch.arange(-self.block_tokens, 0, device=self._device).repeat_interleave(self._group)
         distance = query.unsqueeze(1) - torch.arange(-columns, 0, device=self._device)

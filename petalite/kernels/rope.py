@@ -156,6 +156,7 @@ class RotationTable:
         self._device = device
         self._table = torch.empty(0, 1, head_dim // 2, dtype=torch.complex64, device=device)
 
+    @torch.inference_mode(False)  # autograd may not save what inference mode made
     def rows(self, start: int, end: int) -> Tensor:
         """(end - start, 1, D/2) for the positions [start, end)."""
         known = self._table.shape[0]

@@ -51,6 +51,8 @@ def random_tensors(settings: dict[str, Any], seed: int = 0) -> dict[str, torch.T
     head_dim = settings.get("head_dim") or hidden // settings["num_attention_heads"]
     queries = settings["num_attention_heads"] * head_dim
     keys = settings["num_key_value_heads"] * head_dim
+    family = settings["model_type"]
+    qkv_bias = settings["attention_bias"] or family == "qwen2"
     tensors: dict[str, torch.Tensor] = {}
 
     def linear(name: str, n_out: int, n_in: int, bias: bool) -> None:
@@ -58,14 +60,17 @@ def random_tensors(settings: dict[str, Any], seed: int = 0) -> dict[str, torch.T
         if bias:
             tensors[f"{name}.bias"] = torch.randn(n_out, generator=generator) * 0.1
 
-    def norm(name: str) -> None:
-        tensors[f"{name}.weight"] = 1 + 0.1 * torch.randn(hidden, generator=generator)
+    def norm(name: str, size: int = hidden) -> None:
+        tensors[f"{name}.weight"] = 1 + 0.1 * torch.randn(size, generator=generator)
 
     tensors["model.embed_tokens.weight"] = torch.randn(vocab, hidden, generator=generator)
     for block in range(settings["num_hidden_layers"]):
         prefix = f"model.layers.{block}"
         for name, n_out, n_in in (("q", queries, hidden), ("k", keys, hidden), ("v", keys, hidden)):
-            linear(f"{prefix}.self_attn.{name}_proj", n_out, n_in, settings["attention_bias"])
+            linear(f"{prefix}.self_attn.{name}_proj", n_out, n_in, qkv_bias)
+        if family == "qwen3":
+            norm(f"{prefix}.self_attn.q_norm", head_dim)
+            norm(f"{prefix}.self_attn.k_norm", head_dim)
         linear(f"{prefix}.self_attn.o_proj", hidden, queries, settings["attention_bias"])
         for name, n_out, n_in in (("gate", inner, hidden), ("up", inner, hidden), ("down", hidden, inner)):
             linear(f"{prefix}.mlp.{name}_proj", n_out, n_in, settings["mlp_bias"])
