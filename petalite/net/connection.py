@@ -11,9 +11,7 @@ the same.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from enum import IntEnum, auto
+from collections.abc import Callable, Sequence
 from types import MappingProxyType
 
 from petalite.errors import (
@@ -25,67 +23,36 @@ from petalite.errors import (
     StreamLimitExceeded,
 )
 from petalite.net import frames
+from petalite.net.credit import Window, Windows
 from petalite.net.frames import ALIGNED_BYTES, FIN, HEADER, HEADER_BYTES, MAX_DATA_BYTES, FrameType
+from petalite.net.limits import TokenBucket
 from petalite.net.records import MAX_PLAINTEXT_BYTES
 from petalite.net.scheduling import Turns, gather
-from petalite.net.streams import Priority, Receive, Send, Step, Stream
+from petalite.net.states import STATE_STEPS, Event, Receive, Send, State, Step
+from petalite.net.streams import Priority, Stream
 
 _DATA = int(FrameType.DATA)  # plain, for the comparison that every frame goes through
 
 MAX_QUEUED_PONGS = 8
 MAX_QUEUED_CONTROL = 1024  # frames that wait for a peer which provokes them and does not read them
 MAX_STREAM_ID = 0xFFFF_FFFF
+_ALLOWANCE_STEP_BYTES = 1024 * 1024
+_GIVEN_UP_PER_S, _GIVEN_UP_BURST = 200.0, 1000.0  # streams that the peer opens and gives up unanswered
 _CONTROL_BATCH = 2048  # control frames in one record; they have 20 bytes, but for CLOSE and GOAWAY
-
-
-class Event(IntEnum):
-    """What happened; the stream's or the connection's state says the rest."""
-
-    OPENED = auto()  # the peer opened this stream
-    READABLE = auto()  # `need` bytes, the whole target, or the end has come
-    RESET = auto()  # the peer gave up sending: `reset_code`
-    STOPPED = auto()  # the peer stopped reading: `stop_code`
-    DRAINED = auto()  # the outbox is empty
-    ROOM = auto()  # more streams may be opened
-    PONG = auto()  # `rtt_s` was measured
-    GOAWAY = auto()  # the peer takes no more streams
-    CLOSED = auto()  # the peer ended the connection: `close_code`, `close_reason`
-
-
-class State(IntEnum):
-    OPEN = auto()
-    LEAVING = auto()  # GOAWAY went out: streams end, none begin
-    CLOSED = auto()
-
-
-# What each call or frame does to the connection; anything else raises.
-STATE_STEPS = MappingProxyType(
-    {
-        (State.OPEN, "goaway"): State.LEAVING,
-        (State.OPEN, "close"): State.CLOSED,
-        (State.LEAVING, "goaway"): State.LEAVING,
-        (State.LEAVING, "close"): State.CLOSED,
-        (State.CLOSED, "close"): State.CLOSED,
-    }
-)
-
-
-@dataclass(frozen=True, slots=True)
-class Windows:
-    """How much a peer may send ahead of being read, and how many streams it may have open."""
-
-    stream_bytes: int = 256 * 1024  # per stream, to begin with
-    connection_bytes: int = 1024 * 1024  # all streams together, to begin with
-    streams: int = 256  # opened by the peer and not over
-    max_stream_bytes: int = 16 * 1024 * 1024  # what a stream's window may grow to
-    max_connection_bytes: int = 32 * 1024 * 1024  # what the connection's window may grow to
-    allowance_bytes: int = 16 * 1024 * 1024  # unread bytes for which the connection still gives credit
 
 
 class Connection:
     """One end. `ours` is what we grant; `theirs` is what the peer said in its handshake that it grants."""
 
-    def __init__(self, initiator: bool, ours: Windows, theirs: Windows, now: float = 0.0) -> None:
+    def __init__(
+        self,
+        initiator: bool,
+        ours: Windows,
+        theirs: Windows,
+        now: float = 0.0,
+        reserve: Callable[[int], bool] = lambda _size: True,
+    ) -> None:
+        """`reserve` sets memory aside for what goes beyond the first windows, and may refuse it."""
         self.now = now
         self.rtt_s = 0.1
         self.state = State.OPEN
@@ -100,6 +67,7 @@ class Connection:
         self._next_id = 1 if initiator else 2
         self._peer_parity = 0 if initiator else 1
         self._last_peer_id = 0
+        self._given_up = TokenBucket(_GIVEN_UP_PER_S, _GIVEN_UP_BURST, now)
         self._peer_streams = 0  # opened by the peer so far
         self._peer_streams_over = 0
         self._peer_streams_limit = ours.streams
@@ -107,20 +75,20 @@ class Connection:
         self._our_streams_limit = theirs.streams
 
         self._control: list[bytes | memoryview] = []
-        self._grants: dict[
-            int, bytes
-        ] = {}  # the newest MAX_… per stream; 0 and -1 stand for the connection's
+        self._grants: dict[int, bytes] = {}  # the newest MAX_… per stream; 0 and -1: the connection's
         self._pongs = 0  # among the control frames
         self._ping: bytes | None = None  # what the PONG must bring back
         self._turns = Turns()
         self.sent = 0
+        self.stalls = 0  # batches cut short because the peer gave no more credit
         self.send_limit = theirs.connection_bytes
 
         self.received = 0
         self.consumed = 0
-        self.receive_limit = self._window = ours.connection_bytes
-        self._grant_at = self._window - (self._window >> 1)  # bytes taken at which credit is given again
-        self._granted_at = now
+        self.reserved = 0  # of memory, beyond the first windows
+        self._reserve_bytes = reserve
+        self._allowance = 0  # unread bytes for which credit is still given
+        self.window = Window(ours.connection_bytes, ours.max_connection_bytes, now, self._reserve)
         self._payload_stream: Stream | None = None  # whose DATA payload is under way
         self._payload_left = 0
         self._payload_flags = 0
@@ -157,7 +125,8 @@ class Connection:
         return stream
 
     def _new_stream(self, stream_id: int, priority: Priority) -> Stream:
-        stream = Stream(stream_id, priority, self._theirs.stream_bytes, self._ours.stream_bytes, self.now)
+        window = Window(self._ours.stream_bytes, self._ours.max_stream_bytes, self.now)
+        stream = Stream(stream_id, priority, self._theirs.stream_bytes, window)
         self.streams[stream_id] = stream
         return stream
 
@@ -178,10 +147,15 @@ class Connection:
             raise LocalProtocolError(f"{step} on a connection that is {self.state.name}")
         self.state = after
 
+    @property
+    def pinging(self) -> bool:
+        """Whether a PONG is awaited."""
+        return self._ping is not None
+
     def ping(self, now: float) -> None:
         """Ask for a PONG, which measures the round trip, unless one is awaited."""
         self.now = now
-        if self._ping is not None:
+        if self.pinging:
             return
         self._ping = frames.U64.pack(int(now * 1e6))
         self._control.append(frames.encode(FrameType.PING, payload=self._ping))
@@ -259,6 +233,8 @@ class Connection:
                 self._sent_all(stream)
         if small:
             records.append(b"".join(small))
+        if turns.waiting and self.sent >= self.send_limit:
+            self.stalls += 1
         return records
 
     def _next_control(self) -> list[bytes | memoryview]:
@@ -310,33 +286,39 @@ class Connection:
         stream.consumed += size
         self.consumed += size
         if stream.receive is Receive.OPEN:
-            if stream.consumed + stream.missing >= stream.grant_at:
-                self._grant_stream(stream)
+            if stream.consumed + stream.missing >= stream.window.due_at:
+                limit = stream.window.grant(stream.consumed + stream.missing, self.now, self.rtt_s)
+                payload = frames.U64.pack(limit)
+                self._grants[stream.id] = frames.encode(FrameType.MAX_STREAM_DATA, stream.id, payload)
         elif stream.receive is Receive.FINISHED:
             self._forget_if_over(stream)
-        if self.received >= self._grant_at:
+        if self.received >= self.window.due_at:
             self._grant_connection()
 
-    def _grant_stream(self, stream: Stream) -> None:
-        # A window used up within two round trips is what holds the sender back.
-        if self.now - stream.granted_at < 2 * self.rtt_s:
-            stream.window = min(2 * stream.window, max(stream.window, self._ours.max_stream_bytes))
-        stream.granted_at = self.now
-        stream.receive_limit = stream.consumed + stream.missing + stream.window
-        stream.grant_at = stream.receive_limit - (stream.window >> 1)
-        payload = frames.U64.pack(stream.receive_limit)
-        self._grants[stream.id] = frames.encode(FrameType.MAX_STREAM_DATA, stream.id, payload)
-
     def _grant_connection(self) -> None:
-        base = min(self.received, self.consumed + self._ours.allowance_bytes)
-        if base < self._grant_at:
-            return
-        if self.now - self._granted_at < 2 * self.rtt_s:
-            self._window = min(2 * self._window, max(self._window, self._ours.max_connection_bytes))
-        self._granted_at = self.now
-        self.receive_limit = base + self._window
-        self._grant_at = self.receive_limit - (self._window >> 1)
-        self._grants[0] = frames.encode(FrameType.MAX_DATA, payload=frames.U64.pack(self.receive_limit))
+        unread = self.received - self.consumed
+        if unread > self._allowance:
+            more = min(_ALLOWANCE_STEP_BYTES, self._ours.allowance_bytes - self._allowance)
+            if more and self._reserve(more):
+                self._allowance += more
+        read = min(self.received, self.consumed + self._allowance)
+        if read >= self.window.due_at:
+            limit = self.window.grant(read, self.now, self.rtt_s)
+            self._grants[0] = frames.encode(FrameType.MAX_DATA, payload=frames.U64.pack(limit))
+
+    def _reserve(self, size: int) -> bool:
+        if not self._reserve_bytes(size):
+            return False
+        self.reserved += size
+        return True
+
+    def give_back(self) -> int:
+        """Stop allowing for unread bytes while there are none; how much reserved memory that frees."""
+        if self.received > self.consumed:
+            return 0
+        freed, self._allowance = self._allowance, 0
+        self.reserved -= freed
+        return freed
 
     def _forget_if_over(self, stream: Stream) -> None:
         if not stream.over or self.streams.pop(stream.id, None) is None:
@@ -409,13 +391,13 @@ class Connection:
             raise RemoteProtocolError(f"DATA on stream {stream_id}, which is not open for it")
         stream.received += length
         self.received += length
-        if stream.received > stream.receive_limit:
+        if stream.received > stream.window.limit:
             raise FlowControlViolation(
-                f"stream {stream_id} sent {stream.received} bytes; its credit was {stream.receive_limit}"
+                f"stream {stream_id} sent {stream.received} bytes; its credit was {stream.window.limit}"
             )
-        if self.received > self.receive_limit:
+        if self.received > self.window.limit:
             raise FlowControlViolation(
-                f"{self.received} bytes on all streams; their credit was {self.receive_limit}"
+                f"{self.received} bytes on all streams; their credit was {self.window.limit}"
             )
         size = len(data)
         if size:
@@ -462,7 +444,7 @@ class Connection:
             self._forget_if_over(stream)
         elif stream.buffered >= stream.need and stream.target is None:
             self._announce(stream)
-        if self.received >= self._grant_at:
+        if self.received >= self.window.due_at:
             self._grant_connection()
 
     def _announce(self, stream: Stream) -> None:
@@ -523,6 +505,7 @@ class Connection:
             raise RemoteProtocolError(
                 f"RESET_STREAM on stream {stream_id}, whose sender had already ended it"
             )
+        self._count_given_up(stream)
         (stream.reset_code,) = frames.U32.unpack(payload)
         stream.step_receive(Step.RESET)
         self._consumed(stream, stream.drop_unread())
@@ -533,6 +516,7 @@ class Connection:
         stream = self._known(stream_id)
         if stream is None or stream.send >= Send.FINISHED:
             return
+        self._count_given_up(stream)
         (stream.stop_code,) = frames.U32.unpack(payload)
         self._turns.leave(stream)
         stream.drop_unsent()
@@ -540,6 +524,15 @@ class Connection:
         self._provoked(frames.encode(FrameType.RESET_STREAM, stream_id, frames.U32.pack(ErrorCode.CANCELLED)))
         self.events.append((Event.STOPPED, stream))
         self._forget_if_over(stream)
+
+    def _count_given_up(self, stream: Stream) -> None:
+        # HTTP/2's "rapid reset" (CVE-2023-44487): to open and reset costs the peer nothing, and us a handler.
+        if (
+            stream.id & 1 == self._peer_parity
+            and stream.send is Send.OPEN
+            and not self._given_up.take(self.now)
+        ):
+            raise Flood(f"streams opened and given up faster than {_GIVEN_UP_PER_S:.0f} a second")
 
     def _on_ping(self, _stream_id: int, _aux: int, payload: memoryview) -> None:
         self._pongs += 1

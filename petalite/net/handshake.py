@@ -19,7 +19,7 @@ from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 
 from petalite.errors import BadMessage, HandshakeFailed, LocalProtocolError, WrongPeer
 from petalite.net import schema
-from petalite.net.connection import Windows
+from petalite.net.credit import Windows
 from petalite.net.identity import Identity, PeerId
 from petalite.net.noise import AES_GCM, SUITES, HandshakeState, Suite
 from petalite.net.records import LENGTH, Opener, Sealer

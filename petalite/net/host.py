@@ -8,10 +8,8 @@ links, handshakes and addresses; knows nothing of what the calls are about.
 from __future__ import annotations
 
 import asyncio
-import errno
 import logging
 import os
-import socket
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, replace
@@ -20,6 +18,7 @@ from time import monotonic
 from typing import Any, TypeVar
 
 from petalite.errors import (
+    Banned,
     ConnectionLost,
     ErrorCode,
     InvalidAddress,
@@ -27,14 +26,18 @@ from petalite.errors import (
     PetaliteError,
     ShuttingDown,
     Unreachable,
+    code_of,
 )
-from petalite.net import dialing
-from petalite.net.connection import Connection, Windows
-from petalite.net.dialing import AddressBook
-from petalite.net.handshake import Handshake, Hello, Secured
+from petalite.net.accepting import Acceptor
+from petalite.net.connection import Connection
+from petalite.net.credit import Windows
+from petalite.net.dialing import AddressBook, Dialler, Established
+from petalite.net.handshake import Handshake, Hello
 from petalite.net.identity import Identity, PeerId
-from petalite.net.lane import Lane, Scratch, tune
-from petalite.net.link import Link, Timers
+from petalite.net.journal import Journal
+from petalite.net.lane import Lane, LaneOwner, Scratch
+from petalite.net.limits import VIOLATION, Budget, Gate, Limits, prefix_of
+from petalite.net.link import MAX_LANES, Link, Timers
 from petalite.net.messages import Buffer, Message
 from petalite.net.multiaddr import Multiaddr
 from petalite.net.rpc import Body, Call, Handler, Method, MethodPolicy
@@ -46,17 +49,8 @@ T = TypeVar("T")
 
 AGENT = "petalite/0.1"
 CONNECT_TIMEOUT_S = 10.0
-_BACKLOG = 512
 _TICK_S = 1.0
-
-
-@dataclass(frozen=True, slots=True)
-class Limits:
-    """How much a host takes on."""
-
-    handshakes: int = 64  # under way with peers that dialled us
-    handshake_s: float = 5.0  # for one, either side
-    connections: int = 4096  # that peers dialled
+_INTERACTIVE, _BULK = 0, 1  # lanes, as a Hello names them
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,17 +60,6 @@ class HostSettings:
     windows: Windows = field(default_factory=Windows)
     timers: Timers = field(default_factory=Timers)
     limits: Limits = field(default_factory=Limits)
-
-
-@dataclass(slots=True)
-class _Dialled:
-    """A connection whose peer has proved who it is, and which has not been told who we are."""
-
-    address: Multiaddr
-    sock: socket.socket
-    handshake: Handshake
-    last_message: bytes
-    rtt_s: float
 
 
 class Host:
@@ -95,20 +78,26 @@ class Host:
         self.identity = identity
         self.settings = settings or HostSettings()
         self.addresses: list[Multiaddr] = []  # where we listen, with our peer id
-        self.book = AddressBook(monotonic)
+        self.book = AddressBook()
+        self.journal = Journal()
         self._swarm_key = swarm_key
         self._instance = os.urandom(16)
+        self._gate = Gate(self.settings.limits)
         self._methods: dict[str, Method] = {}
         self._links: dict[PeerId, Link] = {}
         self._all_links: set[Link] = set()
+        self._lanes: set[Lane] = set()  # whose sockets are open; some only wait for the peer to hear the end
         self._dials: dict[PeerId, asyncio.Task[Link]] = {}
         self._tasks: set[asyncio.Task[Any]] = set()
-        self._listeners: list[socket.socket] = []
-        self._handshakes = 0
+        self._handlers: set[asyncio.Task[None]] = set()
         self._scratch = Scratch()
+        self._dialler = Dialler(self.book, self.settings.limits.handshake_s)
+        self._acceptor = Acceptor(
+            self._gate, self.journal, self.spawn, lambda: self._handshake(initiator=False), self._welcome
+        )
+        self._ended_bytes = [0, 0]  # sent and received on lanes that are gone
         self._loop: asyncio.AbstractEventLoop
-        self._started = False
-        self._closed = False
+        self._started = self._draining = self._closed = False
 
     async def __aenter__(self) -> Host:
         return self
@@ -145,65 +134,17 @@ class Host:
         self._start()
         bound: list[Multiaddr] = []
         for address in addresses:
-            for family, sockaddr in await dialing.resolve(address):
-                listener = _listener(family, sockaddr, address)
-                self._listeners.append(listener)
-                self._loop.add_reader(listener.fileno(), self._accept, listener)
-                bound.append(_multiaddr(listener.getsockname()).with_peer(self.peer_id))
+            bound += [place.with_peer(self.peer_id) for place in await self._acceptor.listen(address)]
         self.addresses += bound
         return bound
-
-    def _accept(self, listener: socket.socket) -> None:
-        for _ in range(16):  # then the loop's other work has its turn
-            try:
-                sock, sockaddr = listener.accept()
-            except (BlockingIOError, InterruptedError, ConnectionAbortedError):
-                return
-            except OSError as error:
-                self._rest_from_accepting(listener, error)
-                return
-            limits = self.settings.limits
-            if self._handshakes >= limits.handshakes or len(self._all_links) >= limits.connections:
-                sock.close()
-                continue
-            self._handshakes += 1
-            self._spawn(self._welcome(sock, _multiaddr(sockaddr)))
-
-    def _rest_from_accepting(self, listener: socket.socket, error: OSError) -> None:
-        """Out of descriptors or memory: the backlog waits a second, and the loop does not spin."""
-        if error.errno not in (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM):
-            raise error
-        logger.warning("cannot accept connections for a second: %s", error.strerror)
-        self._loop.remove_reader(listener.fileno())
-        self._loop.call_later(1.0, self._resume_accepting, listener)
-
-    def _resume_accepting(self, listener: socket.socket) -> None:
-        if not self._closed:
-            self._loop.add_reader(listener.fileno(), self._accept, listener)
-
-    async def _welcome(self, sock: socket.socket, address: Multiaddr) -> None:
-        """The responder's handshake, and the link that comes of it."""
-        handshake = Handshake(self.identity, self._hello(), initiator=False, swarm_key=self._swarm_key)
-        try:
-            tune(sock)
-            async with asyncio.timeout(self.settings.limits.handshake_s):
-                rtt_s, _ = await dialing.converse(sock, handshake, b"")
-            secured = _secured(handshake)
-            self.book.add(secured.peer_id, _claimed(secured.hello, address))
-            self._begin(sock, handshake, address, rtt_s, outbound=False)
-        except (PetaliteError, OSError) as error:
-            logger.debug("handshake with %s failed: %s", address, error or "it took too long")
-            sock.close()
-        except BaseException:
-            sock.close()
-            raise
-        finally:
-            self._handshakes -= 1
 
     # -- connecting --------------------------------------------------------------------------------
 
     async def connect(self, peer: PeerId | Multiaddr, *, timeout_s: float = CONNECT_TIMEOUT_S) -> Link:
-        """The link to the peer, dialled if there is none. Raises Unreachable, WrongPeer, HandshakeFailed."""
+        """The link to the peer, dialled if there is none. Raises Unreachable, WrongPeer, HandshakeFailed.
+
+        Named by its id, a peer that did not answer is left alone for a while that grows; an address is tried.
+        """
         peer_id = peer.peer_id if isinstance(peer, Multiaddr) else peer
         if peer_id is None:
             raise InvalidArgument(f"{peer} does not say which peer is expected there: append /p2p/ID")
@@ -215,84 +156,136 @@ class Host:
         if peer_id == self.peer_id:
             raise Unreachable("a host does not dial itself")
         self._start()
+        ban_s = self._gate.reputation.ban_s(peer_id, monotonic())
+        if ban_s:
+            raise Banned(f"{peer_id} broke the protocol; it is not dialled for another {ban_s:.0f} s")
         dial = self._dials.get(peer_id)
         if dial is None:
-            dial = self._dials[peer_id] = self._spawn(self._dial(peer_id))
+            dial = self._dials[peer_id] = self.spawn(self._dial(peer_id, patient=isinstance(peer, PeerId)))
             dial.add_done_callback(lambda _: self._dials.pop(peer_id, None))
-        try:
-            async with asyncio.timeout(timeout_s):
-                return await asyncio.shield(dial)
-        except TimeoutError as error:
-            if isinstance(error, PetaliteError):
-                raise
-            raise Unreachable(f"{peer_id} did not answer within {timeout_s:.3g} s") from None
-        except asyncio.CancelledError:
-            if dial.cancelled() and self._closed:
-                raise ShuttingDown("this host is closed") from None
-            raise
+        await asyncio.wait([dial], timeout=timeout_s)
+        if not dial.done():
+            raise Unreachable(f"{peer_id} did not answer within {timeout_s:.3g} s")
+        if dial.cancelled():
+            raise ShuttingDown("this host is closed")
+        return dial.result()
 
-    async def _dial(self, peer_id: PeerId) -> Link:
-        addresses = self.book.addresses(peer_id)
-        if not addresses:
-            raise Unreachable(f"no address is known of {peer_id}")
-        attempts: list[Callable[[], Coroutine[Any, Any, _Dialled]]]
-        attempts = [partial(self._attempt, peer_id, address) for address in addresses]
-        dialled, errors = await dialing.race(attempts, _discard)  # type: ignore[arg-type]
-        if dialled is None:
-            raise _summary(peer_id, addresses, errors)
-        try:
-            await self._loop.sock_sendall(dialled.sock, dialled.last_message)
-            self.book.worked(peer_id, dialled.address)
-            address = _multiaddr(dialled.sock.getpeername())
-            link = self._begin(dialled.sock, dialled.handshake, address, dialled.rtt_s, outbound=True)
-        except OSError as error:
-            dialled.sock.close()
-            raise Unreachable(f"{peer_id} went away during the handshake: {error}") from error
-        except BaseException:
-            dialled.sock.close()
-            raise
+    async def _dial(self, peer_id: PeerId, patient: bool) -> Link:
+        new = self._handshake_with(peer_id, _INTERACTIVE)
+        established = await self._dialler.dial(peer_id, new, patient=patient)
+        link = self._begin(established, outbound=True)
         return self._links.get(peer_id, link)
 
-    async def _attempt(self, peer_id: PeerId, address: Multiaddr) -> _Dialled:
-        """Connect there and hear who it is. Raises PetaliteError or OSError."""
-        sock: socket.socket | None = None
-        try:
-            async with asyncio.timeout(self.settings.limits.handshake_s):
-                sock = await dialing.connect(address)
-                tune(sock)
-                handshake = Handshake(
-                    self.identity, self._hello(), initiator=True, expected=peer_id, swarm_key=self._swarm_key
-                )
-                rtt_s, last_message = await dialing.converse(sock, handshake, handshake.start())
-                return _Dialled(address, sock, handshake, last_message, rtt_s)
-        except BaseException as error:
-            if sock is not None:
-                sock.close()
-            if isinstance(error, Exception):
-                self.book.failed(peer_id, address)
-            raise
+    async def open_bulk_lane(self, link: Link) -> None:
+        """Dial the link's peer once more, for bulk. Raises PetaliteError or OSError."""
+        established = await self._dialler.dial(link.peer, self._handshake_with(link.peer, _BULK))
+        if link.closed or established.secured.hello.instance != link.hello.instance:
+            established.sock.close()
+            raise ConnectionLost("the peer is not the one that it was")
+        link.attach(self._new_lane(established, link, outbound=True), established.leftover)
+
+    def _handshake_with(self, peer_id: PeerId, lane: int) -> Callable[[], Handshake]:
+        return lambda: self._handshake(initiator=True, expected=peer_id, lane=lane)
+
+    def _handshake(
+        self, *, initiator: bool, expected: PeerId | None = None, lane: int = _INTERACTIVE
+    ) -> Handshake:
+        windows = self.settings.windows
+        hello = Hello(
+            self._instance,
+            lane,
+            windows.stream_bytes,
+            windows.connection_bytes,
+            windows.streams,
+            AGENT,
+            tuple(str(replace(address, peer_id=None)) for address in self.addresses[:8]),
+        )
+        return Handshake(
+            self.identity, hello, initiator=initiator, expected=expected, swarm_key=self._swarm_key
+        )
+
+    # -- links -------------------------------------------------------------------------------------
+
+    def _welcome(self, established: Established) -> None:
+        """A peer that dialled us has proved who it is: its link, or why it gets none."""
+        peer, hello = established.secured.peer_id, established.secured.hello
+        assert established.address.ip is not None
+        prefix = prefix_of(established.address.ip)
+        ban_s = self._gate.reputation.ban_s(peer, monotonic())
+        if self._draining:
+            return self._refuse(established, ErrorCode.SHUTDOWN, "this host is closing")
+        if ban_s:
+            return self._refuse(established, ErrorCode.BANNED, f"for another {ban_s:.0f} s")
+        link = self._link_of_instance(peer, hello.instance) if hello.lane == _BULK else None
+        if hello.lane == _BULK and (link is None or len(link.lanes) >= MAX_LANES):
+            return self._refuse(established, ErrorCode.REFUSED, "a lane without a link, or one too many")
+        code = self._gate.enter(prefix)
+        if code is not ErrorCode.OK:
+            return self._refuse(established, code, "too many connections")
+        if link is None:
+            self.book.add(peer, _claimed(hello, established.address))
+            self._begin(established, outbound=False, on_gone=partial(self._gate.leave, prefix))
+        else:
+            lane = self._new_lane(
+                established, link, outbound=False, on_gone=partial(self._gate.leave, prefix)
+            )
+            link.attach(lane, established.leftover)
+        return None
+
+    def _refuse(self, established: Established, code: ErrorCode, reason: str) -> None:
+        """Tell a peer at the end of its handshake that it may not stay."""
+        self.journal.note("link:refused", established.secured.peer_id, code, reason=reason)
+        lane = self._new_lane(established, _Nobody(), outbound=False)
+        lane.start(b"")
+        lane.close(code, reason)
+
+    def _link_of_instance(self, peer: PeerId, instance: bytes) -> Link | None:
+        for link in self._all_links:
+            if link.peer == peer and link.hello.instance == instance and not link.closed:
+                return link
+        return None
 
     def _begin(
-        self, sock: socket.socket, handshake: Handshake, address: Multiaddr, rtt_s: float, outbound: bool
+        self, established: Established, outbound: bool, on_gone: Callable[[], None] | None = None
     ) -> Link:
         """The link of a finished handshake, in its place among the others."""
-        secured = _secured(handshake)
-        connection = Connection(outbound, self.settings.windows, secured.hello.windows(), monotonic())
-        connection.rtt_s = rtt_s
+        secured = established.secured
+        memory = Budget(self.settings.limits.peer_memory_bytes, self._gate.memory)
         link = Link(
-            secured.peer_id,
-            secured.hello,
-            address,
-            outbound,
-            self._on_call,
-            self._on_lost,
-            self.settings.timers,
+            self, secured.peer_id, secured.hello, established.address, outbound, self.settings.timers, memory
         )
-        lane = Lane(sock, connection, secured.sealer, secured.opener, self._scratch, link)
+        lane = self._new_lane(established, link, outbound, on_gone)
         self._all_links.add(link)
         self._adopt(link)
-        link.start(lane, handshake.leftover)
+        self.journal.note(
+            "link:opened", link.peer, address=link.remote_address, outbound=outbound, rtt_s=established.rtt_s
+        )
+        link.attach(lane, established.leftover)
         return link
+
+    def _new_lane(
+        self,
+        established: Established,
+        owner: LaneOwner,
+        outbound: bool,
+        on_gone: Callable[[], None] | None = None,
+    ) -> Lane:
+        secured = established.secured
+        theirs = secured.hello.windows()
+        memory = owner.memory.reserve if isinstance(owner, Link) else _nothing
+        connection = Connection(outbound, self.settings.windows, theirs, monotonic(), memory)
+        connection.rtt_s = established.rtt_s
+        lane = Lane(established.sock, connection, secured.sealer, secured.opener, self._scratch, owner)
+        lane.on_gone = partial(self._lane_gone, lane, on_gone)
+        self._lanes.add(lane)
+        return lane
+
+    def _lane_gone(self, lane: Lane, on_gone: Callable[[], None] | None) -> None:
+        self._lanes.discard(lane)
+        self._ended_bytes[0] += lane.connection.sent
+        self._ended_bytes[1] += lane.connection.received
+        if on_gone is not None:
+            on_gone()
 
     def _adopt(self, link: Link) -> None:
         """Use this link for new calls to its peer, or the one there is.
@@ -310,6 +303,22 @@ class Host:
             else:
                 current.supplanted = True
         self._links[link.peer] = link
+
+    def on_lost(self, link: Link, error: PetaliteError, guilty: bool) -> None:
+        """A link ended."""
+        self.journal.note("link:closed", link.peer, code_of(error), reason=str(error), guilty=guilty)
+        if guilty:
+            self.blame(link.peer, VIOLATION)
+        self._all_links.discard(link)
+        if self._links.get(link.peer) is link:
+            del self._links[link.peer]
+
+    def blame(self, peer: PeerId, points: float) -> None:
+        """Count misbehaviour against a peer; at 50 points, which fade, it is banned and its link closed."""
+        self._gate.reputation.blame(peer, points, monotonic())
+        link = self._links.get(peer)
+        if link is not None and self._gate.reputation.ban_s(peer, monotonic()):
+            link.close(ErrorCode.BANNED, "too much misbehaviour")
 
     # -- calling -----------------------------------------------------------------------------------
 
@@ -375,10 +384,15 @@ class Host:
             return link, timeout_s
         if timeout_s is None:
             return await self.connect(peer), None
-        self._start()
-        deadline = self._loop.time() + timeout_s
+        started_at = monotonic()
         link = await self.connect(peer, timeout_s=min(timeout_s, CONNECT_TIMEOUT_S))
-        return link, max(0.0, deadline - self._loop.time())
+        return link, max(0.0, timeout_s - (monotonic() - started_at))
+
+    def on_call(self, call: Call) -> None:
+        """A peer opened a call."""
+        call.task = self.spawn(call.serve(self._methods))
+        self._handlers.add(call.task)
+        call.task.add_done_callback(self._handlers.discard)
 
     # -- what is known -----------------------------------------------------------------------------
 
@@ -394,6 +408,24 @@ class Host:
         """Who is connected."""
         return list(self._links)
 
+    def metrics(self) -> dict[str, float]:
+        """What to show under /metrics: names, with labels, as Prometheus writes them, and values."""
+        lanes = self._lanes
+        values: dict[str, float] = {
+            "petalite_net_links": len(self._all_links),
+            "petalite_net_lanes": len(lanes),
+            "petalite_net_calls": sum(link.calls for link in self._all_links),
+            "petalite_net_reserved_bytes": self._gate.memory.used,
+            "petalite_net_credit_stalls": sum(lane.connection.stalls for lane in lanes),
+            "petalite_net_sent_bytes_total": self._ended_bytes[0]
+            + sum(lane.connection.sent for lane in lanes),
+            "petalite_net_received_bytes_total": self._ended_bytes[1]
+            + sum(lane.connection.received for lane in lanes),
+        }
+        for (event, code), count in self.journal.counts.items():
+            values[f'petalite_net_events_total{{event="{event}",code="{code}"}}'] = count
+        return values
+
     # -- life --------------------------------------------------------------------------------------
 
     def _start(self) -> None:
@@ -402,7 +434,7 @@ class Host:
         if not self._started:
             self._started = True
             self._loop = asyncio.get_running_loop()
-            self._spawn(self._tick())
+            self.spawn(self._tick())
 
     async def _tick(self) -> None:
         while True:
@@ -412,7 +444,7 @@ class Host:
                 link.tick(now)
             self._scratch.pool.trim(now)
 
-    def _spawn(self, coroutine: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
+    def spawn(self, coroutine: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
         """A task that ends with the host at the latest."""
         task = self._loop.create_task(coroutine)
         self._tasks.add(task)
@@ -425,73 +457,42 @@ class Host:
         if error is not None and not isinstance(error, PetaliteError):
             logger.error("a task of the host failed", exc_info=error)
 
-    def _on_call(self, call: Call) -> None:
-        call.task = self._spawn(call.serve(self._methods))
-
-    def _on_lost(self, link: Link, error: PetaliteError) -> None:
-        logger.debug("%r ended: %s", link, error)
-        self._all_links.discard(link)
-        if self._links.get(link.peer) is link:
-            del self._links[link.peer]
-
-    def _hello(self) -> Hello:
-        windows = self.settings.windows
-        return Hello(
-            self._instance,
-            0,
-            windows.stream_bytes,
-            windows.connection_bytes,
-            windows.streams,
-            AGENT,
-            tuple(str(replace(address, peer_id=None)) for address in self.addresses[:8]),
-        )
+    async def drain(self, timeout_s: float) -> None:
+        """Take no more connections and calls, let those that are served end, and close."""
+        self._draining = True
+        self._acceptor.close()
+        for link in list(self._all_links):
+            link.leave("this host is closing")
+        if self._handlers:
+            await asyncio.wait(self._handlers, timeout=timeout_s)
+        await self.close()
 
     async def close(self) -> None:
         """End everything: calls under way fail here and at their peers, who are told."""
         if self._closed:
             return
-        self._closed = True
-        for listener in self._listeners:
-            self._loop.remove_reader(listener.fileno())
-            listener.close()
-        self._listeners.clear()
+        self._closed = self._draining = True
+        self._acceptor.close()
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
-        links = list(self._all_links)
-        for link in links:
+        for link in list(self._all_links):
             link.close(ErrorCode.SHUTDOWN, "the host is closing")
-        await asyncio.gather(*(link.wait_gone() for link in links))
+        await asyncio.gather(*(lane.gone.wait() for lane in self._lanes))
 
 
-def _listener(family: socket.AddressFamily, sockaddr: Any, address: Multiaddr) -> socket.socket:
-    listener = socket.socket(family, socket.SOCK_STREAM)
-    try:
-        listener.setblocking(False)
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        if family == socket.AF_INET6:
-            listener.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
-        listener.bind(sockaddr)
-        listener.listen(_BACKLOG)
-    except OSError as error:
-        listener.close()
-        raise InvalidAddress(f"cannot listen on {address}: {error.strerror or error}") from error
-    return listener
+class _Nobody:
+    """Owns the lanes of peers that are refused."""
+
+    def lane_events(self, lane: Lane, events: object) -> None:
+        """Nobody cares."""
+
+    def lane_lost(self, lane: Lane, error: PetaliteError, guilty: bool) -> None:
+        """Nor any more."""
 
 
-def _multiaddr(sockaddr: Any) -> Multiaddr:
-    """The address of a socket of either family."""
-    host, port = sockaddr[:2]
-    return Multiaddr("ip6" if ":" in host else "ip4", host.partition("%")[0], port)
-
-
-def _discard(late: _Dialled) -> None:
-    late.sock.close()
-
-
-def _secured(handshake: Handshake) -> Secured:
-    assert handshake.secured is not None
-    return handshake.secured
+def _nothing(_size: int) -> bool:
+    return False
 
 
 def _claimed(hello: Hello, seen: Multiaddr) -> list[Multiaddr]:
@@ -508,17 +509,3 @@ def _claimed(hello: Hello, seen: Multiaddr) -> list[Multiaddr]:
             address = replace(address, host=seen.host)
         claimed.append(address)
     return claimed
-
-
-def _summary(
-    peer_id: PeerId, addresses: Sequence[Multiaddr], errors: Sequence[BaseException]
-) -> PetaliteError:
-    """One error for all attempts: the peer's own, if every address failed in the same way."""
-    kinds = {type(error) for error in errors}
-    if len(kinds) == 1 and isinstance(errors[0], PetaliteError):
-        return errors[0]
-    tried = "; ".join(
-        f"{address}: {error or 'no answer in time'}"
-        for address, error in zip(addresses, errors, strict=False)
-    )
-    return Unreachable(f"no address of {peer_id} answers ({tried})")

@@ -11,15 +11,17 @@ from __future__ import annotations
 import asyncio
 import socket
 import sys
+from collections.abc import Callable
 from ipaddress import ip_address
 from time import monotonic
 from typing import Protocol
 
 from petalite.errors import ConnectionLost, ErrorCode, PetaliteError, RemoteProtocolError, code_of, from_wire
-from petalite.net.connection import Connection, Event
+from petalite.net.connection import Connection
 from petalite.net.frames import ALIGNED_BYTES
 from petalite.net.noise import TAG_BYTES
 from petalite.net.records import MAX_PLAINTEXT_BYTES, OVERHEAD_BYTES, PREFIX_BYTES, Opener, Sealer
+from petalite.net.states import Event
 from petalite.net.streams import Stream
 
 RECEIVE_BYTES = 512 * 1024
@@ -30,6 +32,7 @@ SEND_BYTES = BATCH_BYTES + 2 * (
 BATCHES_PER_TURN = 4  # then the loop's other work has its turn
 NOTSENT_LOWAT_BYTES = 128 * 1024
 USER_TIMEOUT_MS = 20_000
+TURN_S = 0.005  # how long one lane's records are worked on before the loop's other work has its turn
 LINGER_S = 1.0  # how long a closed lane waits for the peer to have read why
 POOLED_BYTES = 256 * 1024  # buffers from this size on are pooled,
 POOL_BYTES = 64 * 1024 * 1024  # so many bytes in all at most,
@@ -98,8 +101,8 @@ class LaneOwner(Protocol):
     def lane_events(self, lane: Lane, events: list[tuple[Event, Stream | None]]) -> None:
         """What happened on its streams."""
 
-    def lane_lost(self, lane: Lane, error: PetaliteError) -> None:
-        """The lane ended and not by `close`; said once."""
+    def lane_lost(self, lane: Lane, error: PetaliteError, guilty: bool) -> None:
+        """The lane ended and not by `close`; said once. `guilty`: the peer's bytes broke the protocol."""
 
 
 def tune(sock: socket.socket) -> None:
@@ -147,15 +150,18 @@ class Lane:
         self.allocate = scratch.pool.take
         self.last_received = monotonic()  # when a record last came
         self._begun = self.last_received
+        self._pinged_at = self.last_received
         self._carry = b""  # half of a record's length
         self._partial: memoryview | None = None  # a record of which a part has come
         self._partial_rest = memoryview(b"")  # its part that has not
+        self._aside: memoryview | None = None  # received and not yet worked on
         self._buffer: memoryview | None = None  # borrowed, while not all of it is sent
         self._unsent: memoryview | None = None
         self._blocked = False  # a writer is registered
         self._ending = False  # closed or lost: nobody is told anything any more
         self._linger: asyncio.TimerHandle | None = None
         self.gone = asyncio.Event()  # the socket is closed
+        self.on_gone: Callable[[], None] | None = None
 
     def start(self, leftover: bytes) -> None:
         """Begin, with what came behind the handshake."""
@@ -201,14 +207,32 @@ class Lane:
         return size + carried if size else -1
 
     def _handle(self, size: int) -> None:
-        """Open the records in the front of the shared buffer, and tell what they brought."""
+        """Work on what stands in the front of the shared buffer, behind the record that was cut, if any."""
+        data = self._scratch.receive[:size]
+        if self._partial is None:
+            self._work_on(data)
+        elif not self._partial_rest:
+            whole, self._partial = self._partial, None
+            self._work_on(whole, data)
+
+    def _resume(self) -> None:
+        """Go on with what was set aside, before anything more is read."""
+        aside, self._aside = self._aside, None
+        if aside is not None and not self._ending:
+            self._work_on(aside)
+            if self._aside is None and not self._ending:
+                self._loop.add_reader(self._fd, self._on_readable)
+
+    def _work_on(self, *pieces: memoryview) -> None:
+        """Open the records in the pieces, and tell what they brought."""
         connection = self.connection
         try:
-            self._open_records(size)
+            for data in pieces:
+                self._open_records(data)
         except RemoteProtocolError as error:
             connection.close(code_of(error), str(error))
             self._notify()
-            self._end(error)
+            self._end(error, guilty=True)
             return
         self._notify()
         if connection.closed:
@@ -217,33 +241,29 @@ class Lane:
         elif connection.wants_write:
             self.flush()
 
-    def _open_records(self, size: int) -> None:
-        now = monotonic()
-        if self._partial is not None:
-            if self._partial_rest:
-                return
-            box, self._partial = self._partial[PREFIX_BYTES:], None
-            self._open_record(box, now)
-            self.last_received = now
-        buffer, position, length = self._scratch.receive, 0, 0
+    def _open_records(self, data: memoryview) -> None:
+        now, position, length, size = monotonic(), 0, 0, len(data)
         while size - position >= PREFIX_BYTES:
-            length = buffer[position] << 8 | buffer[position + 1]
+            length = data[position] << 8 | data[position + 1]
             if length < _MIN_BOX_BYTES:
                 raise RemoteProtocolError(f"a record of {length} bytes is too short for its tag")
             end = position + PREFIX_BYTES + length
             if end > size:
                 break
-            self._open_record(buffer[position + PREFIX_BYTES : end], now)
-            position = end
-        if position:
-            self.last_received = now
+            self._open_record(data[position + PREFIX_BYTES : end], now)
+            self.last_received, position = now, end
+            if position < size and monotonic() - now > TURN_S:
+                self._aside = memoryview(bytearray(data[position:]))
+                self._loop.remove_reader(self._fd)
+                self._loop.call_soon(self._resume)
+                return
         rest = size - position
         if rest >= PREFIX_BYTES:
             self._partial = memoryview(bytearray(PREFIX_BYTES + length))
-            self._partial[:rest] = buffer[position:size]
+            self._partial[:rest] = data[position:]
             self._partial_rest = self._partial[rest:]
         elif rest:
-            self._carry = bytes(buffer[position:size])
+            self._carry = bytes(data[position:])
 
     def _open_record(self, box: memoryview, now: float) -> None:
         size = len(box) - TAG_BYTES
@@ -324,6 +344,22 @@ class Lane:
 
     # -- ending ------------------------------------------------------------------------------------
 
+    def tick(self, now: float, ping_every_s: float, dead_after_s: float) -> str | None:
+        """Ask for a sign of life from time to time; why to give the peer up, if it owes one too long."""
+        connection, silent_s = self.connection, now - self.last_received
+        if connection.pinging:
+            if silent_s > max(dead_after_s, 8 * connection.rtt_s):
+                return f"no sign of life for {silent_s:.1f} s"
+        elif now - self._pinged_at >= ping_every_s:
+            self._pinged_at = now
+            connection.ping(now)
+            self.flush()
+        return None
+
+    @property
+    def ending(self) -> bool:
+        return self._ending
+
     def close(self, code: ErrorCode, reason: str) -> None:
         """End it from this side; the peer hears why."""
         if not self._ending:
@@ -342,12 +378,14 @@ class Lane:
             self._fd = -1
             self._unsent = self._buffer = self._partial = None
             self.gone.set()
+            if self.on_gone is not None:
+                self.on_gone()
 
-    def _end(self, error: PetaliteError) -> None:
+    def _end(self, error: PetaliteError, guilty: bool = False) -> None:
         """The peer closed, or its bytes broke a rule: say the last word, then tell the owner."""
         if not self._ending:
             self._linger_then_abort()
-            self._owner.lane_lost(self, error)
+            self._owner.lane_lost(self, error, guilty)
 
     def _linger_then_abort(self) -> None:
         # To close with unread bytes would send RST, which can overtake the reason and destroy it.
@@ -359,6 +397,5 @@ class Lane:
         told = self._ending
         self.abort()
         if not told:
-            self._owner.lane_lost(
-                self, ConnectionLost(_UNHEARD if self.last_received == self._begun else reason)
-            )
+            heard = self.last_received != self._begun
+            self._owner.lane_lost(self, ConnectionLost(reason if heard else _UNHEARD), guilty=False)

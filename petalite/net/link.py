@@ -1,24 +1,33 @@
-"""A link: the one logical connection to a peer, its lane, its calls, its signs of life.
+"""A link: the one logical connection to a peer. Its lanes, its calls, its signs of life.
 
-Knows lanes and calls; how a link comes about (dialling, accepting, handshakes) is the host's matter.
+The interactive lane is the link: they begin and end together. Bulk has a lane of its own, another TCP
+connection, opened when it is first needed, so that a decode step never stands behind a prefill's lost packet;
+it may end alone. Knows lanes and calls; how a lane comes about (dialling, accepting, handshakes) is the
+host's matter.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Sequence
+from collections.abc import Coroutine, Sequence
 from dataclasses import dataclass
 from time import monotonic
+from typing import Any, Protocol
 
-from petalite.errors import ConnectionLost, DeadlineExceeded, ErrorCode, PetaliteError, ShuttingDown
-from petalite.net.connection import Event
+from petalite.errors import ConnectionLost, DeadlineExceeded, ErrorCode, PetaliteError, ShuttingDown, code_of
 from petalite.net.handshake import Hello
 from petalite.net.identity import PeerId
+from petalite.net.journal import Journal
 from petalite.net.lane import Lane
+from petalite.net.limits import Budget, TokenBucket
 from petalite.net.messages import Buffer, Message
 from petalite.net.multiaddr import Multiaddr
 from petalite.net.rpc import Body, Call
+from petalite.net.states import Event
 from petalite.net.streams import Priority, Stream
+
+MAX_LANES = 4
+_BULK_RETRY_S = 60.0  # after a bulk lane could not be opened
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,41 +40,61 @@ class Timers:
     supplanted_s: float = 2.0  # a link that gave way to another is kept so long after its last call
 
 
+class LinkOwner(Protocol):
+    """What a link asks of its host."""
+
+    journal: Journal
+
+    def spawn(self, coroutine: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+        """A task that ends with the host at the latest."""
+
+    def on_call(self, call: Call) -> None:
+        """The peer opened a call: serve it."""
+
+    def on_lost(self, link: Link, error: PetaliteError, guilty: bool) -> None:
+        """The link ended; said once, whoever brought it about."""
+
+    async def open_bulk_lane(self, link: Link) -> None:
+        """Dial the peer once more and `attach` what comes of it. Raises PetaliteError or OSError."""
+
+
 class Link:
-    """Created with its handshake done; `start` hands it its lane. `on_call` gets the calls that the peer
-    opens, `on_lost` hears of the end, once, whoever brought it about."""
+    """Created with its handshake done; `attach` hands it its first lane, and perhaps more."""
 
     def __init__(
         self,
+        owner: LinkOwner,
         peer: PeerId,
         hello: Hello,
         remote_address: Multiaddr,
         outbound: bool,
-        on_call: Callable[[Call], None],
-        on_lost: Callable[[Link, PetaliteError], None],
         timers: Timers,
+        memory: Budget,
     ) -> None:
         self.peer = peer
         self.hello = hello
         self.remote_address = remote_address  # where its packets come from, without its id
         self.outbound = outbound
+        self.memory = memory  # for what the peer sends
         self.loop = asyncio.get_running_loop()
+        self.journal = owner.journal
         self.supplanted = False  # another link to the peer is used for new calls
         self.error: PetaliteError | None = None  # why it ended
-        self._on_call = on_call
-        self._on_lost = on_lost
+        self.rates: dict[str, TokenBucket] = {}  # of the methods that the peer calls
+        self.lanes: list[Lane] = []  # the interactive one first
+        self._owner = owner
         self._timers = timers
-        self._lane: Lane
         self._room: list[asyncio.Future[None]] = []
-        self._pinged_at = monotonic()
-        self._pinging = False  # whether a ping is unanswered
         self._last_call = monotonic()
+        self._bulk_dial: asyncio.Task[None] | None = None
+        self._bulk_retry_at = 0.0
 
     def __repr__(self) -> str:
         return f"<Link {'to' if self.outbound else 'from'} {self.peer.short()} at {self.remote_address}>"
 
-    def start(self, lane: Lane, leftover: bytes) -> None:
-        self._lane = lane
+    def attach(self, lane: Lane, leftover: bytes) -> None:
+        """Use this lane too; the first is the interactive one."""
+        self.lanes.append(lane)
         lane.start(leftover)
 
     @property
@@ -75,30 +104,33 @@ class Link:
     @property
     def usable(self) -> bool:
         """Whether new calls may be opened."""
-        return self.error is None and not self._lane.connection.exhausted
+        return self.error is None and not self.lanes[0].connection.exhausted
 
     @property
     def rtt_s(self) -> float:
         """The smoothed round trip."""
-        return self._lane.connection.rtt_s
+        return self.lanes[0].connection.rtt_s
 
     @property
     def calls(self) -> int:
         """How many calls are under way, of either side."""
-        return len(self._lane.connection.streams)
+        return sum(len(lane.connection.streams) for lane in self.lanes)
 
     # -- calls -------------------------------------------------------------------------------------
 
     async def open(self, method: str, priority: Priority, timeout_s: float | None) -> Call:
         """A new call, once the peer has room for its stream. Nothing is sent yet but that it opens."""
-        connection = self._lane.connection
-        while self.error is None and not connection.can_open:
-            if connection.exhausted:
-                raise ShuttingDown(f"{self.peer.short()} takes no more calls on this connection")
-            await self._wait_for_room(timeout_s)
+        lane = self.lanes[0] if priority is not Priority.BULK else await self._bulk_lane()
+        while self.error is None and not lane.connection.can_open:
+            if lane.connection.exhausted:
+                if lane is self.lanes[0]:
+                    raise ShuttingDown(f"{self.peer.short()} takes no more calls on this connection")
+                lane = self.lanes[0]
+            else:
+                await self._wait_for_room(timeout_s)
         if self.error is not None:
             raise self.error
-        call = Call(self, self._lane, connection.open_stream(priority), method)
+        call = Call(self, lane, lane.connection.open_stream(priority), method)
         self._last_call = monotonic()
         call.set_deadline(timeout_s)
         return call
@@ -120,6 +152,23 @@ class Link:
         finally:
             call.end()
 
+    async def _bulk_lane(self) -> Lane:
+        """The lane for bulk; the interactive one where there can be no other."""
+        if len(self.lanes) == 1 and self._bulk_dial is None and monotonic() >= self._bulk_retry_at:
+            self._bulk_dial = self._owner.spawn(self._dial_bulk())
+        if self._bulk_dial is not None:
+            await asyncio.wait([self._bulk_dial])
+        return self.lanes[-1]
+
+    async def _dial_bulk(self) -> None:
+        try:
+            await self._owner.open_bulk_lane(self)
+        except (PetaliteError, OSError) as error:
+            self._bulk_retry_at = monotonic() + _BULK_RETRY_S
+            self.journal.note("lane:failed", self.peer, reason=str(error))
+        finally:
+            self._bulk_dial = None
+
     async def _wait_for_room(self, timeout_s: float | None) -> None:
         waiter = self.loop.create_future()
         self._room.append(waiter)
@@ -129,27 +178,38 @@ class Link:
         except TimeoutError:
             raise DeadlineExceeded(f"{self.peer.short()} had no room for another call") from None
 
-    # -- what the lane tells -----------------------------------------------------------------------
+    # -- what lanes tell ---------------------------------------------------------------------------
 
     def lane_events(self, lane: Lane, events: list[tuple[Event, Stream | None]]) -> None:
         for event, stream in events:
             if stream is None:
                 if event is Event.ROOM or event is Event.GOAWAY:
                     self._wake_room()
-                elif event is Event.PONG:
-                    self._pinging = False
                 continue
             if event is Event.OPENED:
                 self._last_call = monotonic()
-                self._on_call(Call(self, lane, stream))
+                self._owner.on_call(Call(self, lane, stream))
                 continue
             if event is Event.READABLE:
                 stream.announced = False
             if stream.owner is not None:
                 stream.owner.on_event(event)
 
-    def lane_lost(self, lane: Lane, error: PetaliteError) -> None:
-        self._finish(error)
+    def lane_lost(self, lane: Lane, error: PetaliteError, guilty: bool) -> None:
+        if guilty or lane is self.lanes[0]:
+            self._finish(error, guilty)
+        elif self.error is None:
+            self.lanes.remove(lane)
+            self._fail_calls(lane, error)
+            self._wake_room()
+            self.journal.note("lane:lost", self.peer, code_of(error), reason=str(error))
+
+    def _fail_calls(self, lane: Lane, error: PetaliteError) -> None:
+        """A lane is gone, and its calls with it."""
+        self.memory.release(lane.connection.reserved)
+        for stream in list(lane.connection.streams.values()):
+            if stream.owner is not None:
+                stream.owner.lost(error)
 
     def _wake_room(self) -> None:
         waiters, self._room = self._room, []
@@ -160,17 +220,15 @@ class Link:
     # -- life and end ------------------------------------------------------------------------------
 
     def tick(self, now: float) -> None:
-        """Ask for a sign of life when it has been silent, and give it up when none comes."""
+        """Give up what gives no sign of life, and close what nobody uses."""
+        for lane in self.lanes[:]:
+            reason = lane.tick(now, self._timers.ping_every_s, self._timers.dead_after_s)
+            if reason is not None:
+                lane.abort()
+                self.lane_lost(lane, ConnectionLost(reason), guilty=False)
+            else:
+                self.memory.release(lane.connection.give_back())
         if self.error is not None:
-            return
-        silent_s = now - self._lane.last_received
-        if not self._pinging:
-            if now - self._pinged_at >= self._timers.ping_every_s:
-                self._pinged_at, self._pinging = now, True
-                self._lane.connection.ping(now)
-                self._lane.flush()
-        elif silent_s > max(self._timers.dead_after_s, 8 * self.rtt_s):
-            self.abort(ConnectionLost(f"no sign of life for {silent_s:.1f} s"))
             return
         if self.calls:
             self._last_call = now
@@ -184,31 +242,33 @@ class Link:
     def close(self, code: ErrorCode = ErrorCode.OK, reason: str = "") -> None:
         """End it and say why; calls that are under way fail with ConnectionLost."""
         if self.error is None:
-            self._lane.close(code, reason)
-            self._finish(ConnectionLost(f"closed here: {reason or code.name}"))
+            for lane in self.lanes:
+                lane.close(code, reason)
+            self._finish(ConnectionLost(f"closed here: {reason or code.name}"), guilty=False)
 
     def abort(self, error: PetaliteError) -> None:
         """End it without a word: the peer would not hear it."""
-        if self.error is None:
-            self._lane.abort()
-            self._finish(error)
+        self._finish(error, guilty=False)
 
     async def wait_gone(self) -> None:
         """Until the peer has had its chance to read why the link was closed."""
-        await self._lane.gone.wait()
+        for lane in self.lanes:
+            await lane.gone.wait()
 
     def leave(self, reason: str) -> None:
         """Take no more calls; those that are under way go on."""
-        if self.usable:
-            self._lane.connection.goaway(ErrorCode.SHUTDOWN, reason)
-            self._lane.flush()
+        for lane in self.lanes:
+            if not lane.connection.exhausted:
+                lane.connection.goaway(ErrorCode.SHUTDOWN, reason)
+                lane.flush()
 
-    def _finish(self, error: PetaliteError) -> None:
+    def _finish(self, error: PetaliteError, guilty: bool) -> None:
         if self.error is not None:
             return
         self.error = error
         self._wake_room()
-        for stream in list(self._lane.connection.streams.values()):
-            if stream.owner is not None:
-                stream.owner.lost(error)
-        self._on_lost(self, error)
+        for lane in self.lanes:
+            if not lane.ending:
+                lane.abort()
+            self._fail_calls(lane, error)
+        self._owner.on_lost(self, error, guilty)

@@ -23,7 +23,8 @@ import msgpack
 from petalite.errors import BadMessage, InvalidArgument
 from petalite.net.connection import Connection
 from petalite.net.frames import U32
-from petalite.net.streams import Receive, Stream
+from petalite.net.states import Receive
+from petalite.net.streams import Stream
 
 Buffer: TypeAlias = bytes | bytearray | memoryview | Any  # whatever supports the buffer protocol, contiguous
 

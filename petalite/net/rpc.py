@@ -11,6 +11,7 @@ import asyncio
 import logging
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
+from time import monotonic
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from petalite.errors import (
@@ -21,16 +22,18 @@ from petalite.errors import (
     ErrorCode,
     LocalProtocolError,
     PetaliteError,
+    RateLimited,
     ResourceLimit,
     UnknownMethod,
     code_of,
     from_wire,
 )
 from petalite.net import messages, schema
-from petalite.net.connection import Event
+from petalite.net.limits import TokenBucket
 from petalite.net.messages import FAILURE, MESSAGE, REQUEST, Buffer, Message, MessageReader, Progress
 from petalite.net.multiaddr import Multiaddr
-from petalite.net.streams import Priority, Receive, Send, Stream
+from petalite.net.states import Event, Receive, Send
+from petalite.net.streams import Priority, Stream
 
 if TYPE_CHECKING:
     from petalite.net.identity import PeerId
@@ -44,6 +47,7 @@ Reply: TypeAlias = Message | Mapping[str, Any] | None
 Handler: TypeAlias = Callable[..., Awaitable[Reply]]
 
 REQUEST_TIMEOUT_S = 30.0  # from a stream's opening to the whole of its first message
+UNRESERVED_BYTES = 64 * 1024  # a message up to this size needs no leave to be received
 MAX_REPLY_BYTES = 1024 * 1024 * 1024  # of one message's buffers, where no method's policy says less
 
 
@@ -54,6 +58,7 @@ class MethodPolicy:
     max_message_bytes: int = 256 * 1024 * 1024  # all buffers of one message
     max_buffers: int = 64  # per message
     max_concurrent: int = 1024  # calls at once, of all peers together
+    calls_per_s: float = 5000.0  # of one peer, after a burst of as many
     priority: Priority = Priority.INTERACTIVE  # the highest class in which answers are sent
 
 
@@ -70,22 +75,12 @@ class Method:
 class Call:
     """One end of a call. Errors of the peer, the link and the clock are raised where it is waited for."""
 
+    # fmt: off
     __slots__ = (
-        "_deadline",
-        "_drain_waiters",
-        "_error",
-        "_lane",
-        "_link",
-        "_max_buffers",
-        "_max_bytes",
-        "_reader",
-        "_stream",
-        "_timer",
-        "_waiter",
-        "method",
-        "request",
-        "task",
+        "_deadline", "_drain_waiters", "_error", "_lane", "_link", "_max_buffers", "_max_bytes", "_reader",
+        "_reserved", "_stream", "_timer", "_waiter", "method", "request", "task",
     )
+    # fmt: on
 
     def __init__(self, link: Link, lane: Lane, stream: Stream, method: str = "") -> None:
         self._link = link
@@ -102,6 +97,7 @@ class Call:
         self._drain_waiters: list[asyncio.Future[None]] = []
         self._deadline: float | None = None
         self._timer: asyncio.TimerHandle | None = None
+        self._reserved = 0  # bytes of memory for the message under way
         stream.owner = self
 
     @property
@@ -144,8 +140,8 @@ class Call:
         """The next message; None when the peer has finished."""
         try:
             received = await self._next()
-        except BadMessage:
-            self.cancel(ErrorCode.BAD_MESSAGE)
+        except (BadMessage, ResourceLimit) as error:
+            self.cancel(error.code)
             raise
         if received is None:
             return None
@@ -192,6 +188,7 @@ class Call:
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
+        self._release()
         stream, connection = self._stream, self._lane.connection
         if stream.send is Send.OPEN or stream.receive is Receive.OPEN:
             if stream.send is Send.OPEN:
@@ -244,6 +241,17 @@ class Call:
                 f"a message of {len(sizes)} buffers with {sum(sizes)} bytes; {self.method or 'a call'} takes "
                 f"{self._max_buffers} with {self._max_bytes}"
             )
+        size = sum(sizes)
+        if size > UNRESERVED_BYTES:
+            if not self._link.memory.reserve(size):
+                raise ResourceLimit(f"no memory for a message of {size} bytes now")
+            self._reserved = size
+
+    def _release(self) -> None:
+        """The message is whole, or will never be: its memory is its reader's."""
+        if self._reserved:
+            self._link.memory.release(self._reserved)
+            self._reserved = 0
 
     def _write(self, header: list[Any], buffers: Sequence[Buffer], fin: bool) -> None:
         if self._error is not None:
@@ -264,6 +272,7 @@ class Call:
             if connection.wants_write:
                 self._lane.flush()  # what was read is credit for the peer
             if type(polled) is tuple:
+                self._release()
                 return polled
             if polled is Progress.END:
                 return None
@@ -385,6 +394,10 @@ class Call:
         method = methods.get(self.method)
         if method is None:
             raise UnknownMethod(f"there is no method {self.method!r} here")
+        now, rates = monotonic(), self._link.rates
+        rate = method.policy.calls_per_s
+        if not rates.setdefault(self.method, TokenBucket(rate, rate, now)).take(now):
+            raise RateLimited(f"more than {rate:g} calls to {self.method!r} a second")
         self._max_bytes, self._max_buffers = method.policy.max_message_bytes, method.policy.max_buffers
         self._admit_sizes(header[2])
         return method

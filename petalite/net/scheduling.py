@@ -9,7 +9,8 @@ from __future__ import annotations
 from collections import deque
 
 from petalite.net.frames import ALIGNED_BYTES, MAX_DATA_BYTES
-from petalite.net.streams import Priority, Send, Stream
+from petalite.net.states import Send
+from petalite.net.streams import Priority, Stream
 
 STARVED_BYTES = 15 * MAX_DATA_BYTES  # after so many from the classes above, a waiting class gets a turn
 

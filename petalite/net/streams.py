@@ -7,11 +7,12 @@ the whole truth about a stream's life (after RFC 9000 §3); a step that is not i
 from __future__ import annotations
 
 from collections import deque
-from enum import IntEnum, auto
-from types import MappingProxyType
+from enum import IntEnum
 from typing import Any
 
 from petalite.errors import LocalProtocolError
+from petalite.net.credit import Window
+from petalite.net.states import RECEIVE_STEPS, SEND_STEPS, Receive, Send, Step
 
 SMALL_CHUNK_BYTES = (
     4096  # received pieces below this are gathered, so that one-byte frames cost no more than bytes
@@ -27,83 +28,18 @@ class Priority(IntEnum):
     BULK = 3
 
 
-class Send(IntEnum):
-    """The sending half."""
-
-    OPEN = auto()
-    FINISHING = auto()  # the last bytes are written and not all of them sent
-    FINISHED = auto()  # FIN is sent
-    RESET = auto()
-
-
-class Receive(IntEnum):
-    """The receiving half."""
-
-    OPEN = auto()
-    STOPPED = auto()  # nobody reads any more; what still comes is thrown away
-    FINISHED = auto()  # FIN has come; bytes may still wait to be read
-    RESET = auto()
-
-
-class Step(IntEnum):
-    FINISH = auto()  # the application has written its last byte
-    FIN = auto()  # a frame with FIN went out, or came in
-    RESET = auto()  # RESET_STREAM went out, or came in
-    STOP = auto()  # the application stopped reading
-
-
-SEND_STEPS = MappingProxyType(
-    {
-        (Send.OPEN, Step.FINISH): Send.FINISHING,
-        (Send.OPEN, Step.RESET): Send.RESET,
-        (Send.FINISHING, Step.FIN): Send.FINISHED,
-        (Send.FINISHING, Step.RESET): Send.RESET,
-    }
-)
-RECEIVE_STEPS = MappingProxyType(
-    {
-        (Receive.OPEN, Step.FIN): Receive.FINISHED,
-        (Receive.OPEN, Step.RESET): Receive.RESET,
-        (Receive.OPEN, Step.STOP): Receive.STOPPED,
-        (Receive.STOPPED, Step.FIN): Receive.FINISHED,
-        (Receive.STOPPED, Step.RESET): Receive.RESET,
-    }
-)
-
-
 class Stream:
     """State only; `Connection` acts on it. `owner` is whatever the layer above hangs on it."""
 
+    # fmt: off
     __slots__ = (
-        "announced",
-        "buffered",
-        "chunks",
-        "consumed",
-        "filled",
-        "grant_at",
-        "granted_at",
-        "highest",
-        "id",
-        "need",
-        "outbox",
-        "owner",
-        "priority",
-        "queued",
-        "ready",
-        "receive",
-        "receive_limit",
-        "received",
-        "reset_code",
-        "send",
-        "send_limit",
-        "sent",
-        "stop_code",
-        "target",
-        "wants_drained",
-        "window",
+        "announced", "buffered", "chunks", "consumed", "filled", "highest", "id", "need", "outbox", "owner",
+        "priority", "queued", "ready", "receive", "received", "reset_code", "send", "send_limit", "sent",
+        "stop_code", "target", "wants_drained", "window",
     )
+    # fmt: on
 
-    def __init__(self, stream_id: int, priority: Priority, send_limit: int, window: int, now: float) -> None:
+    def __init__(self, stream_id: int, priority: Priority, send_limit: int, window: Window) -> None:
         self.id = stream_id
         self.priority = priority
         self.highest = Priority.CONTROL  # the class above which it is not sent, whatever the peer asks for
@@ -126,10 +62,7 @@ class Stream:
         self.filled = 0  # of the target
         self.received = 0
         self.consumed = 0  # read by the application, or thrown away
-        self.receive_limit = window  # our credit: `received` may reach this
-        self.window = window
-        self.grant_at = window - (window >> 1)  # bytes read, or about to be, at which credit is given again
-        self.granted_at = now
+        self.window = window  # our credit: `received` may reach its limit
         self.reset_code = 0  # why the peer gave up sending
         self.announced = False  # whether an unhandled event says that there is something to read
 

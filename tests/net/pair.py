@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections import deque
 
-from petalite.net.connection import Connection, Event, Windows
+from petalite.net.connection import Connection
+from petalite.net.credit import Windows
+from petalite.net.states import Event
 from petalite.net.streams import Stream
 
 

@@ -17,17 +17,11 @@ from petalite.errors import (
     StreamLimitExceeded,
 )
 from petalite.net import frames
-from petalite.net.connection import MAX_QUEUED_PONGS, STATE_STEPS, Connection, Event, State, Windows
+from petalite.net.connection import MAX_QUEUED_PONGS, Connection
+from petalite.net.credit import Window, Windows
 from petalite.net.frames import FIN, MAX_DATA_BYTES, U32, U64, FrameType
-from petalite.net.streams import (
-    RECEIVE_STEPS,
-    SEND_STEPS,
-    Priority,
-    Receive,
-    Send,
-    Step,
-    Stream,
-)
+from petalite.net.states import RECEIVE_STEPS, SEND_STEPS, STATE_STEPS, Event, Receive, Send, State, Step
+from petalite.net.streams import Priority, Stream
 
 from .pair import End, Pair, read_all
 
@@ -109,21 +103,21 @@ def test_windows_grow_when_they_are_used_up_within_two_round_trips() -> None:
     pair, ours, theirs = open_pair()
     reader = pair.ends[1].core
     reader.rtt_s, now = 1.0, 100.0
-    before = theirs.window
+    before = theirs.window.size
     for _ in range(8):
         pair.ends[0].core.write(ours, [bytes(200_000)])
         pair.drive(now)
         read_all(pair.ends[1], theirs)
         now += 0.1
-    assert theirs.window > 4 * before
+    assert theirs.window.size > 4 * before
     pair.drive(now)
-    grown = theirs.window
+    grown = theirs.window.size
     for _ in range(8):
         now += 1000.0
         pair.ends[0].core.write(ours, [bytes(200_000)])
         pair.drive(now)
         read_all(pair.ends[1], theirs)
-    assert theirs.window == grown
+    assert theirs.window.size == grown
 
 
 def test_memory_held_unread_has_a_bound() -> None:
@@ -459,7 +453,7 @@ def test_ignorable_types_are_skipped() -> None:
 @pytest.mark.parametrize("step", Step)
 def test_sending_steps(state: Send, step: Step) -> None:
     """What is not in the table raises and changes nothing."""
-    stream = Stream(1, Priority.NORMAL, 0, 0, 0.0)
+    stream = Stream(1, Priority.NORMAL, 0, Window(0, 0, 0.0))
     stream.send = state
     if (state, step) in SEND_STEPS:
         stream.step_send(step)
@@ -473,7 +467,7 @@ def test_sending_steps(state: Send, step: Step) -> None:
 @pytest.mark.parametrize("state", Receive)
 @pytest.mark.parametrize("step", Step)
 def test_receiving_steps(state: Receive, step: Step) -> None:
-    stream = Stream(1, Priority.NORMAL, 0, 0, 0.0)
+    stream = Stream(1, Priority.NORMAL, 0, Window(0, 0, 0.0))
     stream.receive = state
     if (state, step) in RECEIVE_STEPS:
         stream.step_receive(step)
@@ -630,14 +624,14 @@ class Talk(RuleBasedStateMachine):
         for index, end in enumerate(self.pair.ends):
             other = self.pair.ends[1 - index].core
             core = end.core
-            assert core.sent <= core.send_limit <= other.receive_limit
+            assert core.sent <= core.send_limit <= other.window.limit
             assert other.received <= core.sent
-            assert 0 <= core.consumed <= core.received <= core.receive_limit
+            assert 0 <= core.consumed <= core.received <= core.window.limit
             for stream in core.streams.values():
                 assert stream.sent <= stream.send_limit
                 assert stream.queued == sum(map(len, stream.outbox))
                 assert stream.buffered == sum(map(len, stream.chunks))
-                assert stream.received <= stream.receive_limit
+                assert stream.received <= stream.window.limit
 
     def teardown(self) -> None:
         """Left alone, everything that was written and not given up is read, and credit comes back."""

@@ -33,8 +33,8 @@ from petalite.errors import (
     WrongPeer,
 )
 from petalite.net import Call, Host, HostSettings, Identity, Message, MethodPolicy, Multiaddr, Priority
-from petalite.net.connection import Windows
-from petalite.net.host import Limits
+from petalite.net.credit import Windows
+from petalite.net.limits import Limits
 from petalite.net.link import Timers
 from petalite.net.schema import Bounds
 

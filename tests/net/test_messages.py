@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from petalite.errors import BadMessage, InvalidArgument
 from petalite.net import messages
-from petalite.net.connection import Windows
+from petalite.net.credit import Windows
 from petalite.net.frames import U32
 from petalite.net.messages import MessageReader, Progress, decode_header, encode
 from petalite.net.streams import Priority

@@ -1,0 +1,140 @@
+"""Letting peers in: listening sockets, the gate, and the responder's end of handshakes.
+
+Knows sockets and limits; what becomes of a connection whose handshake is done is the host's matter.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import logging
+import socket
+from collections.abc import Callable, Coroutine
+from time import monotonic
+from typing import Any
+
+from petalite.errors import ErrorCode, HandshakeFailed, InvalidAddress, PetaliteError
+from petalite.net.dialing import Established, converse, multiaddr_of, resolve
+from petalite.net.handshake import Handshake
+from petalite.net.journal import Journal
+from petalite.net.lane import tune
+from petalite.net.limits import BAD_HANDSHAKE, SLOW_HANDSHAKE, Gate, prefix_of
+from petalite.net.multiaddr import Multiaddr
+
+logger = logging.getLogger(__name__)
+
+_BACKLOG = 512
+_ACCEPTS_PER_TURN = 16  # then the loop's other work has its turn
+_REST_S = 1.0
+_OUT_OF = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
+
+
+class Acceptor:
+    """Accepts connections and proves who is there. `established` gets those whose handshake is done."""
+
+    def __init__(
+        self,
+        gate: Gate,
+        journal: Journal,
+        spawn: Callable[[Coroutine[Any, Any, None]], asyncio.Task[None]],
+        handshake: Callable[[], Handshake],
+        established: Callable[[Established], None],
+    ) -> None:
+        self._gate = gate
+        self._journal = journal
+        self._spawn = spawn
+        self._handshake = handshake
+        self._established = established
+        self._listeners: list[socket.socket] = []
+
+    async def listen(self, address: Multiaddr) -> list[Multiaddr]:
+        """Accept connections there; the addresses with the actual ports."""
+        bound = []
+        for family, sockaddr in await resolve(address):
+            listener = _listener(family, sockaddr, address)
+            self._listeners.append(listener)
+            asyncio.get_running_loop().add_reader(listener.fileno(), self._accept, listener)
+            bound.append(multiaddr_of(listener.getsockname()))
+        return bound
+
+    def close(self) -> None:
+        """Accept no more."""
+        for listener in self._listeners:
+            asyncio.get_running_loop().remove_reader(listener.fileno())
+            listener.close()
+        self._listeners.clear()
+
+    def _accept(self, listener: socket.socket) -> None:
+        for _ in range(_ACCEPTS_PER_TURN):
+            try:
+                sock, sockaddr = listener.accept()
+            except (BlockingIOError, InterruptedError, ConnectionAbortedError):
+                return
+            except OSError as error:
+                self._rest(listener, error)
+                return
+            address = multiaddr_of(sockaddr)
+            assert address.ip is not None
+            prefix = prefix_of(address.ip)
+            code = self._gate.knock(prefix, monotonic())
+            if code is not ErrorCode.OK:
+                self._journal.note("handshake:refused", code=code)
+                sock.close()
+                continue
+            task = self._spawn(self._welcome(sock, address))
+            evicted = self._gate.begin_handshake(task, prefix)
+            if isinstance(evicted, asyncio.Task):
+                self._journal.note("handshake:refused", code=ErrorCode.RESOURCE_LIMIT)
+                evicted.cancel()
+            task.add_done_callback(self._gate.end_handshake)
+
+    def _rest(self, listener: socket.socket, error: OSError) -> None:
+        """Out of descriptors or memory: the backlog waits a second, and the loop does not spin."""
+        if error.errno not in _OUT_OF:
+            raise error
+        logger.warning("cannot accept connections for a second: %s", error.strerror)
+        loop = asyncio.get_running_loop()
+        loop.remove_reader(listener.fileno())
+        loop.call_later(_REST_S, self._go_on, listener)
+
+    def _go_on(self, listener: socket.socket) -> None:
+        if listener in self._listeners:
+            asyncio.get_running_loop().add_reader(listener.fileno(), self._accept, listener)
+
+    async def _welcome(self, sock: socket.socket, address: Multiaddr) -> None:
+        """The responder's handshake."""
+        handshake = self._handshake()
+        try:
+            tune(sock)
+            async with asyncio.timeout(self._gate.limits.handshake_s):
+                rtt_s, _ = await converse(sock, handshake, b"")
+            assert handshake.secured is not None
+            self._established(Established(address, sock, handshake.secured, handshake.leftover, rtt_s))
+        except (PetaliteError, OSError) as error:
+            sock.close()
+            self._blame(address, error)
+        except BaseException:
+            sock.close()
+            raise
+
+    def _blame(self, address: Multiaddr, error: Exception) -> None:
+        logger.debug("handshake with %s failed: %s", address, error or "it took too long")
+        self._journal.note("handshake:failed", code=ErrorCode.PROTOCOL, reason=str(error), address=address)
+        points = {HandshakeFailed: BAD_HANDSHAKE, TimeoutError: SLOW_HANDSHAKE}.get(type(error), 0.0)
+        assert address.ip is not None
+        self._gate.reputation.blame(prefix_of(address.ip), points, monotonic())
+
+
+def _listener(family: socket.AddressFamily, sockaddr: Any, address: Multiaddr) -> socket.socket:
+    listener = socket.socket(family, socket.SOCK_STREAM)
+    try:
+        listener.setblocking(False)
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if family == socket.AF_INET6:
+            listener.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+        listener.bind(sockaddr)
+        listener.listen(_BACKLOG)
+    except OSError as error:
+        listener.close()
+        raise InvalidAddress(f"cannot listen on {address}: {error.strerror or error}") from error
+    return listener
