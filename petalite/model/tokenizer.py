@@ -92,7 +92,11 @@ class TokenStream:
     def __init__(self, tokenizer: Tokenizer, prompt_ids: Sequence[int]) -> None:
         self._tokenizer = tokenizer
         shown = [id for id in prompt_ids if not tokenizer.is_special(id)]
-        self._settled = shown[-_CONTEXT_TOKENS:]  # ids whose text is out, the last few of them
+        # A run of byte tokens that the prompt ends in may go on, and is text or not as a whole.
+        size = _CONTEXT_TOKENS
+        while size < len(shown) and tokenizer.may_change(shown[-size]):
+            size += 1
+        self._settled = shown[-size:]  # ids whose text is out, the last few of them
         self._pending: list[int] = []  # ids of which some text is not out yet
         self._given = len(self._stable(self._settled))  # letters of settled and pending that are out
 
