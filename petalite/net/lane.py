@@ -9,6 +9,7 @@ into the reader's memory. Knows sockets and records; knows nothing of calls.
 from __future__ import annotations
 
 import asyncio
+import mmap
 import socket
 import sys
 from collections.abc import Callable
@@ -47,17 +48,22 @@ class Scratch:
     """Buffers that the lanes of one host share, so that a quiet connection holds none."""
 
     def __init__(self) -> None:
-        self.receive = memoryview(bytearray(RECEIVE_BYTES))
+        self.receive = _untouched(RECEIVE_BYTES)
         self.pool = BufferPool()
         self._free: list[memoryview] = []
 
     def borrow(self) -> memoryview:
         """A buffer to seal a batch into; whoever could not send it all keeps it until then."""
-        return self._free.pop() if self._free else memoryview(bytearray(SEND_BYTES))
+        return self._free.pop() if self._free else _untouched(SEND_BYTES)
 
     def give_back(self, buffer: memoryview) -> None:
         if len(self._free) < _KEPT_BUFFERS:
             self._free.append(buffer)
+
+
+def _untouched(size: int) -> memoryview:
+    """Memory that costs nothing until it is written to."""
+    return memoryview(mmap.mmap(-1, size))
 
 
 class BufferPool:

@@ -9,7 +9,7 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Annotated, Any
 
@@ -32,62 +32,13 @@ from petalite.errors import (
     Unreachable,
     WrongPeer,
 )
-from petalite.net import Call, Host, HostSettings, Identity, Message, MethodPolicy, Multiaddr, Priority
+from petalite.net import Call, Host, HostSettings, Identity, MethodPolicy, Multiaddr, Priority
 from petalite.net.credit import Windows
 from petalite.net.limits import Limits
 from petalite.net.link import Timers
 from petalite.net.schema import Bounds
 
-LOOPBACK = Multiaddr.parse("/ip4/127.0.0.1/tcp/0")
-
-
-@pytest.fixture(autouse=True)
-async def nothing_left_behind() -> AsyncIterator[None]:
-    """Every test ends with the tasks it began with."""
-    yield
-    assert asyncio.all_tasks() == {asyncio.current_task()}
-
-
-class Net:
-    """Hosts that are closed with the test."""
-
-    def __init__(self, stack: contextlib.AsyncExitStack) -> None:
-        self.stack = stack
-
-    async def host(
-        self, settings: HostSettings | None = None, *, listen: bool = False, **options: Any
-    ) -> Host:
-        identity = options.pop("identity", None) or Identity.generate()
-        host = await self.stack.enter_async_context(Host(identity, settings, **options))
-        if listen:
-            await host.listen([LOOPBACK])
-        return host
-
-
-@pytest.fixture
-async def net() -> AsyncIterator[Net]:
-    async with contextlib.AsyncExitStack() as stack:
-        yield Net(stack)
-
-
-async def echo(call: Call) -> Message:
-    return Message(call.request.body, call.request.buffers)
-
-
-async def echo_stream(call: Call) -> None:
-    while (message := await call.receive()) is not None:
-        await call.send(message.body, message.buffers)
-
-
-@pytest.fixture
-async def two(net: Net) -> tuple[Host, Host]:
-    """A caller and a server that echoes."""
-    caller, server = await net.host(), await net.host(listen=True)
-    server.serve("echo", echo)
-    server.serve("stream", echo_stream)
-    await caller.connect(server.addresses[0])
-    return caller, server
-
+from .hosts import LOOPBACK, Net, echo, eventually
 
 # -- calls -----------------------------------------------------------------------------------------
 
@@ -631,9 +582,7 @@ async def test_a_restarted_peer_replaces_what_it_left_behind(net: Net) -> None:
     await new.call(server.addresses[0], "echo", timeout_s=5)
     assert link.closed
     assert server.peers() == [identity.peer_id]
-    async with asyncio.timeout(5):
-        while old.peers():  # noqa: ASYNC110
-            await asyncio.sleep(0)
+    await eventually(lambda: not old.peers())
 
 
 async def test_a_peer_that_dialled_us_can_be_dialled_back(net: Net) -> None:
@@ -641,15 +590,11 @@ async def test_a_peer_that_dialled_us_can_be_dialled_back(net: Net) -> None:
     caller, server = await net.host(listen=True), await net.host(listen=True)
     caller.serve("echo", echo)
     link = await caller.connect(server.addresses[0])
-    async with asyncio.timeout(5):
-        while not server.peers():  # noqa: ASYNC110
-            await asyncio.sleep(0)
+    await eventually(lambda: bool(server.peers()))
     assert (await server.call(caller.peer_id, "echo", {"back": 1}, timeout_s=5)).body == {"back": 1}
     link.close()
     await link.wait_gone()
-    async with asyncio.timeout(5):
-        while server.peers():  # noqa: ASYNC110
-            await asyncio.sleep(0)
+    await eventually(lambda: not server.peers())
     assert (await server.call(caller.peer_id, "echo", {"again": 1}, timeout_s=5)).body == {"again": 1}
 
 
@@ -711,7 +656,5 @@ async def test_sockets_do_not_leak(net: Net) -> None:
     for _ in range(3):
         async with Host(Identity.generate()) as caller:
             await caller.connect(server.addresses[0])
-    async with asyncio.timeout(5):
-        while server.peers():  # noqa: ASYNC110
-            await asyncio.sleep(0)
+    await eventually(lambda: not server.peers())
     assert not server._all_links
