@@ -36,7 +36,7 @@ USER_TIMEOUT_MS = 20_000
 TURN_S = 0.005  # how long one lane's records are worked on before the loop's other work has its turn
 LINGER_S = 1.0  # how long a closed lane waits for the peer to have read why
 POOLED_BYTES = 256 * 1024  # buffers from this size on are pooled,
-POOL_BYTES = 64 * 1024 * 1024  # so many bytes in all at most,
+POOL_BYTES = 128 * 1024 * 1024  # so many bytes in all at most,
 POOL_S = 10.0  # and so long after they were last taken
 _KEPT_BUFFERS = 4
 _SMALL_LEFTOVER_BYTES = 16 * 1024
@@ -69,24 +69,25 @@ def _untouched(size: int) -> memoryview:
 class BufferPool:
     """Memory for large messages, given out again when nobody refers to it any more.
 
-    Fresh pages cost the kernel more than decryption costs us: 16 MiB of them take 5 ms. What is given out may
-    hold old bytes, so it is for those who fill all of it before anybody reads it.
+    Fresh pages cost the kernel more than decryption costs us: 16 MiB of them take some 10 ms. What is given
+    out may hold old bytes, so it is for those who fill all of it before anybody reads it; what is fresh takes
+    up no memory before it is filled.
     """
 
     def __init__(self) -> None:
-        self._kept: dict[int, list[tuple[bytearray, float]]] = {}
+        self._kept: dict[int, list[tuple[mmap.mmap, float]]] = {}
         self._kept_bytes = 0
 
     def take(self, size: int) -> memoryview:
         """Writable memory of that size; a reference to the view, or to a slice of it, keeps it taken."""
-        if not POOLED_BYTES <= size <= POOL_BYTES:
+        if size < POOLED_BYTES:
             return memoryview(bytearray(size))
         kept = self._kept.setdefault(size, [])
         for index, (buffer, _) in enumerate(kept):
             if sys.getrefcount(buffer) == 3:  # the list's, the loop's and the question's
                 kept[index] = (buffer, monotonic())
                 return memoryview(buffer)
-        buffer = bytearray(size)
+        buffer = mmap.mmap(-1, size)
         if self._kept_bytes + size <= POOL_BYTES:
             self._kept_bytes += size
             kept.append((buffer, monotonic()))

@@ -1,0 +1,474 @@
+"""Hostile peers over real sockets. Each attack ends with its code, within its bound, and a good peer goes on.
+
+The list is the project's threat model for this room (docs/protocol.md, "What a peer may not do"), with the
+published weaknesses of other stacks by name. Lies inside the handshake's cryptography are in
+test_handshake.py and test_noise.py, those inside one record in test_connection.py and test_messages.py,
+against the cores alone.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import resource
+import time
+import tracemalloc
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import msgpack
+import pytest
+
+from petalite.errors import ErrorCode
+from petalite.net import Call, Host, HostSettings, Identity, MethodPolicy
+from petalite.net.credit import Windows
+from petalite.net.frames import HEADER, U32, U64, FrameType, encode
+from petalite.net.handshake import Handshake
+from petalite.net.limits import Limits
+from petalite.net.link import Timers
+
+from .hostile import HELLO, Attacker, attacker, data, dial, open_stream, read_to_end
+from .hosts import Net, echo, eventually
+
+PROMPT = HostSettings(limits=Limits(handshake_s=0.3))
+
+
+@pytest.fixture
+async def host(net: Net) -> AsyncIterator[Host]:
+    """Under attack; a good peer, connected all along, is served before and after."""
+    host = await net.host(PROMPT, listen=True)
+    host.serve("echo", echo)
+    host.serve("small", echo, policy=MethodPolicy(max_message_bytes=1000))
+    good = await net.host()
+    await good.call(host.addresses[0], "echo", {"before": 1}, timeout_s=5)
+    yield host
+    reply = await good.call(host.peer_id, "echo", {"after": 1}, [bytes(100_000)], timeout_s=5)
+    assert reply.body == {"after": 1}
+    newcomer = await net.host()
+    await newcomer.call(host.addresses[0], "echo", {"new": 1}, timeout_s=5)
+
+
+def request(method: str, body: object = None, sizes: list[int] | None = None) -> bytes:
+    header = msgpack.packb([1, body or {}, sizes or [], method, 0])
+    return U32.pack(len(header)) + header
+
+
+# -- before and in the handshake -------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "garbage",
+    [b"GET / HTTP/1.1\r\n\r\n", b"\x16\x03\x01", b"\0" * 10_000, b"petl" + b"\xff" * 100, os.urandom(1000)],
+    ids=["http", "tls", "zeros", "magic", "noise"],
+)
+async def test_garbage_instead_of_a_handshake(host: Host, garbage: bytes) -> None:
+    """Nothing is answered."""
+    sock = await dial(host)
+    with sock:
+        await asyncio.get_running_loop().sock_sendall(sock, garbage)
+        async with asyncio.timeout(5):
+            assert await read_to_end(sock) == b""
+
+
+async def test_a_peer_that_dials_and_says_nothing(host: Host) -> None:
+    """Cut off at the handshake's deadline."""
+    sock = await dial(host)
+    with sock:
+        async with asyncio.timeout(5):
+            assert await read_to_end(sock) == b""
+    assert host.journal.counts["handshake:failed", "PROTOCOL"] == 1
+
+
+async def test_a_byte_at_a_time_does_not_stretch_the_deadline(host: Host) -> None:
+    """Slowloris inside the handshake: what counts is its end, not the last sign of life."""
+    sock = await dial(host)
+    first = Handshake(Identity.generate(), HELLO, initiator=True).start()
+    started = time.monotonic()
+    with sock:
+        for byte in first:
+            try:
+                await asyncio.get_running_loop().sock_sendall(sock, bytes([byte]))
+            except OSError:
+                break
+            await asyncio.sleep(0.05)
+            if host.journal.counts["handshake:failed", "PROTOCOL"]:
+                break
+    assert time.monotonic() - started < 2 < 0.05 * len(first)
+
+
+async def test_five_hundred_half_open_handshakes_and_a_good_peer(host: Host, net: Net) -> None:
+    """From one address; who comes after them is served within a second."""
+    socks = [await dial(host) for _ in range(500)]
+    first = Handshake(Identity.generate(), HELLO, initiator=True).start()
+    for sock in socks[::2]:
+        await asyncio.get_running_loop().sock_sendall(sock, first)
+    good = await net.host()
+    async with asyncio.timeout(1):
+        await good.call(host.addresses[0], "echo", timeout_s=1)
+    assert len(host._gate._handshakes) <= host.settings.limits.handshakes
+    for sock in socks:
+        sock.close()
+    await eventually(lambda: not host._gate._handshakes)
+
+
+async def test_a_replayed_third_message_and_a_stolen_first(host: Host) -> None:
+    """Recorded bytes of a good handshake, sent again on a new connection, authenticate nothing."""
+    sock = await dial(host)
+    loop = asyncio.get_running_loop()
+    first, second = (Handshake(Identity.generate(), HELLO, initiator=True) for _ in range(2))
+    with sock:
+        await loop.sock_sendall(sock, first.start())
+        answer = await loop.sock_recv(sock, 4096)
+        third = first.receive(answer)
+    sock = await dial(host)
+    with sock:
+        await loop.sock_sendall(sock, second.start())
+        await loop.sock_recv(sock, 4096)
+        await loop.sock_sendall(sock, third)
+        async with asyncio.timeout(5):
+            assert await read_to_end(sock) == b""
+
+
+# -- records ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "lie", ["garbage", "flipped", "replayed", "reordered", "dropped", "too short", "empty"]
+)
+async def test_records_that_lie(host: Host, lie: str) -> None:
+    async with attacker(host) as enemy:
+        good = [enemy.record(encode(FrameType.PAD, payload=bytes(index))) for index in range(1, 4)]
+        await enemy.send_raw(
+            {
+                "garbage": os.urandom(4000),
+                "flipped": good[0][:-1] + bytes([good[0][-1] ^ 1]),
+                "replayed": good[0] + good[0],
+                "reordered": good[1] + good[0],
+                "dropped": good[0] + good[2],
+                "too short": b"\0\x10" + bytes(16),
+                "empty": good[0] + good[1] + good[2] + enemy.record(b""),
+            }[lie]
+            + bytes(70_000)  # enough for whatever length the garbage claims
+        )
+        code, _ = await enemy.close_code()
+        assert code == ErrorCode.PROTOCOL
+    assert host._gate.reputation.ban_s(enemy.identity.peer_id, time.monotonic())
+
+
+async def test_a_record_cut_off_by_the_end_of_the_connection(host: Host) -> None:
+    async with attacker(host) as enemy:
+        await enemy.send(open_stream(1))
+        await enemy.send_raw(enemy.record(data(1, bytes(1000)))[:500])
+        await eventually(lambda: host.is_connected(enemy.identity.peer_id))
+    await eventually(lambda: not host.is_connected(enemy.identity.peer_id))
+
+
+async def test_a_record_a_byte_at_a_time_is_no_sign_of_life(net: Net) -> None:
+    """Slowloris after the handshake: only whole records that authenticate count."""
+    host = await net.host(HostSettings(timers=Timers(ping_every_s=0.1, dead_after_s=0.4)), listen=True)
+    async with attacker(host) as enemy:
+        record = enemy.record(encode(FrameType.PAD, payload=bytes(5000)))
+        started = time.monotonic()
+        for byte in record:
+            try:
+                await enemy.send_raw(bytes([byte]))
+            except OSError:
+                break
+            await asyncio.sleep(0.02)
+            if not host.peers() and time.monotonic() - started > 1:
+                break
+        assert time.monotonic() - started < 10
+
+
+async def test_bytes_behind_the_close_are_not_looked_at(host: Host) -> None:
+    async with attacker(host) as enemy:
+        await enemy.send(encode(FrameType.CLOSE, payload=U32.pack(0)) + b"\xff" * 50, os.urandom(3000))
+        await eventually(lambda: not host.is_connected(enemy.identity.peer_id))
+    assert not host._gate.reputation.ban_s(enemy.identity.peer_id, time.monotonic())
+
+
+# -- frames and streams ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("record", "code"),
+    [
+        pytest.param(bytes([0x3F]) + bytes(11), ErrorCode.PROTOCOL, id="unknown critical type"),
+        pytest.param(
+            HEADER.pack(0, 0, 0, 1, 2**32 - 1),
+            ErrorCode.FRAME_TOO_LARGE,
+            id="oversized DATA (py-libp2p GHSA-hmj8)",
+        ),
+        pytest.param(
+            HEADER.pack(0x41, 0, 0, 0, 2**31), ErrorCode.FRAME_TOO_LARGE, id="oversized ignorable frame"
+        ),
+        pytest.param(
+            open_stream(1) + HEADER.pack(0, 0, 0, 1, 0xFC01),
+            ErrorCode.FRAME_TOO_LARGE,
+            id="OPEN with an oversized first frame (rust-yamux CVE-2026-32314)",
+        ),
+        pytest.param(data(1, b"x"), ErrorCode.PROTOCOL, id="DATA never opened"),
+        pytest.param(data(2, b"x"), ErrorCode.PROTOCOL, id="DATA of the other parity"),
+        pytest.param(
+            open_stream(1) + data(1, b"", fin=True) + data(1, b"x"), ErrorCode.PROTOCOL, id="DATA after FIN"
+        ),
+        pytest.param(
+            b"".join(open_stream(2 * index + 1) for index in range(257)),
+            ErrorCode.STREAM_LIMIT,
+            id="streams beyond the limit (go-libp2p CVE-2022-23492)",
+        ),
+        pytest.param(encode(FrameType.PING, payload=bytes(8)) * 100, ErrorCode.FLOOD, id="ping flood"),
+        pytest.param(
+            encode(FrameType.MAX_STREAM_DATA, 9, U64.pack(2**64 - 1)),
+            ErrorCode.PROTOCOL,
+            id="credit never opened",
+        ),
+    ],
+)
+async def test_frames_that_break_a_rule(host: Host, record: bytes, code: ErrorCode) -> None:
+    async with attacker(host) as enemy:
+        await enemy.send(record)
+        assert (await enemy.close_code())[0] == code
+    await eventually(lambda: not host.is_connected(enemy.identity.peer_id))
+    async with attacker(host, enemy.identity) as again:
+        assert (await again.close_code())[0] == ErrorCode.BANNED
+
+
+async def test_one_byte_past_the_credit(host: Host) -> None:
+    """Of a stream that nobody reads: 256 KiB are taken, and the next byte is the end."""
+    host.serve("deaf", _deaf)
+    async with attacker(host) as enemy:
+        await enemy.send(open_stream(1) + data(1, request("deaf")))
+        await eventually(lambda: bool(host._handlers))
+        left = 256 * 1024
+        (link,) = [link for link in host._all_links if link.peer == enemy.identity.peer_id]
+        await eventually(lambda: link.lanes[0].connection.streams[1].consumed == len(request("deaf")))
+        left -= len(request("deaf"))
+        for size in [63 * 1024] * (left // (63 * 1024)) + [left % (63 * 1024)]:
+            await enemy.send(data(1, bytes(size)))
+        await eventually(lambda: link.lanes[0].connection.streams[1].received == 256 * 1024)
+        await enemy.send(data(1, b"x"))
+        assert (await enemy.close_code())[0] == ErrorCode.FLOW_CONTROL
+
+
+async def _deaf(call: Call) -> None:
+    await asyncio.Event().wait()
+
+
+async def test_ten_thousand_opens_and_resets(host: Host) -> None:
+    """HTTP/2's rapid reset (CVE-2023-44487): each costs a handler; beyond a rate it is a flood."""
+    async with attacker(host) as enemy:
+        reader = asyncio.create_task(enemy.close_code())
+        try:
+            for index in range(10_000):
+                stream = 2 * index + 1
+                await enemy.send(
+                    open_stream(stream)
+                    + data(stream, request("echo")[:10])
+                    + encode(FrameType.RESET_STREAM, stream, U32.pack(7))
+                    + encode(FrameType.STOP_SENDING, stream, U32.pack(7))
+                )
+        except OSError:
+            pass
+        assert (await reader)[0] in (ErrorCode.FLOOD, ErrorCode.STREAM_LIMIT)
+    await eventually(lambda: not host._handlers)
+
+
+async def test_a_peer_that_provokes_answers_and_never_reads(host: Host) -> None:
+    """rust-yamux CVE-2024-32984: what waits for it has a bound, in frames and in bytes."""
+    async with attacker(host) as enemy:
+        tracemalloc.start()
+        try:
+            for _ in range(3000):
+                await asyncio.wait_for(enemy.send(encode(FrameType.PING, payload=bytes(8)) * 8), 1)
+        except (OSError, TimeoutError):
+            pass
+        held = tracemalloc.get_traced_memory()[0]
+        tracemalloc.stop()
+        assert held < 8_000_000
+
+
+async def test_one_byte_frames_do_not_stop_the_loop(host: Host, net: Net) -> None:
+    """A megabyte of them: other peers are served between the turns."""
+    host.serve("patient", _swallow)
+    good = await net.host()
+    await good.call(host.addresses[0], "echo", timeout_s=5)
+    async with attacker(host) as enemy:
+        await enemy.send(open_stream(1) + data(1, request("patient")))
+        flood = asyncio.create_task(_flood(enemy, data(1, b"\0") * 4000, 20))
+        for _ in range(20):
+            await good.call(host.peer_id, "echo", timeout_s=2)
+        flood.cancel()
+        await asyncio.gather(flood, return_exceptions=True)
+
+
+async def _swallow(call: Call) -> None:
+    while await call.receive() is not None:
+        pass
+
+
+async def _flood(enemy: Attacker, plaintext: bytes, times: int) -> None:
+    for _ in range(times):
+        try:
+            await enemy.send(plaintext)
+        except OSError:
+            return
+
+
+async def test_a_reader_that_never_reads(host: Host) -> None:
+    """200 answers of a megabyte that nobody takes: bounded by the peer's credit, and then by the sockets."""
+
+    async def generous(call: Call) -> None:
+        await call.send({}, [bytes(1_000_000)])
+
+    host.serve("generous", generous)
+    async with attacker(host) as enemy:
+        for index in range(200):
+            stream = 2 * index + 1
+            await enemy.send(open_stream(stream) + data(stream, request("generous"), fin=True))
+        await eventually(lambda: len(host._handlers) == 200)
+        (link,) = [link for link in host._all_links if link.peer == enemy.identity.peer_id]
+        assert link.lanes[0].connection.sent <= HELLO.connection_bytes
+    await eventually(lambda: not host._handlers)
+
+
+async def test_a_window_that_stays_shut(host: Host) -> None:
+    """Zero-window for ever: the handler waits where it sends, and ends with the connection."""
+    ended = asyncio.Event()
+
+    async def generous(call: Call) -> None:
+        try:
+            await call.send({}, [bytes(10_000_000)])
+        finally:
+            ended.set()
+
+    host.serve("generous", generous)
+    async with attacker(host) as enemy:
+        await enemy.send(open_stream(1) + data(1, request("generous"), fin=True))
+        await eventually(lambda: bool(host._handlers))
+        assert not ended.is_set()
+    async with asyncio.timeout(5):
+        await ended.wait()
+
+
+async def test_everything_urgent_gains_nothing(host: Host) -> None:
+    """A peer's class orders its own answers, up to what the method allows."""
+    seen: list[int] = []
+
+    async def which(call: Call) -> None:
+        seen.append(call.priority)
+
+    host.serve("which", which, policy=MethodPolicy(priority=2))  # type: ignore[arg-type]
+    async with attacker(host) as enemy:
+        await enemy.send(
+            encode(FrameType.OPEN, 1, aux=0)
+            + data(1, request("which"), fin=True)
+            + encode(FrameType.PRIORITY, 1, aux=0)
+        )
+        await eventually(lambda: bool(seen))
+    assert seen == [2]
+
+
+# -- calls -----------------------------------------------------------------------------------------
+
+
+def failed_with(payload: bytes) -> int:
+    """The code in a failure's header."""
+    header = msgpack.unpackb(payload[4 : 4 + U32.unpack_from(payload)[0]])
+    assert header[0] == 2
+    code: int = header[3]
+    return code
+
+
+@pytest.mark.parametrize(
+    ("raw", "code"),
+    [
+        pytest.param(U32.pack(2**32 - 1), ErrorCode.BAD_MESSAGE, id="header of 4 GiB"),
+        pytest.param(U32.pack(5) + b"\xdd\xff\xff\xff\xff", ErrorCode.BAD_MESSAGE, id="array32 of 2^32-1"),
+        pytest.param(U32.pack(60_000) + b"\x91" * 60_000, ErrorCode.BAD_MESSAGE, id="depth bomb"),
+        pytest.param(U32.pack(60_000) + b"\x90" * 60_000, ErrorCode.BAD_MESSAGE, id="width bomb"),
+        pytest.param(request("nowhere"), ErrorCode.UNKNOWN_METHOD, id="unknown method"),
+        pytest.param(request("x" * 10_000), ErrorCode.BAD_MESSAGE, id="method of 10,000 characters"),
+        pytest.param(request("small", sizes=[1001]), ErrorCode.BAD_MESSAGE, id="beyond the method's limit"),
+        pytest.param(request("echo", sizes=[2**62, 2**62]), ErrorCode.BAD_MESSAGE, id="sizes that overflow"),
+        pytest.param(request("echo", sizes=[2**28]), None, id="a header, and then nothing"),
+        pytest.param(msgpack.packb([0, {}, []]), ErrorCode.BAD_MESSAGE, id="no length"),
+    ],
+)
+async def test_requests_that_lie(host: Host, raw: bytes, code: ErrorCode | None) -> None:
+    """The call ends with the code; the connection, and other calls on it, go on."""
+    async with attacker(host) as enemy:
+        await enemy.send(open_stream(1) + data(1, raw))
+        if code is not None:
+            assert failed_with(await enemy.failure_of(1)) == code
+        else:
+            await eventually(lambda: host._gate.memory.used >= 2**28)
+            await enemy.send(encode(FrameType.RESET_STREAM, 1, U32.pack(7)))
+            await eventually(lambda: host._gate.memory.used < 2**28)
+        await enemy.send(open_stream(3) + data(3, request("echo", {"still": 1}), fin=True))
+        answer = await enemy.failure_of(3)
+        assert msgpack.unpackb(answer[4:])[1] == {"still": 1}
+    assert not host._gate.reputation.ban_s(enemy.identity.peer_id, time.monotonic())
+
+
+async def test_a_header_that_promises_memory_holds_none_of_it(host: Host) -> None:
+    """Fifteen promises of 64 MiB each: set aside by count, and not a page of it taken from the machine."""
+    async with attacker(host) as enemy:
+        before = resident_bytes()
+        for index in range(15):
+            await enemy.send(open_stream(2 * index + 1) + data(2 * index + 1, request("echo", sizes=[2**26])))
+        await eventually(lambda: host._gate.memory.used >= 15 * 2**26)
+        assert resident_bytes() - before < 2**25
+    await eventually(lambda: host._gate.memory.used < 2**26)
+
+
+def resident_bytes() -> int:
+    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+
+
+async def test_more_promises_than_the_peers_share(net: Net) -> None:
+    limits = Limits(memory_bytes=2**28, peer_memory_bytes=2**27)
+    host = await net.host(HostSettings(limits=limits), listen=True)
+    host.serve("echo", echo)
+    async with attacker(host) as enemy:
+        await enemy.send(open_stream(1) + data(1, request("echo", sizes=[2**27])))
+        await enemy.send(open_stream(3) + data(3, request("echo", sizes=[2**20])))
+        assert failed_with(await enemy.failure_of(3)) == ErrorCode.RESOURCE_LIMIT
+        async with attacker(host) as other:
+            await other.send(open_stream(1) + data(1, request("echo", sizes=[2**20]) + bytes(1000)))
+            await eventually(lambda: host._gate.memory.used == 2**27 + 2**20)
+
+
+async def test_a_request_that_never_ends(host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A byte at a time, or none: given up at the request's deadline."""
+    monkeypatch.setattr("petalite.net.rpc.REQUEST_TIMEOUT_S", 0.1)
+    async with attacker(host) as enemy:
+        await enemy.send(open_stream(1) + data(1, request("echo")[:3]))
+        assert U32.unpack(await enemy.failure_of(1))[0] == ErrorCode.DEADLINE
+    await eventually(lambda: not host._handlers)
+
+
+async def test_unread_data_has_a_bound_however_many_streams_hold_it(net: Net) -> None:
+    """A handler that never reads, 64 streams, and a peer that fills every window it is given."""
+    windows = Windows(1 << 18, 1 << 20, 64, 1 << 20, 4 << 20, 2 << 20)
+    host = await net.host(HostSettings(windows=windows), listen=True)
+    host.serve("deaf", _deaf)
+    caller = await net.host(HostSettings(windows=Windows(streams=64)))
+    async with asyncio.TaskGroup() as group:
+
+        async def fill() -> None:
+            async with caller.stream(host.addresses[0], "deaf") as call:
+                async with asyncio.timeout(0.5):
+                    await call.send({}, [bytes(4_000_000)])
+
+        async def tolerate() -> None:
+            with contextlib.suppress(TimeoutError):
+                await fill()
+
+        for _ in range(60):
+            group.create_task(tolerate())
+        await asyncio.sleep(0.3)
+        lane = host._links[caller.peer_id].lanes[0]
+        held = sum(stream.buffered for stream in lane.connection.streams.values())
+        assert held <= (2 << 20) + (4 << 20)
