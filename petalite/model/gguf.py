@@ -25,6 +25,7 @@ from torch import Tensor
 from petalite.errors import InvalidArgument, InvalidCheckpoint, PetaliteError, UnsupportedModel
 from petalite.kernels.rope import DefaultRope, Llama3Rope
 from petalite.model.config import ModelConfig
+from petalite.model.gguf_file import GgufFile
 from petalite.model.gguf_tokenizer import build_tokenizer, token_at
 from petalite.model.manifest import Manifest
 from petalite.model.tensorfile import DTYPES, stored_bytes, write_tensors
@@ -67,7 +68,7 @@ def import_gguf(
         raise InvalidArgument(f"dtype {dtype!r} is not known; choose one of {', '.join(_TARGET_DTYPES)}")
     if target.exists():
         raise InvalidArgument(f"{target} exists already; give a folder that does not, or remove it first")
-    file = _GgufFile(source)
+    file = _Source(source)
     scratch = target.with_name(f".{target.name}.{secrets.token_hex(4)}")
     try:
         scratch.mkdir(parents=True)
@@ -82,53 +83,61 @@ def import_gguf(
     return target
 
 
-class _GgufFile:
-    """A mapped GGUF file: plain metadata, and tensors dequantized one at a time."""
+class _Source:
+    """A GGUF file with its tensors dequantized, one at a time."""
 
     def __init__(self, path: Path) -> None:
         try:
             import gguf
         except ImportError as error:
             raise InvalidArgument(
-                "reading GGUF files needs an extra: pip install 'petalite[gguf]'"
+                "importing GGUF files needs an extra: pip install 'petalite[gguf]'"
             ) from error
         if not path.is_file():
             raise InvalidCheckpoint(f"there is no file {path}")
         self.path = path
         self._gguf = gguf
-        try:
-            reader = gguf.GGUFReader(path)
-            self.metadata: dict[str, Any] = {key: field.contents() for key, field in reader.fields.items()}
-        except Exception as error:  # the reader checks little, and what breaks in it is of any class
-            raise InvalidCheckpoint(f"{path} is broken or no GGUF file: {_first_line(error)}") from error
-        self._tensors = {tensor.name: tensor for tensor in reader.tensors}
+        self._file = GgufFile(path)
+        self.metadata = self._file.metadata
 
     def __contains__(self, name: str) -> bool:
-        return name in self._tensors
+        return name in self._file.tensors
 
     @property
     def names(self) -> list[str]:
-        return list(self._tensors)
+        return list(self._file.tensors)
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """GGUF counts dimensions from the innermost."""
-        return tuple(int(size) for size in reversed(self._tensors[name].shape))
+        return self._file.tensors[name].shape
 
     def read(self, name: str) -> Tensor:
         """The tensor in float32."""
-        tensor = self._tensors[name]
+        import numpy as np
+
+        entry = self._file.tensors[name]
         try:
-            values = self._gguf.quants.dequantize(tensor.data, tensor.tensor_type)
-            return torch.from_numpy(values.copy()).to(torch.float32).reshape(self.shape(name))
-        except NotImplementedError as error:
+            kind = self._gguf.GGMLQuantizationType(entry.type)
+            block_values, block_bytes = self._gguf.GGML_QUANT_SIZES[kind]
+        except (ValueError, KeyError) as error:
             raise UnsupportedModel(
-                f"{self.path}: {name} is {tensor.tensor_type.name}, which is not read"
+                f"{self.path}: {name} is of ggml type {entry.type}, which is not read"
             ) from error
-        except (ValueError, RuntimeError, TypeError) as error:
-            raise InvalidCheckpoint(f"{self.path}: {name} is broken: {_first_line(error)}") from error
+        if not math.prod(entry.shape) or entry.shape[-1] % block_values:
+            raise InvalidCheckpoint(
+                f"{self.path}: {name} has shape {entry.shape}, no whole blocks of {kind.name}"
+            )
+        nbytes = math.prod(entry.shape) // block_values * block_bytes
+        stored = np.frombuffer(self._file.data(name, nbytes), dtype=np.uint8)
+        try:
+            values = self._gguf.quants.dequantize(stored.reshape(*entry.shape[:-1], -1), kind)
+        except NotImplementedError as error:
+            raise UnsupportedModel(f"{self.path}: {name} is {kind.name}, which is not read") from error
+        # What was dequantized is fresh; what was not is the read-only file.
+        values = values if values.flags.writeable else values.copy()
+        return torch.from_numpy(values).to(torch.float32).reshape(entry.shape)
 
 
-def _write_folder(file: _GgufFile, folder: Path, dtype: str, progress: Progress) -> None:
+def _write_folder(file: _Source, folder: Path, dtype: str, progress: Progress) -> None:
     config = _config(file) | {"dtype": dtype}
     model = ModelConfig.from_dict(config, source=str(file.path))
     _write_json(folder / "config.json", config)
@@ -142,7 +151,7 @@ def _write_folder(file: _GgufFile, folder: Path, dtype: str, progress: Progress)
     _write_weights(file, folder, model, dtype, progress)
 
 
-def _write_weights(file: _GgufFile, folder: Path, model: ModelConfig, dtype: str, progress: Progress) -> None:
+def _write_weights(file: _Source, folder: Path, model: ModelConfig, dtype: str, progress: Progress) -> None:
     stored = _TARGET_DTYPES[dtype]
     named = _renamed(file, model)
     manifest: dict[str, tuple[str, tuple[int, ...], str]] = {}
@@ -163,7 +172,7 @@ def _write_weights(file: _GgufFile, folder: Path, model: ModelConfig, dtype: str
 # -- tensors ---------------------------------------------------------------------------------------------
 
 
-def _renamed(file: _GgufFile, model: ModelConfig) -> dict[str, str]:
+def _renamed(file: _Source, model: ModelConfig) -> dict[str, str]:
     """Checkpoint name → GGUF name: the edges, then block by block, so that a span is one stretch of the
     file.
     """
@@ -193,7 +202,7 @@ def _reordered(tensor: Tensor, source: str, model: ModelConfig) -> Tensor:
 # -- settings --------------------------------------------------------------------------------------------
 
 
-def _config(file: _GgufFile) -> dict[str, Any]:
+def _config(file: _Source) -> dict[str, Any]:
     architecture = file.metadata.get("general.architecture")
     if architecture not in _ARCHITECTURES:
         raise UnsupportedModel(
@@ -247,7 +256,7 @@ def _config(file: _GgufFile) -> dict[str, Any]:
 
 
 def _rope_scaling(
-    file: _GgufFile, value: Callable[[str], Any], config: Mapping[str, Any]
+    file: _Source, value: Callable[[str], Any], config: Mapping[str, Any]
 ) -> dict[str, Any] | None:
     if _ROPE_FACTORS in file:
         return _llama3_scaling(file, float(config["rope_theta"]), int(config["head_dim"]))
@@ -267,7 +276,7 @@ def _rope_scaling(
     raise UnsupportedModel(f"{file.path}: rope scaling {kind!r} is not supported; none, linear and yarn are")
 
 
-def _llama3_scaling(file: _GgufFile, theta: float, head_dim: int) -> dict[str, Any]:
+def _llama3_scaling(file: _Source, theta: float, head_dim: int) -> dict[str, Any]:
     """The settings whose factors the file holds: Llama 3.1's (factor 8) or 3.2's (32), the two that were
     released.
     """
@@ -328,7 +337,3 @@ def _shortest(value: float) -> float:
 
 def _write_json(path: Path, value: Mapping[str, Any]) -> None:
     path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]

@@ -115,12 +115,10 @@ SHARED = looped(
     "a=['x'], b=['x'], t=(1,)",
     "{% set ns.a = [ns.a, ns.a] %}{% set ns.b = [ns.b, ns.b] %}{% set ns.t = (ns.t, ns.t) %}",
 )
-WALKS = """
-ns.a; ns.a == ns.b; ns.a in [ns.b]; ns.a is eq(ns.b); ns.a ~ 'x'; '%s' % (ns.a,); '{}'.format(ns.a); {ns.t: 1};
-{}[ns.t]; dict([(ns.t, 1)]); {}.get(ns.t); ns.a.count(ns.b); ns.a|tojson; ns.a|string; [ns.a, ns.b]|sort;
-[ns.t]|unique|list; [ns.a]|join; ns.a|trim; ns.a|replace('a', 'b'); [1]|map(ns.a)|list; raise_exception(ns.a);
-strftime_now(ns.a)
-"""
+WALKS = """ ns.a; ns.a == ns.b; ns.a in [ns.b]; ns.a is eq(ns.b); ns.a ~ 'x'; '%s' % (ns.a,);
+'{}'.format(ns.a); {ns.t: 1}; {}[ns.t]; dict([(ns.t, 1)]); {}.get(ns.t); ns.a.count(ns.b); ns.a|tojson;
+ns.a|string; [ns.a, ns.b]|sort; [ns.t]|unique|list; [ns.a]|join; ns.a|trim; ns.a|replace('a', 'b');
+[1]|map(ns.a)|list; raise_exception(ns.a); strftime_now(ns.a) """
 HOSTILE = {
     "loops": "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}",
     "lists in loops": "{% for i in range(99999) %}{% set x = range(99999)|list %}{% endfor %}",
