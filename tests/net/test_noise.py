@@ -82,7 +82,9 @@ def test_equals_the_other_implementation(
         assert plain == text
 
 
-@pytest.mark.parametrize("vector", VECTORS, ids=lambda vector: vector["protocol_name"])
+@pytest.mark.parametrize(
+    "vector", VECTORS, ids=lambda vector: f"{vector['protocol_name']} of {vector['source']}"
+)
 def test_vectors(vector: dict[str, Any]) -> None:
     """Every byte of both sides' messages, from fixed keys, and of the first transport messages."""
     _, pattern, _, cipher, _ = vector["protocol_name"].split("_")
@@ -105,7 +107,8 @@ def test_vectors(vector: dict[str, Any]) -> None:
     for index, (payload, ciphertext) in enumerate(messages[:3]):
         assert sides[index % 2].write(lambda _hash, payload=payload: payload) == ciphertext
         assert sides[1 - index % 2].read(ciphertext) == payload
-    assert {side.hash.hex() for side in sides} == {vector["handshake_hash"]}
+        if index + 1 == vector["hash_after_messages"]:
+            assert {side.hash.hex() for side in sides} == {vector["handshake_hash"]}
     sealers = [Sealer(suite, side.keys()[0]) for side in sides]
     for index, (payload, ciphertext) in enumerate(messages[3:], start=3):
         record = bytearray(len(payload) + 18)
