@@ -24,12 +24,22 @@ Report = Callable[[int, int], None]
 
 
 def run_async(main: Coroutine[Any, Any, T]) -> T:
-    """Run to the end on petalite's loop; Ctrl-C cancels it and exits with the shell's code for that."""
+    """Run to the end on petalite's loop. Ctrl-C and SIGTERM cancel it, and the process exits with the shell's
+    code for that; a command that has more to say to them waits in `until_stopped`."""
+
+    async def stoppable() -> T:
+        task = asyncio.current_task()
+        assert task is not None
+        asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, task.cancel)
+        return await main
+
     try:
         with asyncio.Runner(loop_factory=new_event_loop) as runner:
-            return runner.run(main)
+            return runner.run(stoppable())
     except KeyboardInterrupt:
         sys.exit(128 + signal.SIGINT)
+    except asyncio.CancelledError:
+        sys.exit(128 + signal.SIGTERM)
 
 
 async def until_stopped() -> str:

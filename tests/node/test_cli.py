@@ -7,6 +7,7 @@ from __future__ import annotations
 import json
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -14,10 +15,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from tests.helpers.checkpoints import tiny_llama
 
 from petalite.net.identity import Identity
 from petalite.node.processes import NodeProcess, bootstrap_node, serve_node
+from tests.helpers.checkpoints import tiny_llama
 
 ANYONE = str(Identity.from_seed(b"\x01" * 32).peer_id)
 NOBODY = f"/ip4/127.0.0.1/tcp/9/p2p/{ANYONE}"  # the discard port: nothing listens there
@@ -198,6 +199,31 @@ def test_a_server_leaves_cleanly(number: signal.Signals, model: Path) -> None:
             assert server.stop(number) == 0
             assert "Traceback" not in server.output
         assert "serves no model" in petalite("status", "--peers", str(bootstrap.address)).stdout
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_node_that_is_still_joining_can_be_stopped(number: signal.Signals, code: int) -> None:
+    """Its bootstrap accepts and says nothing; the signal comes once it has dialled."""
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        address = f"/ip4/127.0.0.1/tcp/{silent.getsockname()[1]}/p2p/{ANYONE}"
+        node = NodeProcess("bootstrap", "--listen", "/ip4/127.0.0.1/tcp/0", "--peers", address)
+        with node, silent.accept()[0]:
+            assert node.stop(number) == code
+        assert node.output == ""
+
+
+def test_ctrl_c_in_a_generation(model: Path) -> None:
+    """It stops in the middle of the text, without a word of Python."""
+    with serve_node(str(model), "0:4", []) as server:
+        command = [sys.executable, "-m", "petalite.node", "generate", str(model), "--prompt", "x"]
+        command += ["--peers", str(server.address), "--max-new-tokens", "2000"]
+        with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+            assert process.stdout is not None and process.stderr is not None
+            assert process.stdout.read(1)
+            process.send_signal(signal.SIGINT)
+            _, errors = process.communicate(timeout=DEADLINE_S)
+        assert process.returncode not in (0, None)
+        assert b"Traceback" not in errors
 
 
 def test_help_is_quick() -> None:
