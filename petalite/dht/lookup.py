@@ -24,6 +24,8 @@ from petalite.dht.contacts import Contact, Scope
 from petalite.dht.keys import DhtKey
 
 MAX_KEYS_PER_QUERY = 16
+# A path settles once this part of k has answered, be it the only one: the rest is asked all at once.
+_MIN_SPLIT = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,8 +117,9 @@ class Search:
         self._settings = settings
         self._known: dict[DhtKey, Candidate] = {}
         d = settings.paths
-        self._paths = [_Path(number, -(-settings.k // d), settings.alpha) for number in range(d)]
-        self._union = _Path(d, settings.k, settings.alpha * d)
+        width = -(-settings.k // max(d, _MIN_SPLIT))
+        self._paths = [_Path(number, width, settings.alpha) for number in range(d)]
+        self._union = _Path(d, settings.k, settings.k)  # what is left to ask is asked at once (§2.3)
         self._surveys: dict[
             int, _Survey
         ] = {}  # by path; made anew after every answer, failure or soft deadline

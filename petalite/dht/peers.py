@@ -55,7 +55,8 @@ class CallSettings:
     soft_per_rtt: float = 4.0  # the soft deadline, in round trips
     max_verifying: int = 8  # strangers pinged back at once
     distrust_s: float = 600.0  # how long a liar is not dealt with
-    max_distrusted: int = 1024  # liars remembered
+    silence_s: float = 60.0  # for how long one that did not answer is not tried on another's word
+    max_shunned: int = 1024  # of either remembered
 
 
 class Peers:
@@ -82,6 +83,7 @@ class Peers:
         self._own_addresses: tuple[str, ...] = ()
         self._verifying: set[DhtKey] = set()
         self._distrusted: dict[DhtKey, float] = {}  # until when
+        self._silent: dict[DhtKey, float] = {}  # until when; others will name them for a while yet
 
     @property
     def own_addresses(self) -> tuple[str, ...]:
@@ -120,7 +122,7 @@ class Peers:
             self.distrust(contact)
             raise
         except (NetworkError, ShuttingDown, UnknownMethod):
-            self.table.failed(contact.node_id, self._clock.time_s())
+            self._missed(contact)
             raise
         self._reached(contact, started_s)
         return decoded
@@ -140,12 +142,14 @@ class Peers:
             self.table.add(known, self._clock.time_s())
         return known
 
-    async def check(self, contact: Contact) -> None:
-        """Ping a peer for what its answer, or its silence, does to the table."""
+    async def check(self, contact: Contact) -> bool:
+        """Ping a peer for what its answer, or its silence, does to the table. Whether it answered."""
         try:
             await self.ping(contact)
         except PetaliteError as error:
             logger.debug("%s: %s", contact.peer_id.short(), error)
+            return False
+        return True
 
     async def dial(self, address: Multiaddr) -> Contact:
         """Reach whoever is at an address."""
@@ -193,11 +197,12 @@ class Peers:
         return Contact.of(peer_id, claimed.addresses[:MAX_ADDRESSES])
 
     def cleaned(self, contacts: Iterable[Contact], teller: Contact) -> list[Contact]:
-        """What remains of the contacts that a peer told us: no liars, no addresses it has no business to
-        tell."""
-        scope = self._scope_of(teller.peer_id)
-        if self._distrusted:
-            contacts = [contact for contact in contacts if not self._is_distrusted(contact.node_id)]
+        """What remains of the contacts that a peer told us: no liars, nobody who did not answer just now, no
+        addresses it has no business to tell."""
+        scope, now_s = self._scope_of(teller.peer_id), self._clock.time_s()
+        for shunned in (self._distrusted, self._silent):
+            if shunned:
+                contacts = [contact for contact in contacts if shunned.get(contact.node_id, 0.0) <= now_s]
         kept = [believable(contact, scope) for contact in contacts]
         return [contact for contact in kept if contact.addresses]
 
@@ -205,10 +210,7 @@ class Peers:
         """It broke a rule: out of the table, and not let in again for a while."""
         logger.info("peer %s broke a rule and is not asked again for a while", contact.peer_id.short())
         self.table.remove(contact.node_id)
-        self._distrusted.pop(contact.node_id, None)
-        self._distrusted[contact.node_id] = self._clock.time_s() + self._settings.distrust_s
-        if len(self._distrusted) > self._settings.max_distrusted:
-            del self._distrusted[next(iter(self._distrusted))]
+        self._shun(self._distrusted, contact, self._settings.distrust_s)
 
     def look_around(self) -> None:
         """Take note of where we are ourselves: it is what we tell, and decides whose prefixes are bounded."""
@@ -236,9 +238,24 @@ class Peers:
         self._verifying.add(contact.node_id)
         self._spawn(verify())
 
+    def _shun(self, shunned: dict[DhtKey, float], contact: Contact, for_s: float) -> None:
+        shunned.pop(contact.node_id, None)
+        shunned[contact.node_id] = self._clock.time_s() + for_s
+        if len(shunned) > self._settings.max_shunned:
+            del shunned[next(iter(shunned))]
+
+    def _missed(self, contact: Contact) -> None:
+        now_s = self._clock.time_s()
+        self.table.failed(contact.node_id, now_s)
+        if self.heard_s is not None and now_s - self.heard_s < self._settings.silence_s:
+            self._shun(
+                self._silent, contact, self._settings.silence_s
+            )  # it is silent, and not we who are cut off
+
     def _reached(self, contact: Contact, started_s: float) -> None:
         now_s = self._clock.time_s()
         self.heard_s = now_s
+        self._silent.pop(contact.node_id, None)
         self._usual_call_s += 0.1 * (now_s - started_s - self._usual_call_s)
         if contact.node_id in self.table:
             self.table.seen(contact.node_id, now_s)

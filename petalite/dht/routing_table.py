@@ -10,6 +10,7 @@ Knows ids, addresses' prefixes and times; knows neither sockets nor records.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from math import inf
@@ -62,6 +63,7 @@ class RoutingTable:
         self.settings = settings
         self.places = tuple(places)
         self._buckets: dict[int, Bucket] = {}
+        self._prefixes: Counter[bytes] = Counter()  # of all entries; only `_enter` and `_leave` touch it
 
     # -- reading -----------------------------------------------------------------------------------
 
@@ -124,16 +126,16 @@ class RoutingTable:
         if contact.node_id == self.own_id:
             return None
         bucket = self._buckets.setdefault(self.own_id.shared_bits(contact.node_id), Bucket())
-        entry = bucket.entries.pop(contact.node_id, None)
+        entry = self._leave(bucket, contact.node_id)
         if entry is not None:
             moved = entry.contact.place != contact.place and not self._diverse(contact, bucket)
-            bucket.entries[contact.node_id] = Entry(entry.contact if moved else contact, now_s)
+            self._enter(bucket, Entry(entry.contact if moved else contact, now_s))
             return None
         if not self._diverse(contact, bucket):
             return None
         if len(bucket.entries) < self.settings.k:
             bucket.waiting.pop(contact.node_id, None)
-            bucket.entries[contact.node_id] = Entry(contact, now_s)
+            self._enter(bucket, Entry(contact, now_s))
             return None
         self._wait(bucket, contact)
         doubtful = self._doubtful(bucket)
@@ -164,13 +166,13 @@ class RoutingTable:
         if bucket.waiting:
             self._replace(bucket, entry, now_s)
         elif entry.failures >= self.settings.max_failures:
-            del bucket.entries[node_id]
+            self._leave(bucket, node_id)
 
     def remove(self, node_id: DhtKey) -> None:
         """Forget a peer that lied."""
         bucket = self._buckets.get(self.own_id.shared_bits(node_id))
         if bucket is not None:
-            bucket.entries.pop(node_id, None)
+            self._leave(bucket, node_id)
             bucket.waiting.pop(node_id, None)
 
     # -- upkeep ------------------------------------------------------------------------------------
@@ -206,11 +208,11 @@ class RoutingTable:
     def _replace(self, bucket: Bucket, loser: Entry, now_s: float) -> None:
         # The latest comer is the likeliest to live still. It enters as not heard from, so upkeep asks it
         # before long.
-        del bucket.entries[loser.contact.node_id]
+        self._leave(bucket, loser.contact.node_id)
         for node_id in reversed(list(bucket.waiting)):
             contact = bucket.waiting.pop(node_id)
             if self._diverse(contact, bucket):
-                bucket.entries[node_id] = Entry(contact, now_s - self.settings.fresh_s)
+                self._enter(bucket, Entry(contact, now_s - self.settings.fresh_s))
                 return
 
     def _diverse(self, contact: Contact, bucket: Bucket | None) -> bool:
@@ -223,12 +225,21 @@ class RoutingTable:
         in_bucket, in_table = self.settings.per_prefix_in_bucket, self.settings.per_prefix_in_table
         if any(own.prefix == place.prefix for own in self.places):
             in_bucket, in_table = self.settings.k // 2, KEY_BITS * self.settings.k  # our own campus or cloud
-        here = bucket.entries.values() if bucket else ()
-        if self._count(here, contact, place) >= in_bucket:
+        if self._prefixes[place.prefix] >= in_table:
             return False
-        return self._count(self, contact, place) < in_table
+        others = (entry.contact.place for entry in bucket.entries.values()) if bucket else ()
+        return sum(other is not None and other.prefix == place.prefix for other in others) < in_bucket
 
-    @staticmethod
-    def _count(entries: Iterable[Entry], contact: Contact, place: Place) -> int:
-        others = (entry.contact for entry in entries if entry.contact.node_id != contact.node_id)
-        return sum(other.place is not None and other.place.prefix == place.prefix for other in others)
+    def _enter(self, bucket: Bucket, entry: Entry) -> None:
+        bucket.entries[entry.contact.node_id] = entry
+        if entry.contact.place is not None:
+            self._prefixes[entry.contact.place.prefix] += 1
+
+    def _leave(self, bucket: Bucket, node_id: DhtKey) -> Entry | None:
+        entry = bucket.entries.pop(node_id, None)
+        if entry is not None and entry.contact.place is not None:
+            prefix = entry.contact.place.prefix
+            self._prefixes[prefix] -= 1
+            if not self._prefixes[prefix]:
+                del self._prefixes[prefix]
+        return entry

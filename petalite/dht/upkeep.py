@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from random import Random
 
+from petalite.dht.contacts import Contact
 from petalite.dht.keys import DhtKey
 from petalite.dht.network import Clock
 from petalite.dht.peers import Peers, Spawn
@@ -27,6 +28,9 @@ from petalite.net.multiaddr import Multiaddr
 logger = logging.getLogger(__name__)
 
 _DIALS_AT_ONCE = 16
+_REJOIN_MIN_S = 5.0
+# After a ping answered and one not: in balance when one in twelve peers turns out to be gone.
+_PROBE_LATER, _PROBE_SOONER = 1.02, 0.8
 _MAX_REMEMBERED = 64  # peers once met; one more every `reunite_s`, so they go back hours
 
 
@@ -35,13 +39,13 @@ class UpkeepSettings:
     """How often a node looks after itself."""
 
     tick_s: float = 15.0  # between two looks at what is due, jittered
-    probe_after_s: float = 600.0  # a peer silent for so long is pinged
-    probes_per_tick: int = 5  # at most
+    probe_min_s: float = 60.0  # a peer silent for so long is pinged, where peers often turn out to be gone
+    probe_max_s: float = 900.0  # and for so long, where they hardly ever do
+    probes_per_tick: int = 10  # at most
     refresh_s: float = 1800.0  # a bucket without a lookup for so long gets one
     save_s: float = 300.0  # between two savings of the peers
     reunite_s: float = 300.0  # between two tries of a peer that was lost
-    rejoin_min_s: float = 5.0  # the first wait between two attempts to come back
-    rejoin_max_s: float = 300.0  # and the longest
+    rejoin_max_s: float = 300.0  # the longest wait between two attempts to come back
 
 
 class Upkeep:
@@ -67,6 +71,7 @@ class Upkeep:
         self._settings = settings
         self._spawn = spawn
         self._peers_file = peers_file
+        self._probe_after_s = settings.probe_max_s
         self._saved_s = 0.0
         self._reunited_s = 0.0
         self._remembered: dict[DhtKey, Multiaddr] = {}  # the longest ago first
@@ -147,8 +152,8 @@ class Upkeep:
         now_s, settings = self._clock.time_s(), self._settings
         self._peers.look_around()
         self._storage.sweep(now_s)
-        for contact in self._peers.table.unseen(now_s, settings.probe_after_s)[: settings.probes_per_tick]:
-            self._spawn(self._peers.check(contact))
+        for contact in self._peers.table.unseen(now_s, self._probe_after_s)[: settings.probes_per_tick]:
+            self._spawn(self._probe(contact))
         if self._peers_file is not None and now_s - self._saved_s >= settings.save_s:
             self.save()
         if now_s - self._reunited_s >= settings.reunite_s * self._random.uniform(0.5, 1.0):
@@ -157,6 +162,11 @@ class Upkeep:
         stale = self._peers.table.stale_buckets(now_s, settings.refresh_s)
         if stale:
             await self._refresh(self._random.choice(stale))
+
+    async def _probe(self, contact: Contact) -> None:
+        change = _PROBE_LATER if await self._peers.check(contact) else _PROBE_SOONER
+        after_s = min(self._probe_after_s * change, self._settings.probe_max_s)
+        self._probe_after_s = max(after_s, self._settings.probe_min_s)
 
     async def _refresh(self, bucket: int) -> None:
         target = DhtKey.random(self._random, self._peers.table.own_id, bucket)
@@ -187,7 +197,7 @@ class Upkeep:
             await self.join()
         except Unreachable as error:
             logger.info("still alone: %s", error)
-            return min(max(2 * wait_s, settings.rejoin_min_s), settings.rejoin_max_s)
+            return min(max(2 * wait_s, _REJOIN_MIN_S), settings.rejoin_max_s)
         if not self._peers.alone:
             logger.info("back among %d peers", len(self._peers.table))
             came_back()

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 from bisect import bisect_left
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from hashlib import sha256
@@ -135,7 +135,7 @@ class SimSwarm:
                 low, high = _bucket(peer.contact.node_id, index)
                 first, last = bisect_left(ids, low), bisect_left(ids, high)
                 for number in self.random.sample(range(first, last), min(table.settings.k + 4, last - first)):
-                    table.add(ring[number].contact, now_s - self.random.uniform(0.0, upkeep.probe_after_s))
+                    table.add(ring[number].contact, now_s - self.random.uniform(0.0, upkeep.probe_max_s))
                 if _alone(ids, peer.contact.node_id, index):
                     break
             for index in table.stale_buckets(now_s, 0.0):
@@ -154,10 +154,16 @@ class SimSwarm:
             await peer.node.close(withdraw=False)
         self.peers = list(alive)
 
-    async def churn(self, median_session_s: float, *, staying: Iterable[SimPeer] = ()) -> None:
+    async def churn(
+        self,
+        median_session_s: float,
+        *,
+        staying: Iterable[SimPeer] = (),
+        joined: Callable[[SimPeer], Awaitable[None]] | None = None,
+    ) -> None:
         """For ever: each peer but those staying stops after a random session, and a new one joins in its
         place. Half of all sessions are longer than the median, whatever their age: an exponential
-        distribution."""
+        distribution. `joined` is called for each newcomer once it is part of the swarm."""
         rate = log(2) / median_session_s
         random = Random(self._seed)  # its own, so that what else is done meanwhile changes nobody's fate
         loop = asyncio.get_running_loop()
@@ -173,7 +179,7 @@ class SimSwarm:
                 await self.kill([peer])
                 through = random.choice(self.peers).address
                 newcomer = await self.add()
-                joins.create_task(_try_to_join(newcomer, through))
+                joins.create_task(_try_to_join(newcomer, through, joined))
                 heappush(ends, (loop.time() + random.expovariate(rate), number, newcomer))
 
     async def close(self) -> None:
@@ -191,10 +197,15 @@ class SimSwarm:
         return f"/ip4/{'.'.join(map(str, parts))}/tcp/31330"
 
 
-async def _try_to_join(peer: SimPeer, through: Multiaddr) -> None:
-    """Whoever it was to join through may have left; the node itself tries again."""
+async def _try_to_join(
+    peer: SimPeer, through: Multiaddr, joined: Callable[[SimPeer], Awaitable[None]] | None
+) -> None:
+    """Whoever it was to join through may have left; the node itself tries again. And it may leave
+    meanwhile."""
     with suppress(Unreachable, ShuttingDown):
         await peer.node.join([through])
+        if joined is not None:
+            await joined(peer)
 
 
 def _bucket(own_id: DhtKey, index: int) -> tuple[int, int]:

@@ -172,7 +172,23 @@ def test_what_each_error_does_to_a_peer(
     asyncio.run(bench.peers.check(PEER))
     entry = bench.peers.table.entry(PEER.node_id)
     assert (entry.failures if entry else None) == failures
+    bench.clock.now_s = CallSettings().silence_s
     assert bool(bench.peers.cleaned([PEER], contact(2))) is trusted
+
+
+def test_one_that_did_not_answer_is_not_tried_again_on_others_word(bench: Bench):
+    """Unless nobody answers: then it is we who are cut off, and no word on them."""
+    bench.network.error = ConnectionLost("gone")
+    asyncio.run(bench.peers.check(PEER))
+    assert bench.peers.cleaned([PEER], contact(2)) == [PEER]
+    bench.network.error = None
+    asyncio.run(bench.peers.check(contact(3)))
+    bench.network.error = ConnectionLost("gone")
+    asyncio.run(bench.peers.check(PEER))
+    assert bench.peers.cleaned([PEER], contact(2)) == []
+    bench.network.error = None
+    asyncio.run(bench.peers.check(PEER))
+    assert bench.peers.cleaned([PEER], contact(2)) == [PEER]
 
 
 def test_a_liar_is_not_dealt_with_for_a_while(bench: Bench):
@@ -189,7 +205,7 @@ def test_a_liar_is_not_dealt_with_for_a_while(bench: Bench):
 def test_liars_remembered_are_bounded(bench: Bench):
     for number in range(3000):
         bench.peers.distrust(contact(number))
-    assert len(bench.peers._distrusted) == CallSettings().max_distrusted
+    assert len(bench.peers._distrusted) == CallSettings().max_shunned
 
 
 @pytest.mark.parametrize(("rtt_s", "wait_s"), [(None, 0.25), (0.001, 0.25), (0.1, 0.4), (2.0, 1.0)])

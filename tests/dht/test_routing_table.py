@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from random import Random
 
 import pytest
@@ -192,3 +193,35 @@ def test_the_distance_to_our_neighbours_tells_the_swarms_size():
         table.add(contact(number), 0.0)
     # Shallow buckets keep 20 of 150 and 75; the 20 nearest of all are in the deep ones.
     assert table.neighbour_distance() == ids[19]
+
+
+@given(
+    st.lists(
+        st.tuples(
+            st.sampled_from(["add", "failed", "remove", "seen"]), st.integers(0, 60), st.integers(0, 3)
+        ),
+        max_size=150,
+    )
+)
+@settings(max_examples=60)
+def test_whatever_happens_the_bounds_hold_and_the_accounts_agree(steps: list[tuple[str, int, int]]):
+    limits = TableSettings(k=4, per_prefix_in_bucket=2, per_prefix_in_table=5)
+    table = RoutingTable(OWN, limits, PUBLIC)
+    for now_s, (action, number, prefix) in enumerate(steps):
+        peer = Contact(contact(number).peer_id, (f"/ip4/50.{prefix}.1.1/tcp/1",))
+        if action == "add":
+            table.add(peer, float(now_s))
+        elif action == "remove":
+            table.remove(peer.node_id)
+        else:
+            getattr(table, action)(peer.node_id, float(now_s))
+        prefixes = Counter(entry.contact.place.prefix for entry in table if entry.contact.place)
+        assert table._prefixes == prefixes
+        assert max(prefixes.values(), default=0) <= 5
+        for bucket in table._buckets.values():
+            here = Counter(
+                entry.contact.place.prefix for entry in bucket.entries.values() if entry.contact.place
+            )
+            assert len(bucket.entries) <= 4
+            assert max(here.values(), default=0) <= 2
+            assert not bucket.entries.keys() & bucket.waiting.keys()
