@@ -11,7 +11,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from tests.helpers.checkpoints import tiny_llama
 
 from petalite.errors import (
     BadMessage,
@@ -39,6 +38,7 @@ from petalite.server.backend import Backend
 from petalite.server.sessions import SessionService, SessionSettings
 from petalite.swarm.codecs import CODECS
 from petalite.swarm.messages import SESSION_METHOD, OpenSession, SessionOpened, Step, StepDone
+from tests.helpers.checkpoints import tiny_llama
 from tests.helpers.waiting import until
 
 MODEL_ID = "tiny@0"
