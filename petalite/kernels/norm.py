@@ -23,7 +23,7 @@ class RmsNorm:
 
     def __call__(self, x: Tensor) -> Tensor:
         norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
-        return (x / torch.hypot(norm, self._leg) * self._scaled_weight).to(x.dtype)
+        return (x / torch.hypot(norm, self._leg)).mul_(self._scaled_weight).to(x.dtype)
 
     @property
     def nbytes(self) -> int:

@@ -8,7 +8,8 @@ rotated earlier would disagree with queries rotated later.
 A head's vector is rotated as D/2 complex numbers, that is over *interleaved* pairs (2i, 2i+1): one complex
 product for the whole step. Checkpoints that pair (i, i + D/2) have their query and key rows reordered once,
 at load, by `interleave_rows`; the product q·k is the same under any order that both share. Knows nothing of
-checkpoints."""
+checkpoints.
+"""
 
 from __future__ import annotations
 

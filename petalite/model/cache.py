@@ -7,7 +7,8 @@ a step that failed can be sent again.
 
 Per block a row holds one tensor (2, 1, K, capacity, D): keys and values, head by head, as attention reads
 them. Knows tensors and lengths; not what a session is. Not thread-safe: it belongs to the thread that
-computes."""
+computes.
+"""
 
 from __future__ import annotations
 
@@ -154,7 +155,8 @@ class KVCache:
         Raises, and leaves everything as it was: UnknownSession, WrongSpan (a row of other blocks),
         SessionGap (a position beyond the row's length), SessionLimit, BadMessage. A position inside a row
         truncates the row there first; what stood after it is overwritten, so that stays so even if the step
-        fails. A step of fewer than `min_tokens` is padded with tokens that belong to no row."""
+        fails. A step of fewer than `min_tokens` is padded with tokens that belong to no row.
+        """
         rows = self._checked(segments, start, end)
         for row, segment in zip(rows, segments, strict=True):
             row.length = min(row.length, segment.position)
@@ -227,7 +229,8 @@ class Step:
         for row, segment in zip(rows, segments, strict=True):
             self._parts.append((row, first, segment.n_tokens, segment.position, segment.end))
             first += segment.n_tokens
-        self._padding = rotation.shape[0] - first
+        self._padding = rotation.shape[0] - first  # tokens that belong to no row
+        self._zeros: Tensor | None = None  # what they get, the same in every block
 
     def attend(self, block: int, heads: Tensor, n_heads: int, window: int | None) -> Tensor:
         """Append the keys and values in `heads` (T, H + 2K, D) to block `block` of every row → (T, H · D)."""
@@ -241,7 +244,9 @@ class Step:
             queries = heads.narrow(0, first, n_tokens).narrow(1, 0, n_heads)
             outputs.append(attend(queries, keys, values, self._masks, window))
         if self._padding:
-            outputs.append(heads.new_zeros(self._padding, n_heads * shape.head_dim))
+            if self._zeros is None:
+                self._zeros = heads.new_zeros(self._padding, n_heads * shape.head_dim)
+            outputs.append(self._zeros)
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
 
     def _room(self, row: _Row, block: int, used: int, needed: int) -> Tensor:

@@ -1,7 +1,8 @@
 """Chat templates: messages to the one text that a model was trained to read.
 
 A template comes with the checkpoint and is a program; it runs in the metered sandbox, sees plain JSON
-values only, and its failures are one sentence. Knows messages and text; knows no tokens."""
+values only, and its failures are one sentence. Knows messages and text; knows no tokens.
+"""
 
 from __future__ import annotations
 
@@ -46,7 +47,8 @@ class ChatTemplate:
         """The conversation as the model reads it, by default up to where the assistant is to speak.
 
         Raises InvalidArgument for messages that the template refuses or cannot work with, InvalidCheckpoint
-        for a template that is broken, tries what it must not, or does not come to an end."""
+        for a template that is broken, tries what it must not, or does not come to an end.
+        """
         variables = {
             "messages": _plain(messages),
             "tools": None,

@@ -3,7 +3,8 @@ hub.
 
 Tensors are found by the index and mapped from the shards that hold them; no other byte is read, and from
 the hub no other shard is downloaded. Knows files and names; what the tensors mean is the blocks' and the
-edges' business."""
+edges' business.
+"""
 
 from __future__ import annotations
 
@@ -72,7 +73,8 @@ class Checkpoint:
         """A folder if there is one of that name, else a repository `owner/name` of the hub, at `revision`.
 
         Raises InvalidCheckpoint where there is neither or its config.json is broken, UnsupportedModel where
-        petalite cannot run the model that it describes."""
+        petalite cannot run the model that it describes.
+        """
         folder = Path(path_or_repo).expanduser()
         if folder.is_dir():
             return cls(FolderFiles(folder))
@@ -108,7 +110,8 @@ class Checkpoint:
 
         The digest is over the config fields that shape the arithmetic and the version of the weights: the
         folder's manifest, else the hub's commit, else nothing; then two fine-tunes of one model must be
-        given different names."""
+        given different names.
+        """
         name = self.name if name is None else name
         if not _NAME.fullmatch(name) or len(name) > 96:
             raise InvalidArgument(
@@ -160,7 +163,8 @@ class Checkpoint:
         shape.
 
         In the dtype they are stored in. Raises InvalidCheckpoint for what is missing, truncated or of
-        another shape."""
+        another shape.
+        """
         found: dict[str, Tensor] = {}
         for shard, names in self._by_shard(shapes).items():
             path = self.file(shard)

@@ -3,7 +3,8 @@
 Both spellings of every key that changed its name over the years are understood (RoPE settings, head
 counts), every number is checked, and what petalite cannot run is refused by name: a model type without a
 row in `FAMILIES`, a rope type without a row in `ROPES`, weights in another quantization. Knows no tensor
-and no file but config.json."""
+and no file but config.json.
+"""
 
 from __future__ import annotations
 
@@ -185,6 +186,8 @@ class _Reader:
             raise UnsupportedModel(f"{self._source}: partial_rotary_factor {partial!r} is not supported")
         reader = _Reader({**self._values, **rope}, self._family, self._source)
         theta = reader._number("rope_theta", default=10_000.0)
+        if theta <= 1:
+            raise InvalidCheckpoint(f"{self._source}: rope_theta is {theta}, expected a number above 1")
         match kind:
             case "linear":
                 return LinearRope(theta, reader._number("factor"))

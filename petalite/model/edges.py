@@ -1,7 +1,8 @@
 """The ends of a model that a client keeps: token ids to hidden states, and hidden states to logits.
 
 The embedding is never copied: its rows are looked up in the mapped file. Where it serves as the head too,
-the head has its own copy in the layout that its kernel reads fastest. Knows tensors; knows no text."""
+the head has its own copy in the layout that its kernel reads fastest. Knows tensors; knows no text.
+"""
 
 from __future__ import annotations
 

@@ -1,7 +1,8 @@
 """Model families as data: what tells one `model_type` from Llama, and what its tensors are called.
 
 A family is a row of `FAMILIES`. One Llama-shaped block serves them all by the flags its row sets; a family
-that is not in the table is refused by name. Knows names and config keys; reads no file."""
+that is not in the table is refused by name. Knows names and config keys; reads no file.
+"""
 
 from __future__ import annotations
 

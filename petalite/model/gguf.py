@@ -5,7 +5,8 @@ their order, the rope settings their keys. Quantized tensors are dequantized; th
 float32 unless another dtype is asked for, because a 4-bit value times its scale plus its minimum is exact
 in float32 (the imported model then agrees with llama.cpp on a float32 file to 1.4e-6 in its logits), while
 float16 rounds it by 2e-4 and bfloat16 by 2e-3, at half the disk. Needs the `gguf` extra. Knows files; knows
-nothing of running the model."""
+nothing of running the model.
+"""
 
 from __future__ import annotations
 
@@ -62,7 +63,8 @@ def import_gguf(
     tensors.
 
     Raises InvalidArgument if `target` exists or the extra is missing, InvalidCheckpoint for a broken file,
-    and UnsupportedModel for an architecture, tokenizer or tensor that has no counterpart here."""
+    and UnsupportedModel for an architecture, tokenizer or tensor that has no counterpart here.
+    """
     source, target = Path(source).expanduser(), Path(target).expanduser()
     if dtype not in _TARGET_DTYPES:
         raise InvalidArgument(f"dtype {dtype!r} is not known; choose one of {', '.join(_TARGET_DTYPES)}")

@@ -4,7 +4,8 @@ Format (https://github.com/ggml-org/ggml/blob/master/docs/gguf.md), versions 2 a
 length is checked against what is left of the file before anything is taken, and names and types are checked
 against the tables below, so a broken file is one sentence. Reads a vocabulary of 50,000 tokens in a tenth
 of a second, where the `gguf` package's reader takes several. Knows bytes; what the keys mean is `gguf`'s
-business."""
+business.
+"""
 
 from __future__ import annotations
 

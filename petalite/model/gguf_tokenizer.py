@@ -3,7 +3,8 @@ use it.
 
 A GGUF file names its pre-tokenizer and leaves its rules to the reader; `PRE_TOKENIZERS` holds the rules for
 each name, as those models' own tokenizer.json have them. Names that are not there are refused: a near guess
-would split numbers wrongly and nobody would see it. Knows vocabularies; knows no weights."""
+would split numbers wrongly and nobody would see it. Knows vocabularies; knows no weights.
+"""
 
 from __future__ import annotations
 

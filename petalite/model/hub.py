@@ -1,7 +1,8 @@
 """A checkpoint's files on the Hugging Face hub, fetched one by one as they are asked for, into its own cache.
 
 The first file fixes the commit, and every other file comes from that commit. `huggingface_hub` does the
-work, shows the progress, and is imported only here. Knows file names; knows nothing of what is in them."""
+work, shows the progress, and is imported only here. Knows file names; knows nothing of what is in them.
+"""
 
 from __future__ import annotations
 

@@ -2,7 +2,8 @@
 
 One class for every family of the table; its flags are the config's. Layout quirks are settled when the
 block is made: query, key and value are one product, gate and up another, and the rows of query and key are
-reordered for `rotate`. Knows tensors; where keys and values are kept is the step's business."""
+reordered for `rotate`. Knows tensors; where keys and values are kept is the step's business.
+"""
 
 from __future__ import annotations
 

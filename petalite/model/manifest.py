@@ -3,7 +3,8 @@ weights.
 
 Format of manifest.json: {"version": 1, "tensors": {name: {"dtype": "F32", "shape": [...], "sha256": hex}}};
 the digest is over the canonical JSON of `tensors`, so it does not depend on how they are spread over files.
-Knows names and digests only."""
+Knows names and digests only.
+"""
 
 from __future__ import annotations
 

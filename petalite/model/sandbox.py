@@ -3,7 +3,8 @@
 On top of jinja2's immutable sandbox, which keeps templates off Python's internals, this one is metered:
 loops, calls, filters, operators and joins spend a budget of text and time, and whatever could make much of
 little (`'a' * 10**10`, format widths, endless macros) is checked before it is done. Only the filters and
-methods named here exist. Knows templates; knows no chat."""
+methods named here exist. Knows templates; knows no chat.
+"""
 
 from __future__ import annotations
 
@@ -133,7 +134,8 @@ class _Meter:
 
     def fathom(self, value: Any) -> Any:
         """Give back a value that may be printed, compared or hashed: not a list of lists of lists that share
-        their parts, small in memory and endless to walk."""
+        their parts, small in memory and endless to walk.
+        """
         size, pending = 0, [value]
         while pending:
             item = pending.pop()

@@ -2,7 +2,8 @@
 
 `load_span` reads a span's tensors and nothing else, one block at a time. `BlockSpan.forward` runs a packed
 step over a KV cache; `forward_stateless` runs whole sequences without one and can be differentiated. Knows
-no session and no network."""
+no session and no network.
+"""
 
 from __future__ import annotations
 
@@ -81,7 +82,8 @@ class BlockSpan:
         """One packed step: hidden states (T, E) of the segments, one after the other → (T, E).
 
         The rows must have been opened over the same blocks [start, end). Raises what `KVCache.step` raises,
-        and BadTensor; the lengths of the rows then stay as they were."""
+        and BadTensor; the lengths of the rows then stay as they were.
+        """
         first, last = self._range(start, end)
         n_tokens = sum(segment.n_tokens for segment in segments)
         self._check(hidden, (n_tokens, self.config.hidden_size))

@@ -3,7 +3,8 @@
 Format (https://github.com/huggingface/safetensors, "Format"): u64 little-endian header length, a JSON
 header, then the tensors' bytes. What the library refuses is refused here with one sentence that names the
 file, and so are duplicate names, which it accepts. Mapped tensors cost no memory until they are read. Knows
-files; knows no model."""
+files; knows no model.
+"""
 
 from __future__ import annotations
 

@@ -1,11 +1,11 @@
 """Text to token ids and back: a checkpoint's tokenizer.json, chat template and end-of-text ids.
 
 `TokenStream` turns ids into text as they come, so that what it has given out is at any time a beginning of
-what decoding all ids at once gives. Knows text and ids; knows no tensor."""
+what decoding all ids at once gives. Knows text and ids; knows no tensor.
+"""
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -38,7 +38,7 @@ class Tokenizer:
         added: dict[int, AddedToken] = raw.get_added_tokens_decoder()
         self._special_ids = frozenset(id for id, token in added.items() if token.special)
         # A decoder that joins <0xNN> tokens decides over a whole run of them whether they are text.
-        self._has_byte_tokens = "ByteFallback" in json.dumps(json.loads(raw.to_str())["decoder"])
+        self._has_byte_tokens = raw.decoder is not None and b"ByteFallback" in raw.decoder.__getstate__()
 
     @property
     def vocab_size(self) -> int:
@@ -87,7 +87,8 @@ class TokenStream:
 
     The pieces so far are a beginning of `decode(prompt + ids)` less `decode(prompt)`, for every number of
     ids, and together with `flush` they are all of it. Half a character is held back until it is whole or a
-    later id shows that it never will be."""
+    later id shows that it never will be.
+    """
 
     def __init__(self, tokenizer: Tokenizer, prompt_ids: Sequence[int]) -> None:
         self._tokenizer = tokenizer

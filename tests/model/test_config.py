@@ -120,6 +120,7 @@ def test_what_is_not_supported_is_named(changes: dict[str, Any], names: str) -> 
         ({"rms_norm_eps": 0}, "rms_norm_eps"),
         ({"rms_norm_eps": float("nan")}, "rms_norm_eps"),
         ({"rope_theta": "big"}, "rope_theta"),
+        ({"rope_theta": 1.0}, "rope_theta is 1.0"),
         ({"attention_bias": "yes"}, "attention_bias"),
         ({"rope_scaling": {"type": "linear"}}, "factor is None"),
         (

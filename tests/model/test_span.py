@@ -169,7 +169,8 @@ def test_gradient_equals_that_of_transformers(loaded: Loaded) -> None:
 @pytest.mark.parametrize("name", ["gqa", "biases", "yarn", "qwen3", "mistral"])
 def test_bfloat16_stays_within_three_per_cent(name: str, tmp_path: Path) -> None:
     """Relative L2 error of the logits against float32 transformers. bfloat16 keeps 8 bits, 0.4 % a rounding;
-    transformers' own bfloat16 is off by as much."""
+    transformers' own bfloat16 is off by as much.
+    """
     loaded = Loaded(tiny_llama(tmp_path, **CONFIGS[name]), torch.bfloat16)
     for chunks in CHUNKINGS.values():
         logits = loaded.logits(chunks)
