@@ -165,14 +165,16 @@ class Announcement:
             self._publications = 0  # too many have left: look for others the next time
 
     async def _put(self, values: Mapping[Name, tuple[bytes, int]], look: bool) -> Placement:
-        placement = Placement()
-        for _ in range(2):
-            records = {DhtKey.of(*name): self._publisher.sign(name, *value) for name, value in values.items()}
-            placement = await self._publisher.put(records, None if look else self._holders)
-            if not placement.newer:
-                break
+        """Sign and store; once more where a former life of ours has left something newer."""
+        placement = await self._sign_and_put(values, look)
+        if placement.newer:
             self._publisher.overtake(placement.newer)
+            placement = await self._sign_and_put(values, look)
         return placement
+
+    async def _sign_and_put(self, values: Mapping[Name, tuple[bytes, int]], look: bool) -> Placement:
+        records = {DhtKey.of(*name): self._publisher.sign(name, *value) for name, value in values.items()}
+        return await self._publisher.put(records, None if look else self._holders)
 
     async def _bury(self, names: list[Name]) -> None:
         if names:

@@ -60,8 +60,9 @@ class HostNetwork:
     async def call(
         self, contact: Contact, method: str, body: Mapping[str, Any], *, timeout_s: float
     ) -> Mapping[str, Any]:
-        known = [parsed[0] for text in contact.addresses if (parsed := parse_address(text)) is not None]
-        self._host.book.add(contact.peer_id, known)
+        if not self._host.is_connected(contact.peer_id):
+            known = [parsed[0] for text in contact.addresses if (parsed := parse_address(text)) is not None]
+            self._host.book.add(contact.peer_id, known)
         started_s = asyncio.get_running_loop().time()
         link = await self._link(contact.peer_id, timeout_s)
         left_s = max(0.0, timeout_s - (asyncio.get_running_loop().time() - started_s))

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Coroutine, Mapping, Sequence
+from collections.abc import Coroutine, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from random import Random
@@ -222,7 +222,7 @@ class DhtNode:
         await self.start()
         names = {DhtKey.of(namespace, name): (namespace, name) for namespace, name in keys}
         now_s = self._clock.time_s()
-        records = [held.record for key in names for held in self.storage.get(key, now_s)]
+        records = {held.data: held.record for key in names for held in self.storage.get(key, now_s)}
         lookup: Lookup | None = None
         try:
             async with asyncio.timeout(timeout_s):
@@ -230,7 +230,7 @@ class DhtNode:
                 lookup = await self._queries.find(names, settings, records)
         except TimeoutError:
             pass
-        found = self._newest(names, records)
+        found = self._newest(names, records.values())
         if not any(found.values()):
             self._check_absence(lookup, timeout_s)
         return found
@@ -299,7 +299,7 @@ class DhtNode:
                 announcement.hurry()
 
     def _newest(
-        self, names: Mapping[DhtKey, tuple[str, bytes | str]], records: list[Record]
+        self, names: Mapping[DhtKey, tuple[str, bytes | str]], records: Iterable[Record]
     ) -> dict[tuple[str, bytes | str], list[Record]]:
         newest: dict[DhtKey, dict[bytes, Record]] = {key: {} for key in names}
         for record in records:

@@ -42,11 +42,16 @@ _LIKELY = 2
 
 @dataclass(slots=True)
 class Placement:
-    """Where records of ours were put."""
+    """Records of ours on their way to their holders."""
 
+    records: Mapping[DhtKey, Record]
+    data: dict[DhtKey, bytes] = field(init=False)  # the same, encoded
     holders: dict[DhtKey, dict[DhtKey, Contact]] = field(default_factory=dict)  # by key, then by peer
     answered: int = 0  # peers that took part
     newer: list[Record] = field(default_factory=list)  # of our own, that stood in the way
+
+    def __post_init__(self) -> None:
+        self.data = {key: record.encode() for key, record in self.records.items()}
 
     def took(self, key: DhtKey, contact: Contact) -> None:
         self.holders.setdefault(key, {})[contact.node_id] = contact
@@ -71,7 +76,7 @@ class Queries:
     # -- reading -----------------------------------------------------------------------------------
 
     async def find(
-        self, keys: Iterable[DhtKey], settings: LookupSettings, records: list[Record] | None = None
+        self, keys: Iterable[DhtKey], settings: LookupSettings, records: dict[bytes, Record] | None = None
     ) -> Lookup:
         """Look keys up. Every good record met is added to `records`, also while the lookup goes on."""
         lookup = self._lookup(keys, settings)
@@ -83,7 +88,7 @@ class Queries:
         return lookup
 
     async def _find_at(
-        self, contact: Contact, keys: Sequence[DhtKey], records: list[Record] | None
+        self, contact: Contact, keys: Sequence[DhtKey], records: dict[bytes, Record] | None
     ) -> dict[DhtKey, Answer]:
         request = Find(tuple(key.digest for key in keys), self._peers.own_addresses)
         answer = await self._peers.ask(contact, FIND, request, FindAnswer)
@@ -91,7 +96,7 @@ class Queries:
         for key, found in zip(keys, answer.found, strict=True):
             good = self._good_records(contact, key, found)
             if records is not None:
-                records.extend(good)
+                records.update(good)
             answers[key] = Answer(answers[key].contacts, holds=bool(good))
         return answers
 
@@ -107,13 +112,14 @@ class Queries:
             key: Answer(self._peers.cleaned(near, contact)) for key, near in zip(keys, nearest, strict=True)
         }
 
-    def _good_records(self, contact: Contact, key: DhtKey, found: Found) -> list[Record]:
+    def _good_records(self, contact: Contact, key: DhtKey, found: Found) -> dict[bytes, Record]:
         """The records that may be believed. One for another key or with a wrong signature discredits who gave
         it; one that is merely too old, or of a schema we do not know, is passed over."""
-        good = []
+        good = {}
+        unix_s = self._clock.unix_s()
         for data in found.records:
             try:
-                record = self._checker.check(data, self._clock.unix_s())
+                record = self._checker.check(data, unix_s)
                 if record.key != key:
                     raise ForgedRecord("a record under a key that is not its own")
             except ForgedRecord:
@@ -122,14 +128,14 @@ class Queries:
             except BadRecord as error:
                 logger.debug("passing over a record from %s: %s", contact.peer_id.short(), error)
             else:
-                good.append(record)
+                good[data] = record
         return good
 
     # -- writing -----------------------------------------------------------------------------------
 
     async def store(self, records: Mapping[DhtKey, Record]) -> Placement:
         """Put each record at the k nearest peers to its key."""
-        placement = Placement()
+        placement = Placement(records)
         offered: dict[DhtKey, set[DhtKey]] = {key: set() for key in records}
         reach = self._peers.table.neighbour_distance()
 
@@ -139,7 +145,7 @@ class Queries:
             others = [key for key in query.keys if key not in likely]
             for key in likely:
                 offered[key].add(node_id)
-            answers = await self._store_at(query.contact, likely, records, placement) if likely else {}
+            answers = await self._store_at(query.contact, likely, placement) if likely else {}
             if others:
                 answers |= await self._find_at(query.contact, others, None)
             return answers
@@ -151,25 +157,24 @@ class Queries:
             for contact in search.nearest:
                 if contact.node_id not in offered[key]:
                     left.setdefault(contact.node_id, (contact, []))[1].append(key)
-        await self._store_at_all(left.values(), records, placement)
+        await self._store_at_all(left.values(), placement)
         return placement
 
     async def store_again(
         self, records: Mapping[DhtKey, Record], holders: Mapping[DhtKey, Mapping[DhtKey, Contact]]
     ) -> Placement:
         """Put records where they were put before, without looking for peers that came nearer since."""
-        placement = Placement()
+        placement = Placement(records)
         at: dict[DhtKey, tuple[Contact, list[DhtKey]]] = {}
         for key in records:
             for node_id, contact in holders.get(key, {}).items():
                 at.setdefault(node_id, (contact, []))[1].append(key)
-        await self._store_at_all(at.values(), records, placement)
+        await self._store_at_all(at.values(), placement)
         return placement
 
     async def _store_at_all(
         self,
         at: Iterable[tuple[Contact, list[DhtKey]]],
-        records: Mapping[DhtKey, Record],
         placement: Placement,
     ) -> None:
         room = asyncio.Semaphore(self.settings.max_in_flight)
@@ -177,7 +182,7 @@ class Queries:
         async def store(contact: Contact, keys: list[DhtKey]) -> None:
             async with room:
                 try:
-                    await self._store_at(contact, keys, records, placement, nearest=False)
+                    await self._store_at(contact, keys, placement, nearest=False)
                 except PetaliteError as error:
                     logger.debug("%s does not store: %s", contact.peer_id.short(), error)
 
@@ -189,14 +194,13 @@ class Queries:
         self,
         contact: Contact,
         keys: Sequence[DhtKey],
-        records: Mapping[DhtKey, Record],
         placement: Placement,
         *,
         nearest: bool = True,
     ) -> dict[DhtKey, Answer]:
         answers: dict[DhtKey, Answer] = {}
-        for batch in _batches(keys, records):
-            data = tuple(records[key].encode() for key in batch)
+        for batch in _batches(keys, placement.data):
+            data = tuple([placement.data[key] for key in batch])
             request = Store(data, nearest, self._peers.own_addresses)
             answer = await self._peers.ask(contact, STORE, request, StoreAnswer)
             answers |= self._answers(contact, batch, answer.peers, answer.found)
@@ -205,7 +209,7 @@ class Queries:
                     placement.took(key, contact)
                 elif outcome == Outcome.STALE.value:
                     newer = self._good_records(contact, key, found)
-                    placement.newer += [r for r in newer if r.owner == records[key].owner]
+                    placement.newer += [r for r in newer.values() if r.owner == placement.records[key].owner]
         placement.answered += 1
         return answers
 
@@ -254,12 +258,12 @@ class Queries:
                 pass
 
 
-def _batches(keys: Sequence[DhtKey], records: Mapping[DhtKey, Record]) -> Iterable[list[DhtKey]]:
+def _batches(keys: Sequence[DhtKey], data: Mapping[DhtKey, bytes]) -> Iterable[list[DhtKey]]:
     """As many keys together as one message holds."""
     batch: list[DhtKey] = []
     nbytes = 0
     for key in keys:
-        size = len(records[key].encode())
+        size = len(data[key])
         if batch and (len(batch) == MAX_RECORDS_PER_STORE or nbytes + size > MAX_RECORDS_BYTES):
             yield batch
             batch, nbytes = [], 0

@@ -18,8 +18,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
-from hashlib import sha256
+from dataclasses import dataclass, field, replace
 
 from petalite.dht.keys import DhtKey
 from petalite.errors import BadRecord, ForgedRecord, InvalidArgument
@@ -58,6 +57,10 @@ class Record:
     issued_at: int  # unix seconds, by the owner's clock
     ttl_s: int  # life, from receipt on the holder's clock
     signature: bytes = b""
+    key: DhtKey = field(init=False, compare=False, repr=False)  # where it lives
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "key", DhtKey.of(self.namespace, self.name))
 
     @classmethod
     def sign(
@@ -89,17 +92,13 @@ class Record:
         return replace(record, signature=identity.sign(_DOMAIN + record._signed_part()))
 
     @property
-    def key(self) -> DhtKey:
-        return DhtKey.of(self.namespace, self.name)
-
-    @property
     def is_tombstone(self) -> bool:
         return not self.value
 
     @property
     def rank(self) -> tuple[int, int, bytes]:
         """The higher of two records of one owner and name stands, at every peer alike."""
-        return self.sequence, self.issued_at, sha256(self.signature).digest()
+        return self.sequence, self.issued_at, self.signature
 
     def verify(self) -> bool:
         """Whether the owner signed it. Costs ~0.1 ms: make the cheap checks first."""

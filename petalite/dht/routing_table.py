@@ -63,6 +63,8 @@ class RoutingTable:
         self.settings = settings
         self.places = tuple(places)
         self._buckets: dict[int, Bucket] = {}
+        self._reach: int | None = None  # to our k-th nearest peer, as of when it was last asked for
+        self._changed = False  # since then
         self._prefixes: Counter[bytes] = Counter()  # of all entries; only `_enter` and `_leave` touch it
 
     # -- reading -----------------------------------------------------------------------------------
@@ -105,8 +107,11 @@ class RoutingTable:
     def neighbour_distance(self) -> int | None:
         """Distance to our k-th nearest peer: about that from any key to its k-th nearest. None with fewer
         than k peers."""
-        near = self.nearest(self.own_id, self.settings.k)
-        return near[-1].node_id ^ self.own_id if len(near) == self.settings.k else None
+        if self._changed:
+            near = self.nearest(self.own_id, self.settings.k)
+            self._reach = near[-1].node_id ^ self.own_id if len(near) == self.settings.k else None
+            self._changed = False
+        return self._reach
 
     # -- peers come and go -------------------------------------------------------------------------
 
@@ -232,11 +237,13 @@ class RoutingTable:
 
     def _enter(self, bucket: Bucket, entry: Entry) -> None:
         bucket.entries[entry.contact.node_id] = entry
+        self._changed = True
         if entry.contact.place is not None:
             self._prefixes[entry.contact.place.prefix] += 1
 
     def _leave(self, bucket: Bucket, node_id: DhtKey) -> Entry | None:
         entry = bucket.entries.pop(node_id, None)
+        self._changed = True
         if entry is not None and entry.contact.place is not None:
             prefix = entry.contact.place.prefix
             self._prefixes[prefix] -= 1

@@ -125,10 +125,11 @@ class Service:
             raise RateLimited("too many DHT calls from you or your network; slow down")
 
     def _nearest(self, caller: Caller, keys: list[DhtKey]) -> tuple[tuple[bytes, ...], list[bytes]]:
+        caller_id = DhtKey.of_peer(caller.peer_id)
         near = []
         for key in keys:
             contacts = self._peers.nearest(key, self._k + 1)
-            near.append([contact for contact in contacts if contact.peer_id != caller.peer_id][: self._k])
+            near.append([contact for contact in contacts if contact.node_id != caller_id][: self._k])
         return pack_nearest(near)
 
     def _hold(self, caller: Caller, data: bytes, record: Record) -> Outcome:

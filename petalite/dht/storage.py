@@ -164,11 +164,11 @@ class Storage:
     ) -> dict[DhtKey, list[Held]]:
         """Live records of each key, in all at most `max_bytes`: all of them, or as many random ones of each
         as fit in turn."""
-        left: dict[DhtKey, list[Held]] = {}
-        for key in keys:
-            held = self.get(key, now_s)
+        left = {key: self.get(key, now_s) for key in keys}
+        if sum(len(item.data) for held in left.values() for item in held) <= max_bytes:
+            return left
+        for held in left.values():
             random.shuffle(held)
-            left[key] = held
         chosen: dict[DhtKey, list[Held]] = {key: [] for key in left}
         while any(left.values()):
             for key, held in left.items():
