@@ -15,7 +15,6 @@ from contextlib import AsyncExitStack
 from pathlib import Path
 
 import torch
-from tests.helpers.checkpoints import tiny_llama
 
 from benchmarks.report import Check, Report
 from petalite.client.servers import SwarmServers
@@ -29,6 +28,7 @@ from petalite.node.processes import NodeProcess, serve_node
 from petalite.swarm.directory import Directory
 from petalite.swarm.peer import PeerSettings, SwarmPeer
 from petalite.swarm.spans import Span
+from tests.helpers.checkpoints import tiny_llama
 
 BLOCKS = 8
 HIDDEN = 256

@@ -11,7 +11,7 @@ from petalite.model.checkpoint import Checkpoint
 from petalite.model.tokenizer import load_tokenizer
 from petalite.node.smollm2 import smollm2_folder
 
-# Tests share the cores with the processes that they start; two threads that spin for one core take far longer.
+# Tests share the cores with the processes they start; two threads that spin for one core take far longer.
 torch.set_num_threads(1)
 
 PROMPT_TOKENS = (5, 9, 17, 33, 64, 65, 120, 257, 400, 600)
