@@ -20,7 +20,6 @@ from petalite.errors import InvalidArgument, InvalidCheckpoint
 from petalite.model.sandbox import MeteredEnvironment, RenderLimits
 
 _LIMITS = RenderLimits()
-_MAX_TEMPLATE_CHARS = 1 << 18
 _DATE_FORMAT = re.compile(r"[^0-9]{0,64}")  # strftime takes widths too
 
 
@@ -59,7 +58,7 @@ class ChatTemplate:
         with self._lock:
             try:
                 if self._compiled is None:
-                    self._compiled = self._compile()
+                    self._compiled = self._environment.load(self._text)
                 return self._environment.render(self._compiled, variables)
             except _Refused as error:
                 raise InvalidArgument(f"the chat template refuses these messages: {error.message}") from error
@@ -73,11 +72,6 @@ class ChatTemplate:
                 ) from error
             except Exception as error:  # a template can run into any
                 raise InvalidArgument(f"the chat template failed on these messages: {error}") from error
-
-    def _compile(self) -> jinja2.Template:
-        if len(self._text) > _MAX_TEMPLATE_CHARS:
-            raise SecurityError(f"it is longer than {_MAX_TEMPLATE_CHARS} characters")
-        return self._environment.load(self._text)
 
 
 def _plain(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:

@@ -28,73 +28,29 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.utils import Namespace, pass_environment
 from jinja2.visitor import NodeTransformer
 
+_MAX_TEMPLATE_CHARS = 1 << 18
+_MAX_TOKENS = 40_000  # of a template; large ones of released models have 10,000
 _MAX_ARGUMENT = 1000  # of a number given to a filter or method: widths, counts, indents
 _MAX_BITS = 256  # of a number made by * or **
 _WIDE_FORMAT = re.compile(r"\d{4}|\*|:[^{}]*\{")  # a width of four digits, or one taken from an argument
 
-_FILTERS = (
-    *(
-        "abs",
-        "attr",
-        "batch",
-        "capitalize",
-        "count",
-        "d",
-        "default",
-        "dictsort",
-        "e",
-        "escape",
-        "first",
-        "float",
-    ),
-    *("format", "groupby", "indent", "int", "items", "last", "length", "list", "lower", "map", "max", "min"),
-    *("reject", "rejectattr", "reverse", "round", "safe", "select", "selectattr", "slice", "sort", "string"),
-    *("sum", "title", "trim", "truncate", "unique", "upper", "wordcount"),
-)
-_METHODS: dict[type, frozenset[str]] = {
-    str: frozenset(
-        [
-            "capitalize",
-            "casefold",
-            "count",
-            "endswith",
-            "find",
-            "format",
-            "index",
-            "isalnum",
-            "isalpha",
-            "isdecimal",
-            "isdigit",
-            "islower",
-            "isnumeric",
-            "isspace",
-            "istitle",
-            "isupper",
-            "join",
-            "lower",
-            "lstrip",
-            "partition",
-            "removeprefix",
-            "removesuffix",
-            "replace",
-            "rfind",
-            "rindex",
-            "rpartition",
-            "rsplit",
-            "rstrip",
-            "split",
-            "splitlines",
-            "startswith",
-            "strip",
-            "swapcase",
-            "title",
-            "upper",
-        ]
-    ),
-    dict: frozenset(["copy", "get", "items", "keys", "values"]),
-    list: frozenset(["copy", "count", "index"]),
-    tuple: frozenset(["count", "index"]),
-    **{kind: frozenset() for kind in (int, float, bytes, range, set, frozenset)},
+
+def _words(text: str) -> frozenset[str]:
+    return frozenset(text.split())
+
+
+_FILTERS = _words(""" abs attr batch capitalize count d default dictsort e escape first float format groupby
+    indent int items last length list lower map max min reject rejectattr reverse round safe select
+    selectattr slice sort string sum title trim truncate unique upper wordcount """)
+_METHODS = {
+    str: _words(""" capitalize casefold count endswith find format index isalnum isalpha isdecimal isdigit
+        islower isnumeric isspace istitle isupper join lower lstrip partition removeprefix removesuffix
+        replace rfind rindex rpartition rsplit rstrip split splitlines startswith strip swapcase title upper
+        """),
+    dict: _words("copy get items keys values"),
+    list: _words("copy count index"),
+    tuple: _words("count index"),
+    **dict.fromkeys((int, float, bytes, range, set, frozenset), frozenset[str]()),
 }
 
 
@@ -119,22 +75,32 @@ class _Meter:
         self._work_left = limits.work_chars
         self._deadline_s = time.monotonic() + limits.time_s
 
-    def spend(self, size: int = 1) -> None:
-        """Before something of `size` letters or items is made."""
-        self._work_left -= size
-        if size > self._limits.text_chars or self._work_left < 0:
+    def check(self, size: int = 1) -> None:
+        """Whether a text or list may be as large as `size` letters or items, and whether there is time
+        left.
+        """
+        if size > self._limits.text_chars:
             raise LimitExceeded("it makes too much text")
         if time.monotonic() > self._deadline_s:
             raise LimitExceeded(f"it runs longer than {self._limits.time_s:g} seconds")
 
+    def spend(self, size: int = 1) -> None:
+        """Check, and take it from the budget."""
+        self.check(size)
+        self._work_left -= size
+        if self._work_left < 0:
+            raise LimitExceeded("it makes too much text")
+
     def weigh(self, value: Any) -> Any:
-        """Spend for a value that is there already, and give it back."""
+        """Spend for a value that is there already, and give it back; what a list holds was paid before."""
         self.spend(len(value) if isinstance(value, str | list | tuple | dict) else 1)
         return value
 
-    def fathom(self, value: Any) -> Any:
-        """Give back a value that may be printed, compared or hashed: not a list of lists of lists that share
-        their parts, small in memory and endless to walk.
+    def fathom(self, value: Any) -> int:
+        """How many letters and items there are to print, compare or hash.
+
+        Lists of lists of lists that share their parts are small in memory and endless to walk: those are
+        refused.
         """
         size, pending = 0, [value]
         while pending:
@@ -146,7 +112,14 @@ class _Meter:
                 pending.extend(item)
                 pending.extend(item.values())
             if size + len(pending) > self._limits.text_chars:
-                raise LimitExceeded("it makes too much text")
+                break
+        self.check(size + len(pending))
+        return size
+
+    def walkable(self, value: Any) -> Any:
+        """A value that was fathomed, given back."""
+        if not isinstance(value, str):
+            self.fathom(value)
         return value
 
 
@@ -160,7 +133,7 @@ class MeteredEnvironment(ImmutableSandboxedEnvironment):
             trim_blocks=True,
             lstrip_blocks=True,
             optimized=False,  # constants are folded when the template is compiled, where no budget holds
-            finalize=self._printable,
+            finalize=self._walkable,
             extensions=[_GenerationTag, loopcontrols],
         )
         self._limits = limits
@@ -172,9 +145,10 @@ class MeteredEnvironment(ImmutableSandboxedEnvironment):
             "tojson": self._tojson,
             _LOOP: self._loop,
             _CONCAT: self.concat,
-            _FATHOM: self._printable,
+            _WALK: self._walkable,
+            _WEIGH: self._weighed,
         }
-        self.tests = {name: self._fathoming(test) for name, test in dict[str, Any](self.tests).items()}
+        self.tests = {name: self._walking(test) for name, test in dict[str, Any](self.tests).items()}
         self.globals = {
             "range": self.globals["range"],  # the sandbox's, of at most 100,000 items
             "dict": dict,
@@ -182,7 +156,11 @@ class MeteredEnvironment(ImmutableSandboxedEnvironment):
         }
 
     def load(self, text: str) -> jinja2.Template:
-        """Compile a template. Raises jinja2.TemplateSyntaxError."""
+        """Compile a template. Raises jinja2.TemplateSyntaxError, LimitExceeded."""
+        if len(text) > _MAX_TEMPLATE_CHARS or any(
+            count >= _MAX_TOKENS for count, _ in enumerate(self.lex(text))
+        ):
+            raise LimitExceeded("it is longer than any chat needs")  # and would be long in compiling
         tree = _Instrumented().visit(self.parse(text))
         return jinja2.Template.from_code(self, self.compile(tree), self.make_globals(None))
 
@@ -197,15 +175,17 @@ class MeteredEnvironment(ImmutableSandboxedEnvironment):
         """jinja2's own name for how blocks, macros and `~` join their parts."""
         texts, size = [], 0
         for part in parts:
-            texts.append(str(self._meter.fathom(part)))
+            texts.append(str(self._meter.walkable(part)))
             size += len(texts[-1])
-            self._meter.spend(size)
-            self._meter.spend(-size)  # only the whole is kept
+            self._meter.check(size)
         self._meter.spend(size)
         return "".join(texts)
 
-    def _printable(self, value: Any) -> Any:
-        return value if isinstance(value, str) else self._meter.fathom(value)
+    def _walkable(self, value: Any) -> Any:
+        return self._meter.walkable(value)
+
+    def _weighed(self, value: Any) -> Any:
+        return self._meter.weigh(value)
 
     def _loop(self, items: Iterable[Any]) -> Iterator[Any]:
         for item in items:
@@ -231,6 +211,9 @@ class MeteredEnvironment(ImmutableSandboxedEnvironment):
                 case "replace" if len(args) >= 2:
                     return self._replace(function.__self__, *args, **kwargs)
             _check_arguments(args, kwargs)
+            parts = super().call(context, function, *args, **kwargs)
+            self._meter.spend(self._meter.fathom(parts))  # `split` and its like make many new texts at once
+            return parts
         return self._meter.weigh(super().call(context, function, *args, **kwargs))
 
     def is_safe_attribute(self, obj: Any, attr: str, value: Any) -> bool:
@@ -256,7 +239,7 @@ class MeteredEnvironment(ImmutableSandboxedEnvironment):
             _check_arguments(rest, kwargs)
             self._meter.fathom([value, *rest, *kwargs.values()])
             if isinstance(value, Iterator):
-                value = map(self._meter.fathom, self._loop(value))
+                value = map(self._meter.walkable, self._loop(value))
             if name == "format":
                 self._check_format(str(value))
             if name == "indent":
@@ -265,16 +248,16 @@ class MeteredEnvironment(ImmutableSandboxedEnvironment):
 
         return metered
 
-    def _fathoming(self, function: Callable[..., Any]) -> Callable[..., Any]:
+    def _walking(self, function: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(function)
-        def fathoming(*args: Any, **kwargs: Any) -> Any:
+        def walking(*args: Any, **kwargs: Any) -> Any:
             self._meter.fathom(args)
             return function(*args, **kwargs)
 
-        return fathoming
+        return walking
 
     def _replace(self, value: Any, old: str, new: str, count: int = -1) -> str:
-        text, old, new = (str(self._meter.fathom(part)) for part in (value, old, new))
+        text, old, new = (str(self._meter.walkable(part)) for part in (value, old, new))
         self._meter.spend(len(text) + text.count(old) * len(new))
         return text.replace(old, new, count)
 
@@ -297,11 +280,8 @@ class MeteredEnvironment(ImmutableSandboxedEnvironment):
 
     def _check_product(self, operator: str, left: Any, right: Any) -> None:
         if isinstance(left, int) and isinstance(right, int):
-            bits = (
-                left.bit_length() * max(right, 0)
-                if operator == "**"
-                else (left.bit_length() + right.bit_length())
-            )
+            power = operator == "**"
+            bits = left.bit_length() * right if power else left.bit_length() + right.bit_length()
             if bits > _MAX_BITS:
                 raise LimitExceeded("it makes too large a number")
             return
@@ -364,39 +344,55 @@ def _check_name(name: object) -> None:
 
 # -- compiling -------------------------------------------------------------------------------------------
 
-_LOOP, _CONCAT, _FATHOM = "metered loop", "metered concat", "fathomed"
 # Filters with names that a template may write too; they only spend its own budget.
+_LOOP, _CONCAT, _WALK, _WEIGH = "metered loop", "metered concat", "walkable", "weighed"
 
 
 class _Instrumented(NodeTransformer):
-    """Send every loop, every `~`, every comparison and every computed key through the budget."""
+    """Send through the budget what jinja2 compiles to plain Python: loops, `~`, comparisons, computed keys,
+    slices, and lists, tuples and dicts written out.
+    """
 
     def visit_For(self, node: nodes.For) -> nodes.Node:
         self.generic_visit(node)
         node.iter = _filter(node.iter, _LOOP)
         return node
 
+    def visit_Concat(self, node: nodes.Concat) -> nodes.Node:
+        self.generic_visit(node)
+        return _filter(nodes.List(node.nodes, lineno=node.lineno), _CONCAT)
+
     def visit_Compare(self, node: nodes.Compare) -> nodes.Node:
         self.generic_visit(node)
-        node.expr = _filter(node.expr, _FATHOM)
+        node.expr = _filter(node.expr, _WALK)
         for operand in node.ops:
-            operand.expr = _filter(operand.expr, _FATHOM)
+            operand.expr = _filter(operand.expr, _WALK)
         return node
 
     def visit_Pair(self, node: nodes.Pair) -> nodes.Node:
         self.generic_visit(node)
-        node.key = _filter(node.key, _FATHOM)
+        node.key = _filter(node.key, _WALK)
         return node
 
     def visit_Getitem(self, node: nodes.Getitem) -> nodes.Node:
         self.generic_visit(node)
-        if not isinstance(node.arg, nodes.Slice | nodes.Const):
-            node.arg = _filter(node.arg, _FATHOM)
+        if isinstance(node.arg, nodes.Slice):
+            return _filter(node, _WEIGH)
+        if not isinstance(node.arg, nodes.Const):
+            node.arg = _filter(node.arg, _WALK)
         return node
 
-    def visit_Concat(self, node: nodes.Concat) -> nodes.Node:
+    def visit_List(self, node: nodes.List) -> nodes.Node:
         self.generic_visit(node)
-        return _filter(nodes.List(node.nodes, lineno=node.lineno), _CONCAT)
+        return _filter(node, _WEIGH)
+
+    def visit_Dict(self, node: nodes.Dict) -> nodes.Node:
+        self.generic_visit(node)
+        return _filter(node, _WEIGH)
+
+    def visit_Tuple(self, node: nodes.Tuple) -> nodes.Node:
+        self.generic_visit(node)
+        return _filter(node, _WEIGH) if node.ctx == "load" else node
 
 
 def _filter(node: nodes.Node, name: str) -> nodes.Filter:

@@ -130,6 +130,9 @@ HOSTILE = {
     "doubled by +": looped(60, "s='a'", "{% set ns.s = ns.s + ns.s %}"),
     "doubled by set": looped(60, "s='a'", "{% set ns.s %}{{ ns.s }}{{ ns.s }}{% endset %}"),
     "hoarded": looped(99999, "l=[]", "{% set ns.l = ns.l + [i ~ 'a' * 100000] %}"),
+    "hoarded slices": looped(99999, "l=[], s='a' * 20000", "{% set ns.l = [ns.l, ns.s[:-1]] %}"),
+    "hoarded splits": looped(99999, "l=[], s='a b' * 9000", "{% set ns.l = [ns.l, ns.s.split('b')] %}"),
+    "hoarded lists": looped(99999, "l=[]", "{% set ns.l = [ns.l, [" + "1," * 2000 + "]] %}"),
     "endless macro": "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}",
     "forking macro": "{% macro f(n) %}{% if n %}{{ f(n-1) ~ f(n-1) }}{% endif %}{% endmacro %}{{ f(90) }}",
     "recursive loop": "{% for m in messages recursive %}{{ loop(messages) }}{% endfor %}",
@@ -161,6 +164,7 @@ HOSTILE = {
     "mutation": "{{ messages.append(1) }}",
     "deep template": "{{ " + "(" * 2000 + "1" + ")" * 2000 + " }}",
     "long template": "x" * (1 << 19),
+    "many tokens": "{{ [" + "1," * 50_000 + "] }}",
     "syntax": "{% if %}",
     **{f"shared: {walk.strip()}": SHARED + "{{ " + walk + " }}" for walk in WALKS.split(";")},
 }
