@@ -207,9 +207,7 @@ class KVCache:
 
 
 class Step:
-    """What every block of one packed step needs, computed once: rotations, where each row's tokens lie,
-    masks.
-    """
+    """What every block of one packed step needs, computed once: rotations, masks, where each row's tokens lie."""
 
     def __init__(
         self,
@@ -222,9 +220,8 @@ class Step:
         self.rotation = rotation  # (T, 1, D/2)
         self._shape = shape
         self._masks = masks
-        self._parts: list[
-            tuple[_Row, int, int, int, int]
-        ] = []  # row, first and number in the pack, positions
+        # Of each row: where its tokens begin in the pack, how many they are, their first position and their end.
+        self._parts: list[tuple[_Row, int, int, int, int]] = []
         first = 0
         for row, segment in zip(rows, segments, strict=True):
             self._parts.append((row, first, segment.n_tokens, segment.position, segment.end))
