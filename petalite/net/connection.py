@@ -56,6 +56,7 @@ class Connection:
         self.now = now
         self.rtt_s = 0.1
         self.state = State.OPEN
+        self.closed = False  # whether that is CLOSED; it is asked for every frame
         self.peer_left = False  # the peer sent GOAWAY
         self.close_code = 0
         self.close_reason = ""
@@ -107,10 +108,6 @@ class Connection:
         )
 
     @property
-    def closed(self) -> bool:
-        return self.state is State.CLOSED
-
-    @property
     def exhausted(self) -> bool:
         """Whether no stream can ever be opened again: another connection has to take over."""
         return self.state is not State.OPEN or self.peer_left or self._next_id > MAX_STREAM_ID
@@ -137,7 +134,7 @@ class Connection:
 
     def close(self, code: int, reason: str) -> None:
         """End everything; the peer hears why."""
-        if self.state is not State.CLOSED:
+        if not self.closed:
             self._control.append(frames.encode_reason(FrameType.CLOSE, code, reason))
         self._step("close")
 
@@ -145,7 +142,7 @@ class Connection:
         after = STATE_STEPS.get((self.state, step))
         if after is None:
             raise LocalProtocolError(f"{step} on a connection that is {self.state.name}")
-        self.state = after
+        self.state, self.closed = after, after is State.CLOSED
 
     @property
     def pinging(self) -> bool:
@@ -177,6 +174,32 @@ class Connection:
         if fin:
             stream.step_send(Step.FINISH)
         self._turns.offer(stream)
+
+    def express(self, stream: Stream, segments: Sequence[bytes | memoryview], fin: bool) -> bytes | None:
+        """The record of a small message, if nothing else waits and it has credit; None: `write` it."""
+        size = sum(map(len, segments))
+        if (
+            self._turns.waiting
+            or stream.send is not Send.OPEN
+            or size >= ALIGNED_BYTES
+            or stream.sent + size > stream.send_limit
+            or self.sent + size > self.send_limit
+            or stream.queued
+            or self.closed
+        ):
+            return None
+        small = self._next_control() if self._control or self._grants else []
+        if self._control:
+            return None
+        small.append(HEADER.pack(_DATA, FIN if fin else 0, 0, stream.id, size))
+        small += segments
+        stream.sent += size
+        self.sent += size
+        if fin:
+            stream.step_send(Step.FINISH)
+            stream.step_send(Step.FIN)
+            self._forget_if_over(stream)
+        return b"".join(small)
 
     def set_priority(self, stream: Stream, priority: Priority) -> None:
         """From the next frame on, here and (if we opened the stream) in the peer's answers."""
@@ -274,6 +297,12 @@ class Connection:
         self._consumed(stream, filled)
         return filled == len(target)
 
+    def take_whole(self, stream: Stream) -> None:
+        """Read all that is buffered, which the caller has in its hands: the stream's one chunk."""
+        size, stream.buffered = stream.buffered, 0
+        stream.chunks.clear()
+        self._consumed(stream, size)
+
     def stop(self, stream: Stream, code: int) -> None:
         """Read no more: what is buffered and what still comes is dropped, and the peer is told."""
         if stream.receive is Receive.OPEN:
@@ -286,8 +315,9 @@ class Connection:
         stream.consumed += size
         self.consumed += size
         if stream.receive is Receive.OPEN:
-            if stream.consumed + stream.missing >= stream.window.due_at:
-                limit = stream.window.grant(stream.consumed + stream.missing, self.now, self.rtt_s)
+            read = stream.consumed if stream.target is None else stream.consumed + stream.missing
+            if read >= stream.window.due_at:
+                limit = stream.window.grant(read, self.now, self.rtt_s)
                 payload = frames.U64.pack(limit)
                 self._grants[stream.id] = frames.encode(FrameType.MAX_STREAM_DATA, stream.id, payload)
         elif stream.receive is Receive.FINISHED:

@@ -12,7 +12,7 @@ import asyncio
 import mmap
 import socket
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from ipaddress import ip_address
 from time import monotonic
 from typing import Protocol
@@ -300,27 +300,44 @@ class Lane:
             except OSError as error:
                 self._lose(f"the connection broke: {error.strerror or error}")
 
+    def write(self, stream: Stream, segments: list[bytes | memoryview], fin: bool) -> None:
+        """Queue bytes and flush. A small message that nothing stands before skips the queue."""
+        record = None if self._blocked or self._fd < 0 else self.connection.express(stream, segments, fin)
+        if record is None:
+            self.connection.write(stream, segments, fin)
+            self.flush()
+            return
+        try:
+            if not self._transmit((record,)):
+                self._await_room()
+        except OSError as error:
+            self._lose(f"the connection broke: {error.strerror or error}")
+
     def _pump(self) -> None:
         connection = self.connection
         for _ in range(BATCHES_PER_TURN):
             records = connection.next_records(BATCH_BYTES) if connection.wants_write else ()
-            if not records:
-                break
-            buffer = self._scratch.borrow()
-            end = 0
-            for plain in records:
-                end += self._sealer.seal(plain, buffer[end:])
-            if not self._send(buffer[:end], buffer):
+            if not records or not self._transmit(records):
                 break
             if connection.events:
                 self._notify()
         if self._unsent is not None or (records and connection.wants_write):
-            if not self._blocked:
-                self._blocked = True
-                self._loop.add_writer(self._fd, self._on_writable)
+            self._await_room()
             self._notify()
         elif self._ending:  # the reason is sent; now the peer may end its side
             self._sock.shutdown(socket.SHUT_WR)
+
+    def _await_room(self) -> None:
+        if not self._blocked:
+            self._blocked = True
+            self._loop.add_writer(self._fd, self._on_writable)
+
+    def _transmit(self, records: Iterable[bytes | memoryview]) -> bool:
+        """Seal records and send them; whether the kernel took everything."""
+        buffer, end = self._scratch.borrow(), 0
+        for plain in records:
+            end += self._sealer.seal(plain, buffer[end:])
+        return self._send(buffer[:end], buffer)
 
     def _send(self, unsent: memoryview, buffer: memoryview | None) -> bool:
         """Whether the kernel took everything. `buffer` is what was borrowed; it is kept until then."""

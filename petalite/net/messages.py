@@ -1,13 +1,14 @@
 """Messages on a stream: a msgpack header and raw buffers, and reading them piece by piece.
 
-    u32 header length | msgpack header | buffers, back to back
+    u32 header length | msgpack header | zeros up to a multiple of 16 | buffers, back to back
     header: [0, body, sizes]                        a message
             [1, body, sizes, method, deadline_ms]   the first message of a call; deadline 0: none
             [2, body, sizes, code, text]            the call failed; body and sizes are empty
 
-A header has at most 64 KiB, 64 buffers, 1,024 entries in a list or map and 16 levels; map keys are text and
-occur once; numbers, text, bytes, booleans and null are all there is. Lengths are checked before memory is
-taken. Sans I/O: reads from a `Connection` core. Knows no method.
+The zeros are there only where buffers follow. A header has at most 64 KiB, 64 buffers, 1,024 entries in a
+list or map and 16 levels; map keys are text and occur once; numbers, text, bytes, booleans and null are all
+there is. Lengths are checked before memory is taken. Sans I/O: reads from a `Connection` core. Knows no
+method.
 """
 
 from __future__ import annotations
@@ -33,6 +34,9 @@ MAX_BUFFERS = 64
 MAX_ENTRIES = 1024
 MAX_DEPTH = 16
 MAX_METHOD_LENGTH = 64
+ALIGNMENT = (
+    16  # of the first buffer, from the message's start: where it lies in memory that is not copied again
+)
 _MAX_DEADLINE_MS = 2**31
 _SCALARS = frozenset((type(None), bool, int, float, str, bytes))
 _packer = msgpack.Packer(
@@ -75,7 +79,8 @@ def encode(header: list[Any], buffers: Sequence[Buffer]) -> list[bytes | memoryv
         raise InvalidArgument(
             f"a message body has {len(packed)} bytes, at most {MAX_HEADER_BYTES}; use buffers"
         )
-    return [U32.pack(len(packed)) + packed, *views]
+    padding = bytes(-(U32.size + len(packed)) % ALIGNMENT) if views else b""
+    return [U32.pack(len(packed)) + packed + padding, *views]
 
 
 def _flat(buffer: Buffer) -> memoryview:
@@ -151,7 +156,7 @@ def _check(container: Any, depth: int) -> None:
 class MessageReader:
     """Reads the messages of one stream, one after another, each buffer into memory of its own."""
 
-    __slots__ = ("_allocate", "_buffers", "_connection", "_header", "_sizes", "_stream", "admit")
+    __slots__ = ("_allocate", "_buffers", "_connection", "_header", "_padding", "_sizes", "_stream", "admit")
 
     def __init__(
         self,
@@ -168,15 +173,29 @@ class MessageReader:
         self._header: list[Any] | None = None
         self._sizes: list[int] = []
         self._buffers: list[memoryview] = []
+        self._padding = 0  # bytes to be skipped before the first buffer
         stream.need = U32.size
+
+    @property
+    def midway(self) -> bool:
+        """Whether a header has come whose buffers are not all there."""
+        return self._header is not None
 
     def poll(self) -> tuple[list[Any], list[memoryview]] | Progress:
         """The next header and its buffers, as far as they have come. Raises BadMessage."""
+        stream = self._stream
         if self._header is None and not self._read_header():
-            return self._pending(at_boundary=not self._stream.buffered)
-        stream, buffers = self._stream, self._buffers
-        while stream.target is None and len(buffers) < len(self._sizes):
-            size = self._sizes[len(buffers)]
+            return self._pending(at_boundary=not stream.buffered)
+        header, sizes, buffers = self._header, self._sizes, self._buffers
+        assert header is not None
+        if self._padding:
+            if stream.buffered < self._padding:
+                stream.need = self._padding
+                return self._pending(at_boundary=False)
+            self._connection.take(stream, self._padding)
+            self._padding = 0
+        while stream.target is None and len(buffers) < len(sizes):
+            size = sizes[len(buffers)]
             if stream.buffered >= size:
                 buffers.append(memoryview(self._connection.take(stream, size)))
                 continue
@@ -185,10 +204,8 @@ class MessageReader:
             target = self._allocate(size)
             buffers.append(target)
             self._connection.expect(stream, target)
-        if stream.target is not None or len(buffers) < len(self._sizes):
+        if stream.target is not None or len(buffers) < len(sizes):
             return self._pending(at_boundary=False)
-        header = self._header
-        assert header is not None
         self._header, self._buffers = None, []
         stream.need = U32.size
         return header, buffers
@@ -201,14 +218,30 @@ class MessageReader:
         length = int.from_bytes(stream.peek(U32.size), "big")
         if length > MAX_HEADER_BYTES:
             raise BadMessage(f"a message header claims {length} bytes; the most is {MAX_HEADER_BYTES}")
-        if stream.buffered < U32.size + length:
-            stream.need = U32.size + length
+        end = U32.size + length
+        if stream.buffered < end:
+            stream.need = end
             return False
-        packed = self._connection.take(stream, U32.size + length)
-        header = decode_header(memoryview(packed)[U32.size :])
+        whole = memoryview(stream.chunks[0])
+        if len(whole) >= end:
+            header = decode_header(whole[U32.size : end])
+        else:
+            header = decode_header(stream.peek(end)[U32.size :])
         if self.admit is not None:
             self.admit(header)
         self._header, self._sizes = header, header[2]
+        self._padding = -end % ALIGNMENT if self._sizes else 0
+        start = end + self._padding
+        if len(whole) == stream.buffered == start + sum(self._sizes):
+            # The usual small message: one chunk, which becomes the buffers as it is.
+            for size in self._sizes:
+                self._buffers.append(whole[start : start + size])
+                start += size
+            self._padding = 0
+            self._connection.take_whole(stream)
+        else:
+            whole.release()
+            self._connection.take(stream, end)
         return True
 
     def _pending(self, at_boundary: bool) -> Progress:

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from hashlib import sha256
 from types import MappingProxyType
+from typing import Literal
 
 from cryptography.exceptions import InvalidTag
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey, X25519PublicKey
@@ -23,14 +24,6 @@ KEY_BYTES = 32  # of X25519, of both ciphers and of SHA-256
 TAG_BYTES = 16
 
 
-def _big_endian_nonce(counter: int) -> bytes:
-    return counter.to_bytes(12, "big")
-
-
-def _little_endian_nonce(counter: int) -> bytes:
-    return (counter << 32).to_bytes(12, "little")
-
-
 @dataclass(frozen=True, slots=True)
 class Suite:
     """A cipher, and how it writes the 64-bit counter into its 96-bit nonce (Noise §12.3 and §12.4)."""
@@ -38,15 +31,19 @@ class Suite:
     number: int  # as the prelude names it
     name: str  # as a Noise protocol name spells it
     aead: type[AESGCM] | type[ChaCha20Poly1305]
-    nonce: Callable[[int], bytes]
+    shift: int  # bits by which the counter stands higher in the nonce
+    order: Literal["big", "little"]  # of the nonce's bytes
+
+    def nonce(self, counter: int) -> bytes:
+        return (counter << self.shift).to_bytes(12, self.order)
 
     def rekeyed(self, key: bytes) -> bytes:
         """REKEY(k) of Noise §4.2."""
         return self.aead(key).encrypt(self.nonce(2**64 - 1), bytes(KEY_BYTES), None)[:KEY_BYTES]
 
 
-AES_GCM = Suite(1, "AESGCM", AESGCM, _big_endian_nonce)
-CHACHA_POLY = Suite(2, "ChaChaPoly", ChaCha20Poly1305, _little_endian_nonce)
+AES_GCM = Suite(1, "AESGCM", AESGCM, 0, "big")
+CHACHA_POLY = Suite(2, "ChaChaPoly", ChaCha20Poly1305, 32, "little")
 SUITES = MappingProxyType({suite.number: suite for suite in (AES_GCM, CHACHA_POLY)})
 
 # Message patterns (Noise §7.5 and §9); the initiator writes the even ones.

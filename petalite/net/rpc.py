@@ -153,8 +153,7 @@ class Call:
     async def finish(self) -> None:
         """Say that no more messages follow; receiving goes on."""
         if self._stream.send is Send.OPEN:
-            self._lane.connection.write(self._stream, (), fin=True)
-            self._lane.flush()
+            self._lane.write(self._stream, [], fin=True)
 
     def cancel(self, code: ErrorCode = ErrorCode.CANCELLED) -> None:
         """Give up: whoever waits for the call here is told, and the peer is."""
@@ -233,7 +232,8 @@ class Call:
     def _admit(self, header: list[Any]) -> None:
         if header[0] == REQUEST:
             raise BadMessage("a second request in one call")
-        self._admit_sizes(header[2])
+        if header[2]:
+            self._admit_sizes(header[2])
 
     def _admit_sizes(self, sizes: list[int]) -> None:
         if len(sizes) > self._max_buffers or sum(sizes) > self._max_bytes:
@@ -249,9 +249,8 @@ class Call:
 
     def _release(self) -> None:
         """The message is whole, or will never be: its memory is its reader's."""
-        if self._reserved:
-            self._link.memory.release(self._reserved)
-            self._reserved = 0
+        self._link.memory.release(self._reserved)
+        self._reserved = 0
 
     def _write(self, header: list[Any], buffers: Sequence[Buffer], fin: bool) -> None:
         if self._error is not None:
@@ -261,21 +260,22 @@ class Call:
                 raise from_wire(self._stream.stop_code, self._by_peer("no longer reads"))
             raise LocalProtocolError(f"send on a call to {self.method!r} that has finished")
         segments = messages.encode(header, buffers)
-        self._lane.connection.write(self._stream, segments, fin)
-        self._lane.flush()
+        self._lane.write(self._stream, segments, fin)
 
     async def _next(self) -> tuple[list[Any], list[memoryview]] | None:
         """The next header and its buffers; None when the peer has finished."""
-        connection = self._lane.connection
+        connection, stream = self._lane.connection, self._stream
         while True:
-            polled = self._reader.poll()
-            if connection.wants_write:
-                self._lane.flush()  # what was read is credit for the peer
-            if type(polled) is tuple:
-                self._release()
-                return polled
-            if polled is Progress.END:
-                return None
+            if stream.buffered or stream.receive is not Receive.OPEN or self._reader.midway:
+                polled = self._reader.poll()
+                if connection.wants_write:
+                    self._lane.flush()  # what was read is credit for the peer
+                if type(polled) is tuple:
+                    if self._reserved:
+                        self._release()
+                    return polled
+                if polled is Progress.END:
+                    return None
             if self._error is not None:
                 raise self._error
             if self._waiter is not None:
@@ -418,5 +418,4 @@ class Call:
             return
         text = str(error)[:1000]
         header = [FAILURE, {}, None, int(code_of(error)), text]
-        self._lane.connection.write(self._stream, messages.encode(header, ()), fin=True)
-        self._lane.flush()
+        self._lane.write(self._stream, messages.encode(header, ()), fin=True)
