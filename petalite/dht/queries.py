@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 
 from petalite.dht.contacts import Contact
@@ -38,6 +39,7 @@ Ask = Callable[[Query], Awaitable[Mapping[DhtKey, Answer]]]
 # A peer within so many times our k-th neighbour's distance of a key is likely among the k nearest to it: it
 # is sent the record with the question, which saves the second round.
 _LIKELY = 2
+_LONGEST_S = 30.0  # any lookup; what it has found by then has to do
 
 
 @dataclass(slots=True)
@@ -240,22 +242,18 @@ class Queries:
             finally:
                 changed.set()
 
+        end_s = self._clock.time_s() + _LONGEST_S
         while True:
             now_s = self._clock.time_s()
             while (query := lookup.next_query(now_s)) is not None:
                 self._spawn(put(query))
-            if lookup.done:
+            if lookup.done or now_s >= end_s:
                 return
             changed.clear()
-            wakeup_s = lookup.wakeup_s
-            if wakeup_s is None:
-                await changed.wait()
-                continue
-            try:
+            wakeup_s = min(end_s, lookup.wakeup_s or end_s)
+            with suppress(TimeoutError):
                 async with asyncio.timeout(max(0.0, wakeup_s - now_s)):
                     await changed.wait()
-            except TimeoutError:
-                pass
 
 
 def _batches(keys: Sequence[DhtKey], data: Mapping[DhtKey, bytes]) -> Iterable[list[DhtKey]]:

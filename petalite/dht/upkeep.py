@@ -84,7 +84,8 @@ class Upkeep:
         Raises Unreachable when nobody answers; with nobody to ask there is nothing to do.
         """
         saved = load_peers(self._peers_file) if self._peers_file is not None else []
-        known = list(dict.fromkeys((*saved, *self._remembered.values())))
+        silent = [_address(entry.contact) for entry in self._peers.table]
+        known = list(dict.fromkeys((*saved, *self._remembered.values(), *silent)))
         self._random.shuffle(known)
         if not self.bootstrap and not known:
             return
@@ -178,9 +179,7 @@ class Upkeep:
         if entries:
             contact = self._random.choice(entries).contact
             self._remembered.pop(contact.node_id, None)
-            self._remembered[contact.node_id] = Multiaddr.parse(contact.addresses[0]).with_peer(
-                contact.peer_id
-            )
+            self._remembered[contact.node_id] = _address(contact)
             if len(self._remembered) > _MAX_REMEMBERED:
                 del self._remembered[next(iter(self._remembered))]
         known = {entry.contact.peer_id for entry in entries}
@@ -202,3 +201,7 @@ class Upkeep:
             logger.info("back among %d peers", len(self._peers.table))
             came_back()
         return 0.0
+
+
+def _address(contact: Contact) -> Multiaddr:
+    return Multiaddr.parse(contact.addresses[0]).with_peer(contact.peer_id)

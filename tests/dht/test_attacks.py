@@ -21,7 +21,7 @@ from petalite.dht.keys import DhtKey
 from petalite.dht.limits import RateSettings
 from petalite.dht.messages import FIND, PING, STORE, Find, FindAnswer, Found, Ping, Store, StoreAnswer
 from petalite.dht.network import Caller
-from petalite.dht.node import DhtNode, DhtSettings
+from petalite.dht.node import MAX_OWNERS, DhtNode, DhtSettings
 from petalite.dht.records import MAX_TTL_S, Record
 from petalite.dht.storage import Outcome, StorageSettings
 from petalite.errors import BadMessage, BadRecord, PetaliteError, RateLimited
@@ -535,5 +535,25 @@ def test_forty_percent_of_colluders_hide_nothing_from_four_paths():
         expected = sorted(peer.contact.addresses[0].encode() for peer in honest[:3])
         for reader in honest[10:40]:
             assert await values(reader.node) == expected
+
+    simulate(test)
+
+
+# -- many owners -------------------------------------------------------------------------------------
+
+
+def test_of_very_many_owners_a_read_returns_a_bounded_random_sample():
+    async def test(swarm: SimSwarm) -> None:
+        (node,) = await swarm.grow(1)
+        for number in range(600):
+            peer = Hostile(swarm, number, f"/ip4/{20 + number // 200}.{number % 200}.1.1/tcp/1")
+            assert await peer.offer(node, peer.record()) == [Outcome.STORED]
+        first, second = [(await node.node.find([NAME], timeout_s=5))[NAME] for _ in range(2)]
+        assert len(first) == len(second) == MAX_OWNERS
+        assert {record.owner for record in first} != {record.owner for record in second}
+        reader = await swarm.add(client_mode=True)
+        await reader.node.join([node.address])
+        told = (await reader.node.find([NAME], timeout_s=5))[NAME]
+        assert 100 < len(told) < 300  # as many as one answer has room for
 
     simulate(test)

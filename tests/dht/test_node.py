@@ -335,6 +335,23 @@ def test_a_node_comes_back_by_itself_after_a_total_outage():
     simulate(test)
 
 
+def test_two_nodes_cut_apart_find_each_other_again():
+    """The first of a swarm has no bootstrap address to go back to, and the second has been forgotten by
+    nobody else."""
+
+    async def test(swarm: SimSwarm) -> None:
+        first, second = await swarm.grow(2)
+        await second.node.announce(*NAME, b"here", 60)
+        swarm.network.split({second.contact.peer_id: 1})
+        await asyncio.sleep(3600)
+        second.node._upkeep.bootstrap = ()  # it comes from the first alone
+        swarm.network.split({})
+        await asyncio.sleep(700)
+        assert await values(first.node) == [b"here"]
+
+    simulate(test)
+
+
 def test_a_partition_heals():
     """Two halves live on apart for an hour, each with its own announcements; joined again, all see all."""
 
