@@ -33,6 +33,7 @@ MAX_MESSAGE_BYTES = 2048
 _DOMAIN = b"petalite-noise-v1"
 _PROOF_BYTES = 32 + 64
 _U32 = 2**32 - 1
+_Address = Annotated[str, Bounds(0, 128)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,15 +42,13 @@ class Hello:
 
     instance: Annotated[
         bytes, Bounds(16, 16)
-    ]  # random per host process: a restarted peer is told from itself
+    ]  # random per host: a restarted peer is told from its former self
     lane: Annotated[int, Bounds(0, 1)]  # 0: interactive, which stands for the connection; 1: bulk, beside it
     stream_bytes: Annotated[int, Bounds(4096, _U32)]  # the credit of a new stream
     connection_bytes: Annotated[int, Bounds(4096, _U32)]  # the credit of all streams together
     streams: Annotated[int, Bounds(1, 65536)]  # how many the other end may have open
     agent: Annotated[str, Bounds(0, 64)] = ""  # software and version, for logs
-    listen: Annotated[
-        tuple[Annotated[str, Bounds(0, 128)], ...], Bounds(0, 8)
-    ] = ()  # where it says it listens
+    listen: Annotated[tuple[_Address, ...], Bounds(0, 8)] = ()  # where it says it listens
 
     def windows(self) -> Windows:
         """What the peer grants, in our terms."""
@@ -64,9 +63,7 @@ class Secured:
     hello: Hello
     sealer: Sealer
     opener: Opener
-    binding: (
-        bytes  # the transcript hash: a name for this session that both ends know and no other session has
-    )
+    binding: bytes  # the transcript hash: a name for this session that both ends know, and no other has
 
 
 class Handshake:
