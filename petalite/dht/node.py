@@ -35,7 +35,7 @@ from petalite.dht.service import Service
 from petalite.dht.storage import Storage, StorageSettings
 from petalite.dht.upkeep import Upkeep, UpkeepSettings
 from petalite.errors import DeadlineExceeded, InvalidArgument, PetaliteError, ShuttingDown, Unreachable
-from petalite.net.identity import Identity
+from petalite.net.identity import Identity, PeerId
 from petalite.net.multiaddr import Multiaddr
 
 logger = logging.getLogger(__name__)
@@ -172,6 +172,12 @@ class DhtNode:
         self._upkeep.bootstrap = tuple(bootstrap)
         await self._upkeep.join()
 
+    async def meet(self, address: Multiaddr) -> None:
+        """Reach a peer found by other means than the DHT's own. Raises Unreachable, WrongPeer and their
+        like."""
+        await self.start()
+        await self._upkeep.meet(address)
+
     # -- records -----------------------------------------------------------------------------------
 
     async def announce(self, namespace: str, name: bytes | str, value: bytes, ttl_s: int) -> Announcement:
@@ -236,6 +242,15 @@ class DhtNode:
         return found
 
     # -- what the node knows -----------------------------------------------------------------------
+
+    @property
+    def peer_id(self) -> PeerId:
+        return self._network.peer_id
+
+    @property
+    def addresses(self) -> tuple[str, ...]:
+        """Where others are told we serve; none in client mode."""
+        return self._peers.own_addresses
 
     @property
     def table(self) -> RoutingTable:

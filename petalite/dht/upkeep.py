@@ -96,6 +96,13 @@ class Upkeep:
             raise Unreachable(f"none of the peers to join through answered: {told or 'none given'}{also}")
         await self._find_neighbours()
 
+    async def meet(self, address: Multiaddr) -> None:
+        """Reach the peer there; one we did not know may know a whole swarm that we did not."""
+        known = len(self._peers.table)
+        await self._peers.dial(address)
+        if len(self._peers.table) > known:
+            await self._find_neighbours()
+
     async def _find_neighbours(self) -> None:
         await self._queries.find([self._peers.table.own_id], self._queries.settings)
 
@@ -185,8 +192,7 @@ class Upkeep:
         known = {entry.contact.peer_id for entry in entries}
         lost = [a for a in (*self.bootstrap, *self._remembered.values()) if a.peer_id not in known]
         if lost:
-            await self._peers.dial(self._random.choice(lost))
-            await self._find_neighbours()
+            await self.meet(self._random.choice(lost))
 
     async def _come_back(self, wait_s: float, came_back: Callable[[], None]) -> float:
         """One attempt; the wait before the next, should it have failed."""
