@@ -1,0 +1,160 @@
+"""Coverage-guided fuzzing of all that reads a stranger's bytes: `python -m tests.net.fuzz all --seconds 20`.
+
+Needs atheris (extra `fuzz`). Each target takes any bytes and may raise the one error that its parser is
+allowed to raise; whatever else comes out is a finding, which libFuzzer writes beside the corpus. Seeds are
+valid bytes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+import atheris  # type: ignore[import-not-found,unused-ignore]
+
+with atheris.instrument_imports(include=["petalite"]):
+    from petalite.errors import BadMessage, HandshakeFailed, InvalidAddress, RemoteProtocolError
+    from petalite.net import frames, messages
+    from petalite.net.connection import Connection
+    from petalite.net.credit import Windows
+    from petalite.net.frames import FrameType
+    from petalite.net.handshake import Handshake, Hello
+    from petalite.net.identity import Identity
+    from petalite.net.messages import MessageReader, Progress
+    from petalite.net.multiaddr import Multiaddr
+    from petalite.net.noise import AES_GCM
+    from petalite.net.records import Opener, Sealer
+
+IDENTITY = Identity.from_seed(bytes(32))
+HELLO = Hello(bytes(16), 0, 65536, 65536, 4)
+WINDOWS = Windows(8192, 20_000, 4, 16_384, 40_000, 10_000)
+
+
+def handshake(data: bytes) -> None:
+    """The responder's end, in two pieces."""
+    with contextlib.suppress(HandshakeFailed):
+        responder = Handshake(IDENTITY, HELLO, initiator=False)
+        half = len(data) // 2
+        responder.receive(data[:half])
+        responder.receive(data[half:])
+
+
+def records(data: bytes) -> None:
+    """A box under a known key; only what was sealed opens."""
+    opener = Opener(AES_GCM, bytes(32))
+    box = memoryview(bytearray(data.ljust(17, b"\0")))
+    with contextlib.suppress(RemoteProtocolError):
+        opener.open(box, box[:-16])
+        assert _sealed(bytes(box[:-16])) == bytes(data)
+
+
+def connection(data: bytes) -> None:
+    """Records of any frames, each behind a byte with its length; what is kept and sent keeps its bounds."""
+    core = Connection(False, WINDOWS, WINDOWS)
+    position = 0
+    with contextlib.suppress(RemoteProtocolError):
+        while position < len(data):
+            end = position + 1 + data[position]
+            core.receive(memoryview(data)[position + 1 : end], 0.0)
+            position = end
+            for stream in list(core.streams.values()):
+                assert stream.received <= stream.window.limit
+                if stream.buffered and stream.id % 4 == 1:
+                    core.take(stream, stream.buffered)
+    held = sum(stream.buffered for stream in core.streams.values())
+    assert held <= 40_000 + 10_000
+    assert sum(map(len, core.next_records(1 << 20))) < 100_000
+
+
+def stream(data: bytes) -> None:
+    """Messages on one stream."""
+    core = Connection(False, Windows(), Windows())
+    core.receive(memoryview(frames.encode(FrameType.OPEN, 1, aux=2)), 0.0)
+    for begin in range(0, len(data), 50):
+        core.receive(memoryview(frames.encode(FrameType.DATA, 1, data[begin : begin + 50])), 0.0)
+
+    def admit(header: list[object]) -> None:
+        if sum(header[2]) > 1 << 16:  # type: ignore[call-overload]
+            raise BadMessage("too much")
+
+    reader = MessageReader(core, core.streams[1], admit)
+    with contextlib.suppress(BadMessage):
+        while reader.poll() is not Progress.PENDING:
+            pass
+
+
+def header(data: bytes) -> None:
+    with contextlib.suppress(BadMessage):
+        messages.decode_header(data)
+
+
+def multiaddr(data: bytes) -> None:
+    with contextlib.suppress(InvalidAddress, UnicodeDecodeError):
+        address = Multiaddr.parse(data.decode())
+        assert Multiaddr.parse(str(address)) == address
+
+
+def _sealed(plain: bytes) -> bytes:
+    record = bytearray(len(plain) + 18)
+    Sealer(AES_GCM, bytes(32)).seal(plain, memoryview(record))
+    return bytes(record[2:])
+
+
+def _record(*parts: bytes) -> bytes:
+    plain = b"".join(parts)
+    return bytes([len(plain)]) + plain
+
+
+_OPEN = frames.encode(FrameType.OPEN, 1, aux=2)
+_MESSAGE = b"".join(messages.encode([1, {"a": [1, 2.5, None, b"x", "y"]}, None, "echo", 9], [b"buffer"]))
+TARGETS: dict[str, tuple[Callable[[bytes], None], list[bytes]]] = {
+    "handshake": (handshake, [Handshake(IDENTITY, HELLO, initiator=True).start()]),
+    "records": (records, [_sealed(b"text")]),
+    "connection": (
+        connection,
+        [
+            _record(_OPEN, frames.encode(FrameType.DATA, 1, b"x" * 50))
+            + _record(frames.encode(FrameType.DATA, 1, flags=1)),
+            *(
+                _record(_OPEN, frames.encode(kind, int(rule.on_stream), bytes(rule.low)))
+                for kind, rule in frames.RULES.items()
+            ),
+        ],
+    ),
+    "stream": (stream, [_MESSAGE, _MESSAGE * 3]),
+    "header": (header, [_MESSAGE[4:]]),
+    "multiaddr": (multiaddr, [f"/ip4/1.2.3.4/tcp/5/p2p/{IDENTITY.peer_id}".encode(), b"/dns/a.b/tcp/1"]),
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("target", choices=[*TARGETS, "all"])
+    parser.add_argument("--seconds", type=int, default=20, help="for each target")
+    arguments = parser.parse_args()
+    if arguments.target == "all":
+        for target in TARGETS:
+            command = [sys.executable, "-m", "tests.net.fuzz", target, "--seconds", str(arguments.seconds)]
+            subprocess.run(command, check=True)
+        return
+    function, seeds = TARGETS[arguments.target]
+    with tempfile.TemporaryDirectory() as corpus:
+        for index, seed in enumerate(seeds):
+            (Path(corpus) / str(index)).write_bytes(seed)
+        options = [
+            f"-max_total_time={arguments.seconds}",
+            "-max_len=4096",
+            "-verbosity=0",
+            "-print_final_stats=1",
+        ]
+        atheris.Setup([sys.argv[0], *options, corpus], function)
+        atheris.Fuzz()
+
+
+if __name__ == "__main__":
+    main()
