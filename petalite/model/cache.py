@@ -207,7 +207,7 @@ class KVCache:
 
 
 class Step:
-    """What every block of one packed step needs, computed once: rotations, masks, where each row's tokens lie."""
+    """What every block of one packed step needs, computed once: rotations, masks, where the rows lie."""
 
     def __init__(
         self,
@@ -220,7 +220,7 @@ class Step:
         self.rotation = rotation  # (T, 1, D/2)
         self._shape = shape
         self._masks = masks
-        # Of each row: where its tokens begin in the pack, how many they are, their first position and their end.
+        # Of each row: where its tokens begin in the pack, how many they are, first position and end.
         self._parts: list[tuple[_Row, int, int, int, int]] = []
         first = 0
         for row, segment in zip(rows, segments, strict=True):
