@@ -23,6 +23,7 @@ from petalite.errors import (
     StreamLimitExceeded,
 )
 from petalite.net import frames
+from petalite.net.control import MAX_BATCH, ControlQueue
 from petalite.net.credit import Window, Windows
 from petalite.net.frames import ALIGNED_BYTES, FIN, HEADER, HEADER_BYTES, MAX_DATA_BYTES, FrameType
 from petalite.net.limits import TokenBucket
@@ -33,12 +34,9 @@ from petalite.net.streams import Priority, Stream
 
 _DATA = int(FrameType.DATA)  # plain, for the comparison that every frame goes through
 
-MAX_QUEUED_PONGS = 8
-MAX_QUEUED_CONTROL = 1024  # frames that wait for a peer which provokes them and does not read them
 MAX_STREAM_ID = 0xFFFF_FFFF
 _ALLOWANCE_STEP_BYTES = 1024 * 1024
 _GIVEN_UP_PER_S, _GIVEN_UP_BURST = 200.0, 1000.0  # streams that the peer opens and gives up unanswered
-_CONTROL_BATCH = 2048  # control frames in one record; they have 20 bytes, but for CLOSE and GOAWAY
 
 
 class Connection:
@@ -75,9 +73,7 @@ class Connection:
         self._our_streams = 0
         self._our_streams_limit = theirs.streams
 
-        self._control: list[bytes | memoryview] = []
-        self._grants: dict[int, bytes] = {}  # the newest MAX_… per stream; 0 and -1: the connection's
-        self._pongs = 0  # among the control frames
+        self._control = ControlQueue()
         self._ping: bytes | None = None  # what the PONG must bring back
         self._turns = Turns()
         self.sent = 0
@@ -118,7 +114,7 @@ class Connection:
         stream = self._new_stream(self._next_id, priority)
         self._next_id += 2
         self._our_streams += 1
-        self._control.append(frames.encode(FrameType.OPEN, stream.id, aux=priority))
+        self._control.send(FrameType.OPEN, stream.id, aux=priority)
         return stream
 
     def _new_stream(self, stream_id: int, priority: Priority) -> Stream:
@@ -130,12 +126,12 @@ class Connection:
     def goaway(self, code: int, reason: str) -> None:
         """Take no more streams from the peer and open none; those that are open go on."""
         self._step("goaway")
-        self._control.append(frames.encode_reason(FrameType.GOAWAY, code, reason))
+        self._control.send_reason(FrameType.GOAWAY, code, reason)
 
     def close(self, code: int, reason: str) -> None:
         """End everything; the peer hears why."""
         if not self.closed:
-            self._control.append(frames.encode_reason(FrameType.CLOSE, code, reason))
+            self._control.send_reason(FrameType.CLOSE, code, reason)
         self._step("close")
 
     def _step(self, step: str) -> None:
@@ -155,13 +151,13 @@ class Connection:
         if self.pinging:
             return
         self._ping = frames.U64.pack(int(now * 1e6))
-        self._control.append(frames.encode(FrameType.PING, payload=self._ping))
+        self._control.send(FrameType.PING, payload=self._ping)
 
     # -- writing -----------------------------------------------------------------------------------
 
     @property
     def wants_write(self) -> bool:
-        return bool(self._control or self._grants or self._turns.waiting)
+        return bool(self._control or self._turns.waiting)
 
     def write(self, stream: Stream, segments: Sequence[bytes | memoryview], fin: bool = False) -> None:
         """Queue bytes, which the caller leaves alone until they are sent; with `fin`, the last ones."""
@@ -186,11 +182,10 @@ class Connection:
             or self.sent + size > self.send_limit
             or stream.queued
             or self.closed
+            or len(self._control) > MAX_BATCH
         ):
             return None
-        small = self._next_control() if self._control or self._grants else []
-        if self._control:
-            return None
+        small = self._control.take() if self._control else []
         small.append(HEADER.pack(_DATA, FIN if fin else 0, 0, stream.id, size))
         small += segments
         stream.sent += size
@@ -208,7 +203,7 @@ class Connection:
             return
         self._turns.move(stream, priority)
         if stream.id & 1 != self._peer_parity and not stream.over:
-            self._control.append(frames.encode(FrameType.PRIORITY, stream.id, aux=priority))
+            self._control.send(FrameType.PRIORITY, stream.id, aux=priority)
 
     def reset(self, stream: Stream, code: int) -> None:
         """Give up sending; what was queued is dropped. No effect once the last byte is sent."""
@@ -217,7 +212,7 @@ class Connection:
         self._turns.leave(stream)
         stream.drop_unsent()
         stream.step_send(Step.RESET)
-        self._control.append(frames.encode(FrameType.RESET_STREAM, stream.id, frames.U32.pack(code)))
+        self._control.send_code(FrameType.RESET_STREAM, stream.id, code)
         self._forget_if_over(stream)
 
     def next_records(self, max_bytes: int) -> list[bytes | memoryview]:
@@ -226,7 +221,7 @@ class Connection:
         Chosen only now, so that nothing urgent stands behind what was chosen long ago.
         """
         records: list[bytes | memoryview] = []
-        small, left = self._next_control(), max_bytes  # `small` is what the next record of many frames holds
+        small, left = self._control.take(), max_bytes  # `small` is what the next record of many frames holds
         small_bytes = sum(map(len, small)) if small else 0
         if self._control or self.closed:
             left = 0
@@ -259,16 +254,6 @@ class Connection:
         if turns.waiting and self.sent >= self.send_limit:
             self.stalls += 1
         return records
-
-    def _next_control(self) -> list[bytes | memoryview]:
-        """The control frames for the next batch: few enough for one record."""
-        control = self._control
-        if self._grants:
-            control += self._grants.values()
-            self._grants = {}
-        self._control = control[_CONTROL_BATCH:]
-        self._pongs = 0
-        return control[:_CONTROL_BATCH] if self._control else control
 
     def _sent_all(self, stream: Stream) -> None:
         if stream.wants_drained:
@@ -307,7 +292,7 @@ class Connection:
         """Read no more: what is buffered and what still comes is dropped, and the peer is told."""
         if stream.receive is Receive.OPEN:
             stream.step_receive(Step.STOP)
-            self._control.append(frames.encode(FrameType.STOP_SENDING, stream.id, frames.U32.pack(code)))
+            self._control.send_code(FrameType.STOP_SENDING, stream.id, code)
         self._consumed(stream, stream.drop_unread())
         self._forget_if_over(stream)
 
@@ -318,8 +303,7 @@ class Connection:
             read = stream.consumed if stream.target is None else stream.consumed + stream.missing
             if read >= stream.window.due_at:
                 limit = stream.window.grant(read, self.now, self.rtt_s)
-                payload = frames.U64.pack(limit)
-                self._grants[stream.id] = frames.encode(FrameType.MAX_STREAM_DATA, stream.id, payload)
+                self._control.grant(FrameType.MAX_STREAM_DATA, stream.id, limit)
         elif stream.receive is Receive.FINISHED:
             self._forget_if_over(stream)
         if self.received >= self.window.due_at:
@@ -334,7 +318,7 @@ class Connection:
         read = min(self.received, self.consumed + self._allowance)
         if read >= self.window.due_at:
             limit = self.window.grant(read, self.now, self.rtt_s)
-            self._grants[0] = frames.encode(FrameType.MAX_DATA, payload=frames.U64.pack(limit))
+            self._control.grant(FrameType.MAX_DATA, 0, limit)
 
     def _reserve(self, size: int) -> bool:
         if not self._reserve_bytes(size):
@@ -358,7 +342,7 @@ class Connection:
             limit = self._peer_streams_over + self._ours.streams
             if limit - self._peer_streams_limit >= max(1, self._ours.streams >> 2):
                 self._peer_streams_limit = limit
-                self._grants[-1] = frames.encode(FrameType.MAX_STREAMS, payload=frames.U32.pack(limit))
+                self._control.grant(FrameType.MAX_STREAMS, 0, limit)
 
     # -- receiving ---------------------------------------------------------------------------------
 
@@ -491,12 +475,6 @@ class Connection:
                 raise RemoteProtocolError(f"a frame for stream {stream_id}, which was never opened")
         return stream
 
-    def _provoked(self, frame: bytes) -> None:
-        """Queue a control frame that the peer made us send, unless it makes us queue too many."""
-        if len(self._control) >= MAX_QUEUED_CONTROL:
-            raise Flood(f"more than {MAX_QUEUED_CONTROL} control frames wait to be read by the peer")
-        self._control.append(frame)
-
     def _on_open(self, stream_id: int, aux: int, _payload: memoryview) -> None:
         expected = self._last_peer_id + 2 if self._last_peer_id else 2 - self._peer_parity
         if stream_id != expected:
@@ -509,7 +487,7 @@ class Connection:
         if self.state is State.OPEN:
             self.events.append((Event.OPENED, stream))
             return
-        self._provoked(frames.encode(FrameType.RESET_STREAM, stream_id, frames.U32.pack(ErrorCode.SHUTDOWN)))
+        self._control.answer(FrameType.RESET_STREAM, stream_id, frames.U32.pack(ErrorCode.SHUTDOWN))
         stream.step_send(Step.RESET)
         self.stop(stream, ErrorCode.SHUTDOWN)
 
@@ -551,7 +529,7 @@ class Connection:
         self._turns.leave(stream)
         stream.drop_unsent()
         stream.step_send(Step.RESET)
-        self._provoked(frames.encode(FrameType.RESET_STREAM, stream_id, frames.U32.pack(ErrorCode.CANCELLED)))
+        self._control.answer(FrameType.RESET_STREAM, stream_id, frames.U32.pack(ErrorCode.CANCELLED))
         self.events.append((Event.STOPPED, stream))
         self._forget_if_over(stream)
 
@@ -565,10 +543,7 @@ class Connection:
             raise Flood(f"streams opened and given up faster than {_GIVEN_UP_PER_S:.0f} a second")
 
     def _on_ping(self, _stream_id: int, _aux: int, payload: memoryview) -> None:
-        self._pongs += 1
-        if self._pongs > MAX_QUEUED_PONGS:
-            raise Flood(f"more than {MAX_QUEUED_PONGS} pings at once")
-        self._provoked(frames.encode(FrameType.PONG, payload=bytes(payload)))
+        self._control.answer(FrameType.PONG, 0, bytes(payload))
 
     def _on_pong(self, _stream_id: int, _aux: int, payload: memoryview) -> None:
         if bytes(payload) != self._ping:

@@ -17,7 +17,8 @@ from petalite.errors import (
     StreamLimitExceeded,
 )
 from petalite.net import frames
-from petalite.net.connection import MAX_QUEUED_PONGS, Connection
+from petalite.net.connection import Connection
+from petalite.net.control import MAX_PONGS
 from petalite.net.credit import Window, Windows
 from petalite.net.frames import FIN, MAX_DATA_BYTES, U32, U64, FrameType
 from petalite.net.states import RECEIVE_STEPS, SEND_STEPS, STATE_STEPS, Event, Receive, Send, State, Step
@@ -359,7 +360,7 @@ OPEN_1 = frames.encode(FrameType.OPEN, 1, aux=2)
             id="one stream too many",
         ),
         pytest.param(
-            frames.encode(FrameType.PING, payload=bytes(8)) * (MAX_QUEUED_PONGS + 1), Flood, id="ping flood"
+            frames.encode(FrameType.PING, payload=bytes(8)) * (MAX_PONGS + 1), Flood, id="ping flood"
         ),
     ],
 )
