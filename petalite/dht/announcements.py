@@ -28,9 +28,8 @@ Name = tuple[str, bytes]
 """(namespace, name)."""
 
 _LIVES_PER_LOOKUP = 3  # announcements, of which the first looks the holders up
-_MAX_INTERVAL_S = (
-    900.0  # long lives are announced no more rarely: the peers that hold them leave sooner than they end
-)
+# Long lives are announced no more rarely: the peers that hold them leave sooner than they end.
+_MAX_INTERVAL_S = 900.0
 _RETRY_S = 5.0  # after an announcement that reached nobody
 
 
@@ -160,6 +159,9 @@ class Announcement:
             {name: (value, self._ttl_s) for name, value in self._entries.items()}, look
         )
         self._holders = placement.holders
+        if placement.answered and not self._holders:
+            reasons = ", ".join(f"{outcome.name} × {n}" for outcome, n in placement.refused.items())
+            logger.warning("no peer holds what we announce (%s); check this machine's clock", reasons)
         kept = sum(len(holders) for holders in self._holders.values())
         if not look and kept < 0.75 * sum(len(holders) for holders in before.values()):
             self._publications = 0  # too many have left: look for others the next time

@@ -2,9 +2,10 @@
 
 Kademlia's (Maymounkov and Mazières, IPTPS 2002, §2.3), over d disjoint paths as in S/Kademlia (Baumgart and
 Mies, ICPADS 2007, §4.4): no peer is asked on two paths, so that liars capture the paths they are on and no
-other. Several keys are looked up at once, and one query to a peer carries every key it is wanted for. Peers
-of one network prefix count only up to a bound among the nearest, which is what ids ground to lie next to a
-key run into.
+other. Several keys are looked up at once, and one query to a peer carries every key it is wanted for. Where
+there are others, peers of one network prefix count only up to a bound among the nearest, which is what ids
+ground to lie next to a key run into. Who is told of at different addresses is tried at each, so that naming
+an honest peer at a wrong one does not hide it.
 
 A query has two deadlines. Past the soft one another peer is asked in its place, but its answer still counts;
 past the hard one, the caller's, it has failed. So a dead peer costs one soft wait, not a full timeout.
@@ -26,6 +27,7 @@ from petalite.dht.keys import DhtKey
 MAX_KEYS_PER_QUERY = 16
 # A path settles once this part of k has answered, be it the only one: the rest is asked all at once.
 _MIN_SPLIT = 4
+_MAX_ELSEWHERE = 3  # further addresses of one peer that are tried
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,7 +38,7 @@ class LookupSettings:
     alpha: int = 3  # unanswered queries within their soft deadline, per path
     paths: int = 4  # disjoint paths
     holders: int | None = None  # stop each path after this many peers with records; None: hear all k nearest
-    per_prefix: int | None = 2  # peers of one public prefix among the nearest; None: any number
+    per_prefix: int | None = 2  # peers of one public prefix among the nearest, if there are others; None: any
     max_queries: int = 160  # per key: an endless row of ever nearer peers is a lie
     max_in_flight: int = 40  # over all keys
 
@@ -59,6 +61,7 @@ class Candidate:
     state: State = State.NEW
     path: int | None = None  # the path that asked it
     holds: bool = False  # it answered with records
+    elsewhere: list[Contact] = field(default_factory=list)  # where others say it is
 
     def __lt__(self, other: Candidate) -> bool:
         return self.distance < other.distance
@@ -100,7 +103,7 @@ class _Survey:
 
     frontier: list[Candidate]  # its nearest peers that may still answer
     settled: bool
-    reach: float  # how far away the last of them is; without end where there are too few
+    reach: float  # how far away the furthest of them is; without end where there are too few
 
 
 class Search:
@@ -120,9 +123,8 @@ class Search:
         width = -(-settings.k // max(d, _MIN_SPLIT))
         self._paths = [_Path(number, width, settings.alpha) for number in range(d)]
         self._union = _Path(d, settings.k, settings.k)  # what is left to ask is asked at once (§2.3)
-        self._surveys: dict[
-            int, _Survey
-        ] = {}  # by path; made anew after every answer, failure or soft deadline
+        # By path; made anew after every answer, failure or soft deadline.
+        self._surveys: dict[int, _Survey] = {}
         for number, contact in enumerate(sorted(seeds, key=lambda seed: seed.node_id ^ key)):
             self._learn(contact, self._paths[number % d])
 
@@ -144,11 +146,12 @@ class Search:
                         return self._claim(candidate, path)
         return None
 
-    def claim(self, node_id: DhtKey) -> bool:
-        """Whether some path wants this peer asked too, now that it is asked for another key."""
-        candidate = self._known.get(node_id)
-        if candidate is None or candidate.state is not State.NEW:
+    def claim(self, contact: Contact) -> bool:
+        """Whether some path wants this peer asked too, now that it is asked, there, for another key."""
+        candidate = self._known.get(contact.node_id)
+        if candidate is None or candidate.state is not State.NEW or candidate.contact != contact:
             return False
+        candidate.contact = contact
         for path in self._active():
             survey = self._survey(path)
             if not survey.settled and candidate in survey.frontier:
@@ -162,25 +165,24 @@ class Search:
         candidate.contact, candidate.prefix, candidate.holds = contact, _prefix(contact), answer.holds
         path.n_holders += answer.holds
         self._n_answered += 1
-        heard_of = path.heard_of
         for told in answer.contacts[: self._settings.k]:
-            if told.node_id not in heard_of:
-                self._learn(told, path)
+            self._learn(told, path)
 
-    def failed(self, node_id: DhtKey) -> None:
-        self._become(self._known[node_id], State.FAILED)
+    def failed(self, contact: Contact) -> None:
+        """The peer did not answer there."""
+        self._give_up(contact, State.FAILED)
 
-    def slow(self, node_id: DhtKey) -> None:
-        """The peer's soft deadline passed: another takes its place, and its answer is still welcome."""
-        self._become(self._known[node_id], State.SLOW)
+    def slow(self, contact: Contact) -> None:
+        """Its soft deadline passed: another takes its place, and its answer is still welcome."""
+        self._give_up(contact, State.SLOW)
 
     # -- the outcome ---------------------------------------------------------------------------------
 
     @property
     def nearest(self) -> list[Contact]:
         """The peers that answered, nearest first, at most k."""
-        frontier = self._survey(self._union).frontier
-        return [candidate.contact for candidate in frontier if candidate.state is State.ANSWERED]
+        answered = [c for c in self._survey(self._union).frontier if c.state is State.ANSWERED]
+        return [candidate.contact for candidate in sorted(answered)]
 
     @property
     def holders(self) -> list[Contact]:
@@ -207,15 +209,37 @@ class Search:
 
     def _learn(self, contact: Contact, path: _Path) -> None:
         node_id = contact.node_id
-        if node_id in path.heard_of or node_id == self._own_id:
-            return
-        path.heard_of.add(node_id)
         candidate = self._known.get(node_id)
         if candidate is None:
+            if node_id == self._own_id:
+                return
             candidate = self._known[node_id] = Candidate(contact, node_id ^ self.key, _prefix(contact))
             insort(self._union.candidates, candidate)
-        if path is not self._union:
-            insort(path.candidates, candidate)
+        elif candidate.contact is not contact:
+            self._learn_elsewhere(candidate, contact)
+        if node_id not in path.heard_of:
+            path.heard_of.add(node_id)
+            if path is not self._union:
+                insort(path.candidates, candidate)
+
+    def _learn_elsewhere(self, candidate: Candidate, contact: Contact) -> None:
+        known = (candidate.contact, *candidate.elsewhere)
+        if candidate.state is not State.ANSWERED and len(known) <= _MAX_ELSEWHERE and contact not in known:
+            candidate.elsewhere.append(contact)
+            if candidate.state in (State.FAILED, State.SLOW):
+                self._give_up(candidate.contact, candidate.state)
+
+    def _give_up(self, contact: Contact, state: State) -> None:
+        """On this address: there may be another."""
+        candidate = self._known[contact.node_id]
+        if candidate.contact is not contact or candidate.state is State.ANSWERED:
+            return  # it has been asked elsewhere since
+        if candidate.elsewhere:
+            self._become(candidate, State.NEW)
+            candidate.contact, candidate.path = candidate.elsewhere.pop(0), None
+            candidate.prefix = _prefix(candidate.contact)
+        else:
+            self._become(candidate, state)
 
     def _claim(self, candidate: Candidate, path: _Path) -> Candidate | None:
         if self.n_queries >= self._settings.max_queries:
@@ -257,7 +281,7 @@ class Search:
         per_prefix = self._settings.per_prefix
         prefixes: dict[bytes, int] = {}
         frontier: list[Candidate] = []
-        pending = False
+        crowded: list[Candidate] = []
         for candidate in path.candidates:
             if len(frontier) == path.width or candidate.distance > reach:
                 break
@@ -269,16 +293,19 @@ class Search:
             if candidate.prefix is not None and per_prefix is not None:
                 count = prefixes.get(candidate.prefix, 0)
                 if count >= per_prefix:
+                    crowded.append(candidate)
                     continue
                 prefixes[candidate.prefix] = count + 1
             frontier.append(candidate)
-            pending = pending or state is not State.ANSWERED
+        frontier += crowded[: path.width - len(frontier)]  # where there is nobody else, as on one campus
+        pending = any(candidate.state is not State.ANSWERED for candidate in frontier)
         full = len(frontier) == path.width
         # Where fewer are left, the slow ones can be done without if most peers are not slow.
         settled = not pending and (full or self._n_slow(path) <= self._n_answered)
         if alone and self._settings.holders is not None:
             settled = settled or path.n_holders >= self._settings.holders
-        return _Survey(frontier, settled, frontier[-1].distance if full else inf)
+        furthest = max(candidate.distance for candidate in frontier) if full else inf
+        return _Survey(frontier, settled, furthest)
 
     def _n_slow(self, path: _Path) -> int:
         paths = [*self._paths, path] if path is self._union else [path]
@@ -321,7 +348,7 @@ class Lookup:
         for query in [query for query, deadline_s in self._fresh.items() if deadline_s <= now_s]:
             del self._fresh[query]
             for key in query.keys:
-                self.searches[key].slow(query.contact.node_id)
+                self.searches[key].slow(query.contact)
         if len(self._fresh) >= self._settings.max_in_flight:
             return None
         searches = list(self.searches.values())
@@ -339,7 +366,7 @@ class Lookup:
         for key in query.keys:
             answer = answers.get(key)
             if answer is None:
-                self.searches[key].failed(contact.node_id)
+                self.searches[key].failed(query.contact)
             else:
                 self.searches[key].answered(contact, answer)
 
@@ -347,12 +374,12 @@ class Lookup:
         """The hard deadline passed, the link broke, or the peer broke a rule."""
         self._fresh.pop(query, None)
         for key in query.keys:
-            self.searches[key].failed(query.contact.node_id)
+            self.searches[key].failed(query.contact)
 
     def _query(self, search: Search, contact: Contact, now_s: float) -> Query:
         keys = [search.key]
         for other in self.searches.values():
-            if len(keys) < MAX_KEYS_PER_QUERY and other is not search and other.claim(contact.node_id):
+            if len(keys) < MAX_KEYS_PER_QUERY and other is not search and other.claim(contact):
                 keys.append(other.key)
         query = Query(contact, tuple(keys))
         self._fresh[query] = now_s + self._soft_timeout_s(contact)

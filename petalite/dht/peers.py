@@ -28,6 +28,7 @@ from petalite.dht.routing_table import RoutingTable, TableSettings
 from petalite.errors import (
     BadMessage,
     BadRecord,
+    HandshakeFailed,
     NetworkError,
     PetaliteError,
     RemoteProtocolError,
@@ -41,6 +42,7 @@ from petalite.net.schema import decode, encode
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
+Shunned = TypeVar("Shunned", DhtKey, bytes)
 Spawn = Callable[[Coroutine[Any, Any, None]], None]
 """Runs a coroutine as a child of the node, until the node closes."""
 
@@ -83,7 +85,7 @@ class Peers:
         self._own_addresses: tuple[str, ...] = ()
         self._verifying: set[DhtKey] = set()
         self._distrusted: dict[DhtKey, float] = {}  # until when
-        self._silent: dict[DhtKey, float] = {}  # until when; others will name them for a while yet
+        self._silent: dict[bytes, float] = {}  # contacts, until when; others will name them for a while yet
 
     @property
     def own_addresses(self) -> tuple[str, ...]:
@@ -118,11 +120,12 @@ class Peers:
                 contact, method, encode(message), timeout_s=self._settings.timeout_s
             )
             decoded = decode(answer, body)
+        except (NetworkError, HandshakeFailed, ShuttingDown, UnknownMethod):
+            # Somebody else at that address says nothing about this peer: who told us may have lied.
+            self._missed(contact)
+            raise
         except (BadMessage, BadRecord, RemoteProtocolError):
             self.distrust(contact)
-            raise
-        except (NetworkError, ShuttingDown, UnknownMethod):
-            self._missed(contact)
             raise
         self._reached(contact, started_s)
         return decoded
@@ -161,17 +164,14 @@ class Peers:
         return await self.ping(Contact.of(peer_id, (text,)))
 
     def located(self, contact: Contact) -> Contact:
-        """The contact with the address it was reached at first, so that diversity counts where it is and not
-        where it would like to be."""
+        """The contact where it was reached, and not where it or others would like it to be."""
         remote = self._network.remote_address(contact.peer_id)
         if remote is None or not contact.addresses:
             return contact
-        first = [
+        there = [
             text for text in contact.addresses if (p := parse_address(text)) and p[0].host == remote.host
         ]
-        if not first or first[0] == contact.addresses[0]:
-            return contact
-        return Contact.of(contact.peer_id, dict.fromkeys((*first, *contact.addresses)))
+        return Contact.of(contact.peer_id, there) if there and there != [*contact.addresses] else contact
 
     # -- strangers and liars -----------------------------------------------------------------------
 
@@ -200,9 +200,10 @@ class Peers:
         """What remains of the contacts that a peer told us: no liars, nobody who did not answer just now, no
         addresses it has no business to tell."""
         scope, now_s = self._scope_of(teller.peer_id), self._clock.time_s()
-        for shunned in (self._distrusted, self._silent):
-            if shunned:
-                contacts = [contact for contact in contacts if shunned.get(contact.node_id, 0.0) <= now_s]
+        if self._distrusted:
+            contacts = [c for c in contacts if self._distrusted.get(c.node_id, 0.0) <= now_s]
+        if self._silent:
+            contacts = [c for c in contacts if self._silent.get(c.encoded, 0.0) <= now_s]
         kept = [believable(contact, scope) for contact in contacts]
         return [contact for contact in kept if contact.addresses]
 
@@ -210,7 +211,7 @@ class Peers:
         """It broke a rule: out of the table, and not let in again for a while."""
         logger.info("peer %s broke a rule and is not asked again for a while", contact.peer_id.short())
         self.table.remove(contact.node_id)
-        self._shun(self._distrusted, contact, self._settings.distrust_s)
+        self._shun(self._distrusted, contact.node_id, self._settings.distrust_s)
 
     def look_around(self) -> None:
         """Take note of where we are ourselves: it is what we tell, and decides whose prefixes are bounded."""
@@ -238,24 +239,25 @@ class Peers:
         self._verifying.add(contact.node_id)
         self._spawn(verify())
 
-    def _shun(self, shunned: dict[DhtKey, float], contact: Contact, for_s: float) -> None:
-        shunned.pop(contact.node_id, None)
-        shunned[contact.node_id] = self._clock.time_s() + for_s
+    def _shun(self, shunned: dict[Shunned, float], whom: Shunned, for_s: float) -> None:
+        shunned.pop(whom, None)
+        shunned[whom] = self._clock.time_s() + for_s
         if len(shunned) > self._settings.max_shunned:
             del shunned[next(iter(shunned))]
 
     def _missed(self, contact: Contact) -> None:
         now_s = self._clock.time_s()
-        self.table.failed(contact.node_id, now_s)
+        entry = self.table.entry(contact.node_id)
+        if entry is None or contact.addresses[0] in entry.contact.addresses:
+            self.table.failed(contact.node_id, now_s)
         if self.heard_s is not None and now_s - self.heard_s < self._settings.silence_s:
-            self._shun(
-                self._silent, contact, self._settings.silence_s
-            )  # it is silent, and not we who are cut off
+            # It is silent, and not we who are cut off. At this address, that is: see above.
+            self._shun(self._silent, contact.encoded, self._settings.silence_s)
 
     def _reached(self, contact: Contact, started_s: float) -> None:
         now_s = self._clock.time_s()
         self.heard_s = now_s
-        self._silent.pop(contact.node_id, None)
+        self._silent.pop(contact.encoded, None)
         self._usual_call_s += 0.1 * (now_s - started_s - self._usual_call_s)
         if contact.node_id in self.table:
             self.table.seen(contact.node_id, now_s)

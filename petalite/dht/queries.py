@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections import Counter
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
@@ -31,7 +32,7 @@ from petalite.dht.network import Clock
 from petalite.dht.peers import Peers, Spawn
 from petalite.dht.records import Record, RecordChecker
 from petalite.dht.storage import Outcome
-from petalite.errors import BadRecord, ForgedRecord, PetaliteError
+from petalite.errors import BadMessage, BadRecord, ForgedRecord, PetaliteError
 
 logger = logging.getLogger(__name__)
 
@@ -39,6 +40,7 @@ Ask = Callable[[Query], Awaitable[Mapping[DhtKey, Answer]]]
 # A peer within so many times our k-th neighbour's distance of a key is likely among the k nearest to it: it
 # is sent the record with the question, which saves the second round.
 _LIKELY = 2
+_OUTCOMES = {outcome.value: outcome for outcome in Outcome}
 _LONGEST_S = 30.0  # any lookup; what it has found by then has to do
 
 
@@ -50,6 +52,7 @@ class Placement:
     data: dict[DhtKey, bytes] = field(init=False)  # the same, encoded
     holders: dict[DhtKey, dict[DhtKey, Contact]] = field(default_factory=dict)  # by key, then by peer
     answered: int = 0  # peers that took part
+    refused: Counter[Outcome] = field(default_factory=Counter)  # outcomes of those that did not store
     newer: list[Record] = field(default_factory=list)  # of our own, that stood in the way
 
     def __post_init__(self) -> None:
@@ -174,11 +177,7 @@ class Queries:
         await self._store_at_all(at.values(), placement)
         return placement
 
-    async def _store_at_all(
-        self,
-        at: Iterable[tuple[Contact, list[DhtKey]]],
-        placement: Placement,
-    ) -> None:
+    async def _store_at_all(self, at: Iterable[tuple[Contact, list[DhtKey]]], placement: Placement) -> None:
         room = asyncio.Semaphore(self.settings.max_in_flight)
 
         async def store(contact: Contact, keys: list[DhtKey]) -> None:
@@ -205,11 +204,17 @@ class Queries:
             data = tuple([placement.data[key] for key in batch])
             request = Store(data, nearest, self._peers.own_addresses)
             answer = await self._peers.ask(contact, STORE, request, StoreAnswer)
+            if len(answer.outcomes) != len(batch):
+                self._peers.distrust(contact)
+                raise BadMessage(f"{len(answer.outcomes)} outcomes of {len(batch)} records")
             answers |= self._answers(contact, batch, answer.peers, answer.found)
-            for key, outcome, found in zip(batch, answer.outcomes, answer.found, strict=True):
-                if outcome in (Outcome.STORED.value, Outcome.UNCHANGED.value):
+            for key, number, found in zip(batch, answer.outcomes, answer.found, strict=True):
+                outcome = _OUTCOMES.get(number, Outcome.REFUSED)
+                if outcome in (Outcome.STORED, Outcome.UNCHANGED):
                     placement.took(key, contact)
-                elif outcome == Outcome.STALE.value:
+                    continue
+                placement.refused[outcome] += 1
+                if outcome is Outcome.STALE:
                     newer = self._good_records(contact, key, found)
                     placement.newer += [r for r in newer.values() if r.owner == placement.records[key].owner]
         placement.answered += 1

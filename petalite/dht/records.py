@@ -152,7 +152,7 @@ class RecordChecker:
     """Decides whether a record may be believed; remembers which bytes it has found good, so that the same
     record from twenty holders costs one signature check. Meant to be shared by the nodes of a process."""
 
-    def __init__(self, rules: NamespaceRules, *, remembered: int = 2048) -> None:
+    def __init__(self, rules: NamespaceRules, *, remembered: int = 1024) -> None:
         self.rules = rules
         self._remembered = remembered
         self._good: dict[bytes, Record] = {}  # encoded -> decoded; the longest known first

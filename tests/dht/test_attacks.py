@@ -375,6 +375,55 @@ def test_an_outdated_record_in_an_answer_is_passed_over():
     swarm_with_a_liar(answer, check)
 
 
+def test_naming_honest_peers_at_wrong_addresses_does_not_hide_them():
+    """The liar is asked first and says that everybody else is where nobody is."""
+
+    async def test(swarm: SimSwarm) -> None:
+        peers = await swarm.populate(60)
+        await peers[0].node.announce(*NAME, b"true", 600)
+        liars = [Hostile(swarm, number, f"/ip4/66.{number}.6.6/tcp/1") for number in range(10)]
+        wrong = [Contact.of(peer.contact.peer_id, ("/ip4/9.9.9.9/tcp/1",)) for peer in peers]
+
+        def answer(caller: Caller, request: Find) -> Mapping[str, Any]:
+            key = DhtKey.parse(request.keys[0])
+            near = sorted(wrong, key=lambda contact: contact.node_id ^ key)[:20]
+            return encode(FindAnswer(tuple(contact.encoded for contact in near), (Found(numbers(20)),)))
+
+        for liar in liars:
+            liar.find_answer = answer
+        for reader in peers[20:40]:
+            for liar in liars:
+                reader.node.table.add(liar.contact, 0.0)
+            known = {entry.contact.node_id: entry.contact for entry in reader.node.table}
+            assert await values(reader.node) == [b"true"]
+            # Nor do they lose their places and their good names.
+            after = {entry.contact.node_id: entry.contact for entry in reader.node.table}
+            assert {node_id: after.get(node_id) for node_id in known} == known
+
+    simulate(test)
+
+
+@pytest.mark.parametrize("outcomes", [[], [0, 0], [200], [1, 2, 3, 4, 5]])
+def test_odd_answers_to_an_announcement_neither_break_nor_count(outcomes: list[int]):
+    async def test(swarm: SimSwarm) -> None:
+        peers = await swarm.grow(4)
+        liar = Hostile(swarm)
+
+        async def store(caller: Caller, body: Mapping[str, Any]) -> Mapping[str, Any]:
+            return {"outcomes": outcomes, "peers": [], "found": [{"nearest": b"", "records": []}]}
+
+        liar.endpoint.serve(STORE, store)
+        for peer in peers:
+            await liar.enter(peer)
+        announcement = await peers[0].node.announce(*NAME, b"true", 60)
+        assert announcement.n_holders == 3
+        await asyncio.sleep(120)
+        assert announcement.n_holders == 3
+        assert await values(peers[1].node) == [b"true"]
+
+    simulate(test)
+
+
 json_like = st.recursive(
     st.none() | st.booleans() | st.integers(-(2**40), 2**40) | st.binary(max_size=40) | st.text(max_size=10),
     lambda inner: (

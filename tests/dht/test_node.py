@@ -372,6 +372,28 @@ def test_a_partition_heals():
     simulate(test)
 
 
+def test_a_swarm_on_one_public_campus_works():
+    """Everybody has a public address in one /16, which bounds made against crowds of one prefix must not
+    break."""
+
+    async def test(swarm: SimSwarm) -> None:
+        first = await swarm.add(address="/ip4/50.60.0.1/tcp/1")
+        peers = [first]
+        for number in range(1, 40):
+            peer = await swarm.add(address=f"/ip4/50.60.{number}.1/tcp/1")
+            await peer.node.join([first.address])
+            peers.append(peer)
+        outsider = await swarm.add(client_mode=True)
+        await outsider.node.join([first.address])
+        announcement = await peers[20].node.announce(*NAME, b"here", 60)
+        assert announcement.n_holders >= 10
+        await asyncio.sleep(300)
+        for reader in (*peers, outsider):
+            assert await values(reader.node) == [b"here"]
+
+    simulate(test)
+
+
 # -- reading under difficulties ----------------------------------------------------------------------
 
 
