@@ -195,6 +195,44 @@ def test_peers_that_do_not_exist_are_passed_over(crowd: Crowd):
         assert lookup.searches[key].nearest[:5] == crowd.nearest(key)[:5]
 
 
+def test_who_is_named_at_several_addresses_is_tried_at_each(crowd: Crowd):
+    """The first to answer places everybody near the key at addresses where nobody is; the others know
+    better."""
+    key = keys(1, seed=4)[0]
+    near = crowd.nearest(key)
+    misplaced = [Contact(peer.peer_id, (f"/ip4/9.9.9.9/tcp/{n + 1}",)) for n, peer in enumerate(near)]
+    lookup = crowd.lookup([key])
+    first = crowd.tables[OWN].nearest(key, 1)[0]
+
+    def behave(peer: Contact, key: DhtKey) -> Answer | None:
+        if peer.addresses[0].startswith("/ip4/9.9.9.9"):
+            return None
+        if peer.node_id == first.node_id:
+            return Answer(misplaced)
+        return Answer(crowd.tables[peer.node_id].nearest(key, 20))
+
+    drive(lookup, behave)
+    assert lookup.searches[key].nearest[:15] == [peer for peer in near if peer.node_id != OWN][:15]
+
+
+def test_addresses_of_one_peer_are_tried_only_so_often():
+    crowd = Crowd(3)
+    key = keys(1)[0]
+    asked: list[Contact] = []
+
+    def behave(peer: Contact, key: DhtKey) -> Answer | None:
+        asked.append(peer)
+        if len(peer.addresses[0]) > 30:
+            return None
+        moving = [
+            Contact(crowd.peers[0].peer_id, (f"/ip4/9.9.{n}.{len(asked)}/tcp/1000000",)) for n in range(20)
+        ]
+        return Answer(moving)
+
+    drive(crowd.lookup([key]), behave)
+    assert len(asked) <= 3 + 4
+
+
 def colluding(crowd: Crowd, share: float, seed: int) -> tuple[Behaviour, set[DhtKey]]:
     """So many of the crowd name only each other, and hold nothing."""
     bad = Random(seed).sample(crowd.peers, round(share * len(crowd.peers)))

@@ -15,7 +15,7 @@ from petalite.dht.messages import Ping
 from petalite.dht.network import Caller
 from petalite.dht.peers import CallSettings, Peers
 from petalite.dht.routing_table import TableSettings
-from petalite.errors import BadMessage, ConnectionLost, PetaliteError, RateLimited, UnknownMethod
+from petalite.errors import BadMessage, ConnectionLost, PetaliteError, RateLimited, UnknownMethod, WrongPeer
 from petalite.net.identity import PeerId
 from petalite.net.multiaddr import Multiaddr
 from petalite.net.schema import encode
@@ -189,6 +189,25 @@ def test_one_that_did_not_answer_is_not_tried_again_on_others_word(bench: Bench)
     bench.network.error = None
     asyncio.run(bench.peers.check(PEER))
     assert bench.peers.cleaned([PEER], contact(2)) == [PEER]
+
+
+@pytest.mark.parametrize("error", [ConnectionLost("nobody"), WrongPeer("somebody else")])
+def test_failing_at_a_false_address_is_not_held_against_a_peer(bench: Bench, error: PetaliteError):
+    """Whoever names an honest peer at a wrong address must not get it dropped, shunned or distrusted."""
+    bench.network.remote[PEER.peer_id] = Multiaddr.parse(PEER.addresses[0])
+    asyncio.run(bench.peers.check(PEER))
+    bench.network.error = error
+    asyncio.run(bench.peers.check(Contact(PEER.peer_id, ("/ip4/9.9.9.9/tcp/9",))))
+    entry = bench.peers.table.entry(PEER.node_id)
+    assert entry is not None
+    assert entry.failures == 0
+    assert bench.peers.cleaned([PEER], contact(2)) == [PEER]
+
+
+def test_a_peer_is_kept_at_the_address_that_it_was_reached_at(bench: Bench):
+    bench.network.remote[PEER.peer_id] = Multiaddr.parse(PEER.addresses[0])
+    told = Contact(PEER.peer_id, ("/ip4/9.9.9.9/tcp/9", PEER.addresses[0]))
+    assert bench.peers.located(told).addresses == PEER.addresses
 
 
 def test_a_liar_is_not_dealt_with_for_a_while(bench: Bench):
