@@ -226,17 +226,19 @@ class DhtNode:
         DeadlineExceeded or Unreachable when that is nothing at all and most paths had no answer: then nobody
         can say that there is nothing."""
         await self.start()
-        names = {DhtKey.of(namespace, name): (namespace, name) for namespace, name in keys}
+        names = {(namespace, name): DhtKey.of(namespace, name) for namespace, name in keys}
+        places = dict.fromkeys(names.values())
         now_s = self._clock.time_s()
-        records = {held.data: held.record for key in names for held in self.storage.get(key, now_s)}
+        records = {held.data: held.record for key in places for held in self.storage.get(key, now_s)}
         lookup: Lookup | None = None
         try:
             async with asyncio.timeout(timeout_s):
                 settings = self._queries.settings_for(paths=paths, holders=holders)
-                lookup = await self._queries.find(names, settings, records)
+                lookup = await self._queries.find(places, settings, records)
         except TimeoutError:
             pass
-        found = self._newest(names, records.values())
+        newest = self._newest(places, records.values())
+        found = {name: newest[key] for name, key in names.items()}
         if not any(found.values()):
             self._check_absence(lookup, timeout_s)
         return found
@@ -313,19 +315,18 @@ class DhtNode:
             for announcement in self._running.announcements:
                 announcement.hurry()
 
-    def _newest(
-        self, names: Mapping[DhtKey, tuple[str, bytes | str]], records: Iterable[Record]
-    ) -> dict[tuple[str, bytes | str], list[Record]]:
-        newest: dict[DhtKey, dict[bytes, Record]] = {key: {} for key in names}
+    def _newest(self, keys: Iterable[DhtKey], records: Iterable[Record]) -> dict[DhtKey, list[Record]]:
+        """Of each owner under each key; of very many, a random part."""
+        newest: dict[DhtKey, dict[bytes, Record]] = {key: {} for key in keys}
         for record in records:
             of_key = newest[record.key]
             known = of_key.get(record.owner.public_key)
             if known is None or known.rank < record.rank:
                 of_key[record.owner.public_key] = record
         found = {}
-        for key, name in names.items():
-            live = [record for record in newest[key].values() if not record.is_tombstone]
-            found[name] = self._random.sample(live, min(len(live), MAX_OWNERS))
+        for key, of_key in newest.items():
+            live = [record for record in of_key.values() if not record.is_tombstone]
+            found[key] = self._random.sample(live, min(len(live), MAX_OWNERS))
         return found
 
     def _check_absence(self, lookup: Lookup | None, timeout_s: float) -> None:

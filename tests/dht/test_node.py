@@ -108,6 +108,16 @@ def test_a_span_is_announced_and_read_in_one_call_per_peer():
     simulate(test)
 
 
+def test_a_name_is_the_same_as_text_and_as_bytes():
+    async def test(swarm: SimSwarm) -> None:
+        peers = await swarm.grow(3)
+        await peers[0].node.announce("servers", "model/0", b"here", 60)
+        found = await peers[1].node.find([("servers", "model/0"), ("servers", b"model/0")], timeout_s=5)
+        assert [[record.value for record in records] for records in found.values()] == [[b"here"], [b"here"]]
+
+    simulate(test)
+
+
 def test_an_announcement_lives_on_and_changes_and_ends():
     async def test(swarm: SimSwarm) -> None:
         peers = await swarm.grow(8)
