@@ -6,9 +6,9 @@ import asyncio
 import gc
 import resource
 import time
-from collections.abc import Coroutine, Iterator, Sequence
+from collections.abc import Callable, Coroutine, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from petalite.dht.messages import FIND
@@ -33,8 +33,8 @@ def accept(owner: PeerId, name: bytes, value: bytes) -> None:
 
 @contextmanager
 def few_collections() -> Iterator[None]:
-    """Thousands of nodes are no garbage, and looking through them again and again would take most of the
-    time."""
+    """Thousands of nodes are no garbage, and looking through
+    them again and again would take most of the time."""
     before = gc.get_threshold()
     gc.set_threshold(200_000, 20, 100)
     try:
@@ -152,8 +152,8 @@ def collusion(n: int = 1000, share: float = 0.4, trials: int = 500) -> dict[str,
 
 
 def massacre(n: int = 1000, share: float = 0.3, reads: int = 2000) -> dict[str, Any]:
-    """So many die at once, silently; reads of what living owners announced, before anybody looks after its
-    table."""
+    """So many die at once, silently; reads of what living owners announced,
+    before anybody looks after its table."""
 
     async def main() -> dict[str, Any]:
         sim = swarm(_IDLE)
@@ -179,6 +179,33 @@ def massacre(n: int = 1000, share: float = 0.3, reads: int = 2000) -> dict[str, 
     return simulate(main())
 
 
+@dataclass(slots=True)
+class Reads:
+    """How reads went whose reader and owner both lived to their end."""
+
+    found: int = 0
+    times: list[float] = field(default_factory=list)
+
+    def note(self, good: bool, seconds: float) -> None:
+        self.found += good
+        self.times.append(seconds)
+
+    @property
+    def results(self) -> dict[str, Any]:
+        percent = 100 * self.found / len(self.times)
+        return {"reads": len(self.times), "found": percent, "seconds": quantiles(self.times)}
+
+
+async def every_second(work: Callable[[], Coroutine[Any, Any, None]], from_s: float, until_s: float) -> None:
+    """Start it every second of that time, from now on, whether
+    or not the one before has ended; then wait for all."""
+    await asyncio.sleep(from_s)
+    async with asyncio.TaskGroup() as group:
+        for _ in range(int(until_s - from_s)):
+            group.create_task(work())
+            await asyncio.sleep(1)
+
+
 def churn(n: int, minutes: int = 30, owners_share: float = 0.2) -> dict[str, Any]:
     """Peers come and go, owners too; every second somebody reads what a living owner announces."""
 
@@ -195,29 +222,21 @@ def churn(n: int, minutes: int = 30, owners_share: float = 0.2) -> dict[str, Any
         peers = await sim.populate(n)
         await asyncio.gather(*map(joined, peers))
         churning = asyncio.create_task(sim.churn(MEDIAN_SESSION_S, joined=joined))
-        found, times = 0, []
-        while loop.time() < minutes * 60:
-            await asyncio.sleep(1)
-            if loop.time() < min(MEDIAN_SESSION_S, minutes * 30):
-                continue  # until half of the swarm has changed
-            living = set(sim.peers)
-            owners[:] = [owner for owner in owners if owner in living]
+        reads = Reads()
+
+        async def read() -> None:
+            owners[:] = [owner for owner in owners if owner.endpoint.up]
             reader, owner = sim.random.choice(sim.peers), sim.random.choice(owners)
             started_s = loop.time()
             good = await finds(reader, owner)
-            if not reader.endpoint.up or not owner.endpoint.up:
-                continue  # left meanwhile
-            found += good
-            times.append(loop.time() - started_s)
+            if reader.endpoint.up and owner.endpoint.up:
+                reads.note(good, loop.time() - started_s)
+
+        await every_second(read, MEDIAN_SESSION_S, minutes * 60)
         churning.cancel()
         await asyncio.wait([churning])
         await sim.close()
-        return {
-            "nodes": n,
-            "reads": len(times),
-            "found": 100 * found / len(times),
-            "seconds": quantiles(times),
-        }
+        return {"nodes": n, **reads.results}
 
     return simulate(main())
 
@@ -226,8 +245,8 @@ def churn(n: int, minutes: int = 30, owners_share: float = 0.2) -> dict[str, Any
 
 
 def at_rest(n: int, minutes: int = 10) -> dict[str, Any]:
-    """Traffic of nodes that nobody asks anything, and what simulating them takes. Then reads, as in
-    `lookups`."""
+    """Traffic of nodes that nobody asks anything, and what simulating them takes.
+    Then reads, as in `lookups`."""
 
     async def main() -> dict[str, Any]:
         sim = swarm()

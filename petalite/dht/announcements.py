@@ -47,8 +47,8 @@ class Publisher:
         self._sequence = 0
 
     def sign(self, name: Name, value: bytes, ttl_s: int) -> Record:
-        """A record that outranks all we signed before, in this life and, as long as the clock goes on, in
-        earlier ones."""
+        """A record that outranks all we signed before, in this life and,
+        as long as the clock goes on, in earlier ones."""
         unix_s = self.clock.unix_s()
         self._sequence = max(self._sequence + 1, int(unix_s * 1000))
         return Record.sign(
@@ -97,8 +97,8 @@ class Announcement:
         return min((len(self._holders.get(key, {})) for key in keys), default=0)
 
     async def update(self, value: bytes | Mapping[Name, bytes]) -> None:
-        """Say something else: one value under all its names, or other names and values; names left out are
-        withdrawn."""
+        """Say something else: one value under all its names, or other names and values;
+        names left out are withdrawn."""
         async with self._lock:
             if self._withdrawn:
                 raise InvalidArgument("the announcement was withdrawn; make a new one")
@@ -110,8 +110,8 @@ class Announcement:
             await self._publish(look=new or not self._holders)
 
     async def withdraw(self) -> None:
-        """Take it back. Whoever holds it then holds a tombstone, for as long as the record would have
-        lived."""
+        """Take it back. Whoever holds it then holds a tombstone,
+        for as long as the record would have lived."""
         async with self._lock:
             if not self._withdrawn:
                 self._withdrawn = True

@@ -144,8 +144,8 @@ _in_use: WeakValueDictionary[bytes, Contact] = WeakValueDictionary()
 
 
 def seen_from(addresses: Iterable[str], seen: Multiaddr | None) -> list[str]:
-    """A peer that listens on every interface says so (0.0.0.0), and stands for: at the address you see me
-    at."""
+    """A peer that listens on every interface says so (0.0.0.0),
+    and stands for: at the address you see me at."""
     resolved = []
     for text in addresses:
         address = _parse(text)
@@ -158,8 +158,8 @@ def seen_from(addresses: Iterable[str], seen: Multiaddr | None) -> list[str]:
 
 
 def believable(contact: Contact, teller: Scope) -> Contact:
-    """The contact with those of its addresses that a teller of this scope may name; other peers' are dropped
-    too."""
+    """The contact with those of its addresses that a teller of this scope may name;
+    other peers' are dropped too."""
     if contact.reach is not None and contact.reach >= teller:
         return contact
     kept = []

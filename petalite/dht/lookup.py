@@ -107,8 +107,8 @@ class _Survey:
 
 
 class Search:
-    """The lookup of one key: d paths, each until it has settled; then what they found together, as one
-    more."""
+    """The lookup of one key: d paths, each until it has settled;
+    then what they found together, as one more."""
 
     def __init__(
         self, key: DhtKey, own_id: DhtKey, seeds: Iterable[Contact], settings: LookupSettings
@@ -318,8 +318,8 @@ def _prefix(contact: Contact) -> bytes | None:
 
 
 class Lookup:
-    """Several keys looked up together. `soft_timeout_s` says how long to wait for a peer before asking
-    another as well."""
+    """Several keys looked up together. `soft_timeout_s` says how
+    long to wait for a peer before asking another as well."""
 
     def __init__(
         self,

@@ -115,8 +115,8 @@ def pack_nearest(nearest: Sequence[Sequence[Contact]]) -> tuple[tuple[bytes, ...
 
 
 def unpack_nearest(peers: Sequence[bytes], found: Sequence[Found], n_keys: int) -> list[list[Contact]]:
-    """For each key its contacts, in the answer's order. Raises BadMessage when the answer does not fit the
-    question."""
+    """For each key its contacts, in the answer's order. Raises
+    BadMessage when the answer does not fit the question."""
     if len(found) != n_keys:
         raise BadMessage(f"an answer about {len(found)} keys to a question about {n_keys}")
     contacts = [Contact.decode(peer) for peer in peers]

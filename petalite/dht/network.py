@@ -17,8 +17,8 @@ from petalite.net.multiaddr import Multiaddr
 
 @dataclass(frozen=True, slots=True)
 class Caller:
-    """Who calls: `peer_id` is proved by the connection, `address` is where it comes from (no port it listens
-    on)."""
+    """Who calls: `peer_id` is proved by the connection,
+    `address` is where it comes from (no port it listens on)."""
 
     peer_id: PeerId
     address: Multiaddr | None
@@ -39,8 +39,8 @@ class Network(Protocol):
         """Where others can dial us, as multiaddr texts without our peer id; may change as we learn."""
 
     def serve(self, method: str, handler: Handler) -> None:
-        """Answer calls to `method` with what `handler` returns; what it raises from petalite.errors goes to
-        the caller."""
+        """Answer calls to `method` with what `handler` returns;
+        what it raises from petalite.errors goes to the caller."""
 
     async def call(
         self, contact: Contact, method: str, body: Mapping[str, Any], *, timeout_s: float

@@ -80,8 +80,8 @@ class _Running:
 
 
 class DhtNode:
-    """See the module's first lines. `checker` may be shared by the nodes of a process; `random` makes a
-    simulation repeatable."""
+    """See the module's first lines. `checker` may be shared by the nodes of a process;
+    `random` makes a simulation repeatable."""
 
     def __init__(
         self,
@@ -173,8 +173,8 @@ class DhtNode:
         await self._upkeep.join()
 
     async def meet(self, address: Multiaddr) -> None:
-        """Reach a peer found by other means than the DHT's own. Raises Unreachable, WrongPeer and their
-        like."""
+        """Reach a peer found by other means than the DHT's own.
+        Raises Unreachable, WrongPeer and their like."""
         await self.start()
         await self._upkeep.meet(address)
 
@@ -200,8 +200,8 @@ class DhtNode:
         return self._publisher.sign((namespace, _bytes(name)), value, ttl_s)
 
     async def store(self, *records: Record) -> int:
-        """Store records of ours once, without keeping them alive. How many other peers hold the least held of
-        them."""
+        """Store records of ours once, without keeping them alive.
+        How many other peers hold the least held of them."""
         await self.start()
         by_key = {record.key: record for record in records}
         placement = await self._publisher.put(by_key)

@@ -131,8 +131,8 @@ class Peers:
         return decoded
 
     async def ping(self, contact: Contact) -> Contact:
-        """Ask a peer whether it is there, and where it says it serves. Returns it as it is known after
-        that."""
+        """Ask a peer whether it is there, and where it says it serves.
+        Returns it as it is known after that."""
         answer = await self.ask(contact, PING, Ping(self.own_addresses), Ping)
         remote = self._network.remote_address(contact.peer_id)
         claimed = self.believed(contact.peer_id, answer.addresses, remote)
@@ -176,8 +176,8 @@ class Peers:
     # -- strangers and liars -----------------------------------------------------------------------
 
     def meet(self, caller: Caller, addresses: Sequence[str]) -> None:
-        """A peer called us, and says it serves at these addresses. If its bucket has room, it is called
-        back."""
+        """A peer called us, and says it serves at these addresses.
+        If its bucket has room, it is called back."""
         node_id = DhtKey.of_peer(caller.peer_id)
         if not addresses:
             self.table.remove(node_id)

@@ -53,8 +53,8 @@ class Bucket:
 
 
 class RoutingTable:
-    """The peers we know, by distance. `places` are our own addresses': they decide who is exempt from
-    diversity."""
+    """The peers we know, by distance. `places` are our own addresses':
+    they decide who is exempt from diversity."""
 
     def __init__(
         self, own_id: DhtKey, settings: TableSettings = TableSettings(), places: Iterable[Place] = ()
@@ -105,8 +105,8 @@ class RoutingTable:
         return (found + doubtful)[:count]
 
     def neighbour_distance(self) -> int | None:
-        """Distance to our k-th nearest peer: about that from any key to its k-th nearest. None with fewer
-        than k peers."""
+        """Distance to our k-th nearest peer: about that from any key to its k-th nearest.
+        None with fewer than k peers."""
         if self._changed:
             near = self.nearest(self.own_id, self.settings.k)
             self._reach = near[-1].node_id ^ self.own_id if len(near) == self.settings.k else None
@@ -116,8 +116,8 @@ class RoutingTable:
     # -- peers come and go -------------------------------------------------------------------------
 
     def wants(self, contact: Contact) -> bool:
-        """Whether it is worth reaching this stranger: it is not us, not known, and its bucket has room for
-        it."""
+        """Whether it is worth reaching this stranger: it is not us,
+        not known, and its bucket has room for it."""
         if contact.node_id == self.own_id or contact.node_id in self:
             return False
         bucket = self._buckets.get(self.own_id.shared_bits(contact.node_id))

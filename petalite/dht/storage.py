@@ -122,8 +122,8 @@ class Storage:
         return None
 
     def put(self, data: bytes, record: Record, now_s: float, group: bytes | None = None) -> Outcome:
-        """Offer a checked record. `group` is the prefix it came from; None where it came from a private
-        network."""
+        """Offer a checked record. `group` is the prefix it came from;
+        None where it came from a private network."""
         refusal = self.refusal(data, record, now_s, group)
         if refusal is not None:
             return refusal
@@ -162,8 +162,8 @@ class Storage:
     def sample(
         self, keys: Iterable[DhtKey], now_s: float, max_bytes: int, random: Random
     ) -> dict[DhtKey, list[Held]]:
-        """Live records of each key, in all at most `max_bytes`: all of them, or as many random ones of each
-        as fit in turn."""
+        """Live records of each key, in all at most `max_bytes`: all of them,
+        or as many random ones of each as fit in turn."""
         left = {key: self.get(key, now_s) for key in keys}
         if sum(len(item.data) for held in left.values() for item in held) <= max_bytes:
             return left

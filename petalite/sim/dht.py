@@ -200,8 +200,8 @@ class SimSwarm:
 async def _try_to_join(
     peer: SimPeer, through: Multiaddr, joined: Callable[[SimPeer], Awaitable[None]] | None
 ) -> None:
-    """Whoever it was to join through may have left; the node itself tries again. And it may leave
-    meanwhile."""
+    """Whoever it was to join through may have left; the node itself tries again.
+    And it may leave meanwhile."""
     with suppress(Unreachable, ShuttingDown):
         await peer.node.join([through])
         if joined is not None:

@@ -17,8 +17,8 @@ _TOLD = 20  # contacts in an answer
 
 
 def collude(peers: Sequence[SimPeer]) -> None:
-    """From now on these know each other, name only each other, and say that they store and that there is
-    nothing."""
+    """From now on these know each other, name only each other,
+    and say that they store and that there is nothing."""
 
     def near(keys: Sequence[DhtKey]) -> tuple[tuple[bytes, ...], list[bytes]]:
         return pack_nearest(

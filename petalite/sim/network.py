@@ -78,8 +78,8 @@ class SimNetwork:
             del self._at[endpoint.addresses[0]]
 
     def split(self, sides: Mapping[PeerId, int]) -> None:
-        """From now on messages pass only between peers on the same side; peers not named are on side 0. `{}`
-        heals it."""
+        """From now on messages pass only between peers on the same side;
+        peers not named are on side 0. `{}` heals it."""
         self._sides = sides
 
     def reach(self, contact: Contact) -> Endpoint | None:

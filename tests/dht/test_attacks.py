@@ -476,8 +476,8 @@ def test_a_thousand_ids_of_one_network_do_not_fill_a_table():
 
 
 def test_who_is_not_where_it_says_does_not_get_in():
-    """A caller that claims an empty place, another peer's address, or one all over the world while it sits in
-    one."""
+    """A caller that claims an empty place, another peer's address,
+    or one all over the world while it sits in one."""
 
     async def test(swarm: SimSwarm) -> None:
         victim, other = await swarm.grow(2)
@@ -492,8 +492,8 @@ def test_who_is_not_where_it_says_does_not_get_in():
 
 
 def test_one_machine_cannot_claim_to_be_in_many_networks():
-    """It answers pings, over connections it made itself, but from one address: it counts for that one or not
-    at all."""
+    """It answers pings, over connections it made itself, but from one address:
+    it counts for that one or not at all."""
 
     async def test(swarm: SimSwarm) -> None:
         (victim,) = await swarm.grow(1)
@@ -571,8 +571,8 @@ def test_a_network_of_flooders_shares_one_allowance():
 
 
 def test_forty_percent_of_colluders_hide_nothing_from_four_paths():
-    """They know each other, name only each other, and say there is nothing; the records of honest peers are
-    found."""
+    """They know each other, name only each other, and say there is nothing;
+    the records of honest peers are found."""
 
     async def test(swarm: SimSwarm) -> None:
         peers = await swarm.populate(150)

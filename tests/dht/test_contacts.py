@@ -1,5 +1,5 @@
-"""Scopes are checked against the registries that Python's ipaddress carries, by addresses known to be in
-them."""
+"""Scopes are checked against the registries that Python's ipaddress carries,
+by addresses known to be in them."""
 
 from __future__ import annotations
 

@@ -196,8 +196,8 @@ def test_peers_that_do_not_exist_are_passed_over(crowd: Crowd):
 
 
 def test_who_is_named_at_several_addresses_is_tried_at_each(crowd: Crowd):
-    """The first to answer places everybody near the key at addresses where nobody is; the others know
-    better."""
+    """The first to answer places everybody near the key at
+    addresses where nobody is; the others know better."""
     key = keys(1, seed=4)[0]
     near = crowd.nearest(key)
     misplaced = [Contact(peer.peer_id, (f"/ip4/9.9.9.9/tcp/{n + 1}",)) for n, peer in enumerate(near)]
@@ -264,8 +264,8 @@ def test_four_disjoint_paths_withstand_forty_percent_of_colluders(crowd: Crowd):
 
 
 def test_ids_ground_to_lie_next_to_a_key_fill_their_networks_share_only(crowd: Crowd):
-    """200 Sybils nearer to the key than anybody else, in four networks: at most eight count among the
-    nearest."""
+    """200 Sybils nearer to the key than anybody else, in four networks:
+    at most eight count among the nearest."""
     key = keys(1, seed=9)[0]
     honest_near = crowd.nearest(key)
     sybils = [contact(400_000 + number, prefix=(99, number % 4)) for number in range(200)]

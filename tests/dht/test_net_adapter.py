@@ -1,5 +1,5 @@
-"""Real sockets on loopback: several nodes in one process, then eight processes, of which the bootstrap is
-killed."""
+"""Real sockets on loopback: several nodes in one process,
+then eight processes, of which the bootstrap is killed."""
 
 from __future__ import annotations
 

@@ -256,8 +256,8 @@ def test_a_restart_outranks_the_former_life():
 
 
 def test_a_restart_with_an_earlier_clock_overtakes_what_it_left():
-    """The sequence is the wall clock's; a clock set back by ten minutes signs on from what holders show
-    it."""
+    """The sequence is the wall clock's; a clock set back by
+    ten minutes signs on from what holders show it."""
 
     async def test(swarm: SimSwarm) -> None:
         identity = Identity.from_seed(b"\7" * 32)
@@ -346,8 +346,8 @@ def test_a_node_comes_back_by_itself_after_a_total_outage():
 
 
 def test_two_nodes_cut_apart_find_each_other_again():
-    """The first of a swarm has no bootstrap address to go back to, and the second has been forgotten by
-    nobody else."""
+    """The first of a swarm has no bootstrap address to go back to,
+    and the second has been forgotten by nobody else."""
 
     async def test(swarm: SimSwarm) -> None:
         first, second = await swarm.grow(2)
@@ -383,8 +383,8 @@ def test_a_partition_heals():
 
 
 def test_a_swarm_on_one_public_campus_works():
-    """Everybody has a public address in one /16, which bounds made against crowds of one prefix must not
-    break."""
+    """Everybody has a public address in one /16, which bounds
+    made against crowds of one prefix must not break."""
 
     async def test(swarm: SimSwarm) -> None:
         first = await swarm.add(address="/ip4/50.60.0.1/tcp/1")

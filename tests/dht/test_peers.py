@@ -1,5 +1,5 @@
-"""The peers' book-keeping against a network of one line: everybody answers, over connections they made
-themselves."""
+"""The peers' book-keeping against a network of one line:
+everybody answers, over connections they made themselves."""
 
 from __future__ import annotations
 

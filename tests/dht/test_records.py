@@ -1,5 +1,5 @@
-"""The layout is checked against a second writing of it in this file; signatures against `cryptography`
-itself."""
+"""The layout is checked against a second writing of it in this file;
+signatures against `cryptography` itself."""
 
 from __future__ import annotations
 

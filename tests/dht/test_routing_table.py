@@ -21,8 +21,8 @@ PRIVATE = (Place(Scope.PRIVATE, bytes((10, 0))),)
 
 
 def full_bucket(table: RoutingTable, start: int = 0) -> list[Contact]:
-    """Fill the bucket of peers that share no bit with us; returns them, and as many more that find it
-    full."""
+    """Fill the bucket of peers that share no bit with us;
+    returns them, and as many more that find it full."""
     far = [peer for peer in map(contact, range(start, start + 200)) if not OWN.shared_bits(peer.node_id)]
     for peer in far[: table.settings.k]:
         table.add(peer, 0.0)

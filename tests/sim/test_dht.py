@@ -1,5 +1,5 @@
-"""The simulated swarm against its own truth: tables as a long-lived swarm's, sessions as long as asked
-for."""
+"""The simulated swarm against its own truth: tables as a long-lived swarm's,
+sessions as long as asked for."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""Virtual time against the rules of real time: what is due first comes first, and nothing before it is
-due."""
+"""Virtual time against the rules of real time: what is due first comes first,
+and nothing before it is due."""
 
 from __future__ import annotations
 
