@@ -503,9 +503,18 @@ def _claimed(hello: Hello, seen: Multiaddr) -> list[Multiaddr]:
             address = replace(Multiaddr.parse(text), peer_id=None)
         except InvalidAddress:
             continue
-        if address.ip is not None and address.ip.is_unspecified:
-            if address.protocol != seen.protocol:
-                continue
+        if address.ip is not None and address.ip.is_unspecified and address.protocol == seen.protocol:
             address = replace(address, host=seen.host)
-        claimed.append(address)
+        if address.host == seen.host or _plausible(address, seen):
+            claimed.append(address)
     return claimed
+
+
+def _plausible(address: Multiaddr, seen: Multiaddr) -> bool:
+    """Whether a peer seen at `seen` may send us there: nowhere that only we, or our network, can reach."""
+    ip, seen_ip = address.ip, seen.ip
+    if ip is None or seen_ip is None or ip.is_multicast or ip.is_link_local or ip.is_unspecified:
+        return False
+    if ip.is_loopback:
+        return seen_ip.is_loopback
+    return ip.is_global or not seen_ip.is_global

@@ -9,6 +9,7 @@ into the reader's memory. Knows sockets and records; knows nothing of calls.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import mmap
 import socket
 import sys
@@ -31,7 +32,8 @@ SEND_BYTES = BATCH_BYTES + 2 * (
     MAX_PLAINTEXT_BYTES + OVERHEAD_BYTES
 )  # control frames, and a frame begun late
 BATCHES_PER_TURN = 4  # then the loop's other work has its turn
-NOTSENT_LOWAT_BYTES = 128 * 1024
+NOTSENT_LOWAT_BYTES = 128 * 1024  # to begin with; then what the lane sends in 5 ms, within these bounds
+MIN_LOWAT_BYTES, MAX_LOWAT_BYTES, LOWAT_S = 32 * 1024, 512 * 1024, 0.005
 USER_TIMEOUT_MS = 20_000
 TURN_S = 0.005  # how long one lane's records are worked on before the loop's other work has its turn
 LINGER_S = 1.0  # how long a closed lane waits for the peer to have read why
@@ -116,17 +118,18 @@ def tune(sock: socket.socket) -> None:
     """Non-blocking, no Nagle, little unsent data in the kernel, BBR where the system permits it."""
     sock.setblocking(False)
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-    for option, value in (
-        ("TCP_NOTSENT_LOWAT", NOTSENT_LOWAT_BYTES),
-        ("TCP_USER_TIMEOUT", USER_TIMEOUT_MS),
-        ("TCP_CONGESTION", None if _is_local(sock) else b"bbr"),
-    ):
-        number = getattr(socket, option, None)  # absent on some systems, as the permission may be
-        if number is not None and value is not None:
-            try:
-                sock.setsockopt(socket.IPPROTO_TCP, number, value)
-            except OSError:
-                continue
+    set_option(sock, "TCP_NOTSENT_LOWAT", NOTSENT_LOWAT_BYTES)
+    set_option(sock, "TCP_USER_TIMEOUT", USER_TIMEOUT_MS)
+    if not _is_local(sock):
+        set_option(sock, "TCP_CONGESTION", b"bbr")
+
+
+def set_option(sock: socket.socket, name: str, value: int | bytes) -> None:
+    """A TCP option, where the system has it and permits it."""
+    number = getattr(socket, name, None)
+    if number is not None:
+        with contextlib.suppress(OSError):
+            sock.setsockopt(socket.IPPROTO_TCP, number, value)
 
 
 def _is_local(sock: socket.socket) -> bool:
@@ -157,7 +160,9 @@ class Lane:
         self.allocate = scratch.pool.take
         self.last_received = monotonic()  # when a record last came
         self._begun = self.last_received
-        self._pinged_at = self.last_received
+        self._pinged_at = self._ticked_at = self.last_received
+        self._sent_before = 0  # bytes of streams, at the tick before
+        self._waits = 0  # for room in the kernel, since then
         self._carry = b""  # half of a record's length
         self._partial: memoryview | None = None  # a record of which a part has come
         self._partial_rest = memoryview(b"")  # its part that has not
@@ -330,6 +335,7 @@ class Lane:
     def _await_room(self) -> None:
         if not self._blocked:
             self._blocked = True
+            self._waits += 1
             self._loop.add_writer(self._fd, self._on_writable)
 
     def _transmit(self, records: Iterable[bytes | memoryview]) -> bool:
@@ -371,6 +377,7 @@ class Lane:
     def tick(self, now: float, ping_every_s: float, dead_after_s: float) -> str | None:
         """Ask for a sign of life from time to time; why to give the peer up, if it owes one too long."""
         connection, silent_s = self.connection, now - self.last_received
+        self._set_lowat(now)
         if connection.pinging:
             if silent_s > max(dead_after_s, 8 * connection.rtt_s):
                 return f"no sign of life for {silent_s:.1f} s"
@@ -379,6 +386,14 @@ class Lane:
             connection.ping(now)
             self.flush()
         return None
+
+    def _set_lowat(self, now: float) -> None:
+        """Let the kernel hold what it sends in a few milliseconds, if it was the kernel that held us back."""
+        sent, elapsed_s = self.connection.sent - self._sent_before, now - self._ticked_at
+        if self._waits > 1 and elapsed_s > 0 and self._fd >= 0:
+            lowat = min(max(MIN_LOWAT_BYTES, int(sent / elapsed_s * LOWAT_S)), MAX_LOWAT_BYTES)
+            set_option(self._sock, "TCP_NOTSENT_LOWAT", lowat)
+        self._sent_before, self._ticked_at, self._waits = self.connection.sent, now, 0
 
     @property
     def ending(self) -> bool:

@@ -182,21 +182,23 @@ class Call:
         if self._stream.queued:
             await self._drained()
 
-    def end(self) -> None:
-        """Nobody uses this end any more: what is still open is cut off."""
+    def end(self, *, keep_queued: bool = False) -> None:
+        """Nobody uses this end any more: what is still open is cut off, and what waits to be sent with it."""
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
-        self._release()
+        if self._reserved:
+            self._release()
         stream, connection = self._stream, self._lane.connection
         if stream.send is Send.OPEN or stream.receive is Receive.OPEN:
-            if stream.send is Send.OPEN:
+            if stream.send is Send.OPEN or (stream.queued and not keep_queued):
                 connection.reset(stream, ErrorCode.CANCELLED)
             connection.stop(stream, ErrorCode.CANCELLED)
             self._lane.flush()
         elif stream.buffered:
             connection.stop(stream, ErrorCode.CANCELLED)
         self._error = self._error or Cancelled("the call is over")
+        stream.owner = self._reader.admit = None  # no cycle is left for the garbage collector
 
     def on_event(self, event: Event) -> None:
         """What happened to the call's stream."""
@@ -354,7 +356,7 @@ class Call:
             logger.exception("the handler of %r failed", self.method)
             self._tell(PetaliteError("the handler failed"))
         finally:
-            self.end()
+            self.end(keep_queued=True)
 
     async def _serve(self, methods: Mapping[str, Method]) -> None:
         found: list[Method] = []

@@ -22,6 +22,8 @@ from petalite.errors import (
 )
 from petalite.net import Call, Host, HostSettings, Identity, MethodPolicy, Multiaddr, Priority
 from petalite.net.credit import Windows
+from petalite.net.handshake import Hello
+from petalite.net.host import _claimed
 from petalite.net.limits import VIOLATION, Limits
 from petalite.net.link import Timers
 
@@ -237,6 +239,56 @@ async def test_a_peer_that_failed_is_left_alone_for_a_while_unless_it_is_named_b
                 await caller.connect(address)
         with pytest.raises(Unreachable, match="a moment ago"):
             await caller.connect(other.peer_id)
+
+
+@pytest.mark.parametrize(
+    ("seen", "claimed", "kept"),
+    [
+        ("8.8.8.8", "8.8.8.8", True),
+        ("8.8.8.8", "0.0.0.0", True),  # it stands for 8.8.8.8
+        ("8.8.8.8", "1.1.1.1", True),
+        ("8.8.8.8", "127.0.0.1", False),
+        ("8.8.8.8", "192.168.0.1", False),
+        ("8.8.8.8", "169.254.169.254", False),  # a cloud's metadata
+        ("192.168.0.7", "169.254.169.254", False),
+        ("192.168.0.7", "192.168.0.8", True),
+        ("192.168.0.7", "127.0.0.1", False),
+        ("127.0.0.1", "127.0.0.1", True),
+        ("8.8.8.8", "224.0.0.1", False),
+    ],
+)
+def test_a_peer_cannot_send_us_where_only_we_can_reach(seen: str, claimed: str, kept: bool) -> None:
+    """What its hello claims is dialled later: no loopback, link-local or private target for a stranger."""
+    hello = Hello(
+        bytes(16), 0, 4096, 4096, 1, "", (f"/ip4/{claimed}/tcp/5", "/dns/internal/tcp/80", "nonsense")
+    )
+    found = _claimed(hello, Multiaddr("ip4", seen, 1234))
+    assert [address.host for address in found] == (
+        [seen if claimed == "0.0.0.0" else claimed] if kept else []
+    )
+
+
+async def test_a_cancelled_request_is_not_sent_to_its_end(two: tuple[Host, Host]) -> None:
+    """What waited for credit is dropped with the call."""
+    caller, server = two
+    started = asyncio.Event()
+
+    async def deaf(call: Call) -> None:
+        started.set()
+        await asyncio.Event().wait()
+
+    server.serve("deaf", deaf)
+    async with caller.stream(server.peer_id, "deaf") as call:
+        await started.wait()
+        sending = asyncio.create_task(call.send({}, [bytes(30_000_000)]))
+        await asyncio.sleep(0)
+        sending.cancel()
+    task = asyncio.create_task(caller.call(server.peer_id, "nowhere", {}, [bytes(30_000_000)], timeout_s=5))
+    await asyncio.sleep(0)
+    task.cancel()
+    link = caller._links[server.peer_id]
+    await eventually(lambda: not link.calls)
+    assert link.lanes[0].connection.sent < 30_000_000
 
 
 # -- what operators see ----------------------------------------------------------------------------
