@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,9 @@ from petalite.node.smollm2 import smollm2_folder
 
 # Tests share the cores with the processes they start; two threads that spin for one core take far longer.
 torch.set_num_threads(1)
+
+# A shell starts background jobs with Ctrl-C ignored, and children inherit that; tests of Ctrl-C would wait.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 PROMPT_TOKENS = (5, 9, 17, 33, 64, 65, 120, 257, 400, 600)
 NEW_TOKENS = 16

@@ -20,7 +20,7 @@ from petalite.errors import PetaliteError
 from petalite.net.identity import PeerId
 from petalite.net.multiaddr import Multiaddr
 
-_ADDRESS = re.compile(r"(/(?:ip4|ip6|dns)/\S+/p2p/\S+)")
+_ADDRESS = re.compile(r"^  address  (\S+)$")  # as `show_addresses` prints them
 START_S = 60.0
 STOP_S = 15.0
 KEPT_LINES = 200
@@ -51,7 +51,7 @@ class NodeProcess:
         assert self._process.stdout is not None
         for line in self._process.stdout:
             self.lines.append(line.rstrip())
-            match = _ADDRESS.search(line)
+            match = _ADDRESS.match(line.rstrip())
             if match and self._address is None:
                 self._address = Multiaddr.parse(match[1])
                 self.ready_s = time.monotonic() - self._started_s
