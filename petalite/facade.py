@@ -22,20 +22,23 @@ def load(
     peers: Iterable[str | Multiaddr] | None = None,
     dtype: str | None = None,
     swarm_key: bytes | None = None,
+    lan: bool = False,
     identity: Identity | None = None,
     name: str | None = None,
     settings: SessionSettings = SessionSettings(),
 ) -> DistributedModel:
     """A model from a folder or hub repository, its blocks served by the swarm that `peers` belong to.
 
-    `peers` are addresses as nodes print them; None runs every block in this process. `dtype` is what is
-    computed here ("float32", "bfloat16"), by default what the checkpoint was saved in. `name` is the model's
-    name in the swarm where it is not the folder's. Raises UserError's kinds for what cannot be loaded and
-    Unreachable, naming every address, when no peer answers.
+    `peers` are addresses as nodes print them; `lan` looks for peers on the local network (it needs the extra
+    `lan`); with neither, every block runs in this process. `dtype` is what is computed here ("float32",
+    "bfloat16"), by default what the checkpoint was saved in. `name` is the model's name in the swarm where it
+    is not the folder's. Raises UserError's kinds for what cannot be loaded and Unreachable, naming every
+    address, when no peer answers.
     """
-    if peers is None and (swarm_key is not None or identity is not None or name is not None):
+    alone = peers is None and not lan
+    if alone and (swarm_key is not None or identity is not None or name is not None):
         raise InvalidArgument("swarm_key, identity and name are for a swarm; give peers as well")
-    swarm = None if peers is None else Swarm(peers, identity=identity, swarm_key=swarm_key)
+    swarm = None if alone else Swarm(peers or (), identity=identity, swarm_key=swarm_key, lan=lan)
     loop = LoopThread()
     try:
         model, closing = loop.run(_open(path_or_repo, swarm, dtype or AUTO, name, settings))

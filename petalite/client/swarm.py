@@ -21,22 +21,24 @@ from petalite.swarm.spans import Span
 
 
 class Swarm:
-    """Joined through `peers` (addresses as nodes print them); an async context manager.
+    """Joined through `peers` (addresses as nodes print them) or, with `lan`, whoever is found on the local
+    network; an async context manager.
 
     A swarm client dials and is not dialled: it reads the DHT and stands in nobody's table.
     """
 
     def __init__(
         self,
-        peers: Iterable[str | Multiaddr],
+        peers: Iterable[str | Multiaddr] = (),
         *,
         identity: Identity | None = None,
         swarm_key: bytes | None = None,
+        lan: bool = False,
     ) -> None:
         addresses = tuple(peer if isinstance(peer, Multiaddr) else Multiaddr.parse(peer) for peer in peers)
-        if not addresses:
+        if not addresses and not lan:
             raise InvalidArgument("a swarm is joined through at least one peer; give its address")
-        settings = PeerSettings(bootstrap=addresses, swarm_key=swarm_key)
+        settings = PeerSettings(bootstrap=addresses, swarm_key=swarm_key, lan=lan)
         self._peer = SwarmPeer(identity or Identity.generate(), settings)
         self._bans = Bans()
         self._models = AsyncExitStack()

@@ -3,7 +3,7 @@
 
 Off unless asked for (`--lan`): it tells everybody on the network that petalite runs here. What is found is
 dialled like any other address and has to prove who it is; in a private swarm, that it has the key. Needs the
-package `zeroconf`, which is loaded only here.
+packages `zeroconf` and `ifaddr`, which are loaded only here.
 """
 
 from __future__ import annotations
@@ -11,12 +11,12 @@ from __future__ import annotations
 import asyncio
 import importlib
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from ipaddress import ip_address
 from types import TracebackType
 from typing import Any, Self
 
-from petalite.dht.contacts import MAX_ADDRESSES, parse_address
+from petalite.dht.contacts import MAX_ADDRESSES
 from petalite.dht.node import DhtNode
 from petalite.errors import InvalidAddress, InvalidArgument, PetaliteError
 from petalite.net.identity import PeerId
@@ -40,11 +40,13 @@ class LanDiscovery:
     def __init__(self, node: DhtNode, *, interfaces: Sequence[str] | None = None) -> None:
         try:
             self._asyncio: Any = importlib.import_module("zeroconf.asyncio")
+            self._adapters: Any = importlib.import_module("ifaddr").get_adapters
         except ImportError:
             raise InvalidArgument(
                 "finding peers on the local network needs the package zeroconf; "
                 "run: pip install 'petalite[lan]'"
             ) from None
+        self.met = asyncio.Event()  # set once a peer found here was reached
         self._node = node
         self._interfaces = interfaces
         self._found: asyncio.Queue[str] = asyncio.Queue(_MAX_WAITING)
@@ -81,16 +83,27 @@ class LanDiscovery:
 
     def _own_service(self) -> Any:
         """What is announced: our peer id, and every address of ours that others on the network may reach."""
-        places = [parsed[0] for text in self._node.addresses if (parsed := parse_address(text)) is not None]
-        if not places:
+        listening = [Multiaddr.parse(text) for text in self._node.addresses]
+        if not listening:
             return None
-        packed = [
-            place.ip.packed for place in places if place.ip is not None and place.port == places[0].port
-        ]
-        name = str(self._node.peer_id)
-        return self._asyncio.AsyncServiceInfo(
-            _SERVICE, f"{name}.{_SERVICE}", addresses=packed, port=places[0].port, properties={"id": name}
+        port, name = listening[0].port, str(self._node.peer_id)
+        hosts = dict.fromkeys(
+            host for address in listening if address.port == port for host in self._hosts(address)
         )
+        return self._asyncio.AsyncServiceInfo(
+            _SERVICE, f"{name}.{_SERVICE}", parsed_addresses=list(hosts), port=port, properties={"id": name}
+        )
+
+    def _hosts(self, address: Multiaddr) -> Iterator[str]:
+        """The IP addresses meant: for one that stands for every interface, those of the interfaces."""
+        if address.ip is None or not address.ip.is_unspecified:
+            yield address.host
+            return
+        for adapter in self._adapters():
+            for own in adapter.ips:
+                host = own.ip if own.is_IPv4 else own.ip[0]
+                if own.is_IPv4 == (address.protocol == "ip4") and not ip_address(host).is_loopback:
+                    yield host
 
     def _on_change(self, zeroconf: Any, service_type: str, name: str, state_change: Any) -> None:
         if state_change.name != "Removed" and not self._found.full():
@@ -113,6 +126,7 @@ class LanDiscovery:
         except PetaliteError as error:
             logger.info("a peer on the local network does not answer at %s: %s", address, error)
             return False
+        self.met.set()
         return True
 
 

@@ -40,13 +40,22 @@ Peers = Annotated[
         show_default=False,
     ),
 ]
+Lan = Annotated[
+    bool,
+    typer.Option("--lan", help="Find peers on the local network by multicast DNS, and be found by them."),
+]
 SwarmKey = Annotated[
     Path | None,
     typer.Option(metavar="FILE", help="The 32-byte key of a private swarm.", show_default=False),
 ]
 IdentityFile = Annotated[
     Path | None,
-    typer.Option("--identity", help="Key file, made if absent: the node keeps its peer id over restarts."),
+    typer.Option(
+        "--identity",
+        metavar="FILE",
+        help="Key file, made if absent: the node keeps its peer id over restarts, and the peers it knows "
+        "in FILE.peers.",
+    ),
 ]
 Name = Annotated[
     str | None,
@@ -74,6 +83,7 @@ def serve(
         ),
     ] = None,
     peers: Peers = None,
+    lan: Lan = False,
     new_swarm: Annotated[bool, typer.Option("--new-swarm", help="Be the first node of a new swarm.")] = False,
     listen: Annotated[
         list[str] | None,
@@ -99,13 +109,14 @@ def serve(
 
     span = None if blocks is None else Span.parse(blocks)
     settings = ServerSettings(span, dtype, name, cache_tokens, threads)
-    node = NodeSettings.parse(peers, new_swarm, listen or [SERVE_LISTEN], identity, swarm_key)
+    node = NodeSettings.parse(peers, new_swarm, listen or [SERVE_LISTEN], identity, swarm_key, lan)
     run(model, settings, node)
 
 
 @app.command()
 def bootstrap(
     peers: Peers = None,
+    lan: Lan = False,
     listen: Annotated[
         list[str] | None,
         typer.Option(
@@ -118,7 +129,7 @@ def bootstrap(
     """Run a node that others join through. It holds no blocks and needs little of anything."""
     from petalite.node.bootstrap import run
 
-    run(NodeSettings.parse(peers, not peers, listen or [BOOTSTRAP_LISTEN], identity, swarm_key))
+    run(NodeSettings.parse(peers, not peers, listen or [BOOTSTRAP_LISTEN], identity, swarm_key, lan))
 
 
 @app.command()
@@ -126,6 +137,7 @@ def generate(
     model: Model,
     prompt: Annotated[str, typer.Option(help="The text to go on from.")],
     peers: Peers = None,
+    lan: Lan = False,
     local: Annotated[bool, typer.Option("--local", help="Run every block in this process.")] = False,
     chat_template: Annotated[
         bool, typer.Option("--chat", help="Put the prompt into the model's chat template.")
@@ -145,7 +157,7 @@ def generate(
     from petalite.node.talk import generate as run
 
     options = GenerationOptions(max_new_tokens, temperature, top_k, top_p, seed)
-    source = ModelSource(model, addresses(peers), local, swarm_key, name, dtype, wait)
+    source = ModelSource(model, addresses(peers), lan, local, swarm_key, name, dtype, wait)
     run(source, prompt, options, chat_template=chat_template, verbose=verbose)
 
 
@@ -153,6 +165,7 @@ def generate(
 def chat(
     model: Model,
     peers: Peers = None,
+    lan: Lan = False,
     local: Annotated[bool, typer.Option("--local", help="Run every block in this process.")] = False,
     system: Annotated[str | None, typer.Option(help="A system message to begin with.")] = None,
     max_new_tokens: MaxNewTokens = 512,
@@ -169,18 +182,19 @@ def chat(
     from petalite.node.talk import chat as run
 
     options = GenerationOptions(max_new_tokens, temperature, top_k, top_p, seed)
-    run(ModelSource(model, addresses(peers), local, swarm_key, name, dtype, wait), system, options)
+    run(ModelSource(model, addresses(peers), lan, local, swarm_key, name, dtype, wait), system, options)
 
 
 @app.command()
 def status(
-    peers: Peers,
+    peers: Peers = None,
+    lan: Lan = False,
     swarm_key: SwarmKey = None,
 ) -> None:
     """Show which models a swarm serves, who serves which blocks, and what is missing."""
     from petalite.node.status import run
 
-    run(NodeSettings.parse(peers, False, [], None, swarm_key))
+    run(NodeSettings.parse(peers, False, [], None, swarm_key, lan))
 
 
 @app.command("import-gguf")

@@ -34,18 +34,25 @@ class NodeSettings:
         listen: Sequence[str],
         identity: Path | None,
         swarm_key: Path | None,
+        lan: bool,
     ) -> NodeSettings:
-        """Raises InvalidAddress, InvalidIdentity or InvalidArgument for the first thing that cannot work."""
-        if bool(peers) == new_swarm:
+        """A node that keeps its identity in a file saves its peers beside it, and needs no address after a
+        restart. Raises InvalidAddress, InvalidIdentity or InvalidArgument for the first thing that cannot
+        work."""
+        peers_file = None if identity is None else identity.with_name(f"{identity.name}.peers")
+        if peers and new_swarm:
+            raise InvalidArgument("--peers joins a swarm and --new-swarm begins another; give one of them")
+        if not (peers or new_swarm or lan or (peers_file is not None and peers_file.exists())):
             raise InvalidArgument(
-                "say how to take part: --peers ADDRESS joins a swarm, --new-swarm begins one"
-                if not peers
-                else "--peers joins a swarm and --new-swarm begins another; give one of them"
+                "say how to take part: --peers ADDRESS joins a swarm, --lan the one on the local network, "
+                "--new-swarm begins one"
             )
         settings = PeerSettings(
             listen=tuple(map(Multiaddr.parse, listen)),
             bootstrap=tuple(map(Multiaddr.parse, addresses(peers))),
             swarm_key=None if swarm_key is None else load_swarm_key(swarm_key),
+            lan=lan,
+            peers_file=peers_file,
         )
         return cls(Identity.generate() if identity is None else Identity.load_or_create(identity), settings)
 
@@ -55,6 +62,8 @@ class NodeSettings:
             peers=self.peer.bootstrap,
             identity=self.identity,
             swarm_key=self.peer.swarm_key,
+            lan=self.peer.lan,
+            peers_file=self.peer.peers_file,
         )
 
 
@@ -64,6 +73,7 @@ class ModelSource:
 
     model: str  # a folder or a repo id
     peers: tuple[str, ...]
+    lan: bool
     local: bool
     swarm_key: Path | None
     name: str | None
@@ -71,11 +81,11 @@ class ModelSource:
     wait_s: float  # for servers of missing blocks
 
     def check(self) -> None:
-        if bool(self.peers) == self.local:
+        if (bool(self.peers) or self.lan) == self.local:
             raise InvalidArgument(
-                "say where the blocks are: --peers ADDRESS in a swarm, --local in this process"
+                "say where the blocks are: --peers ADDRESS or --lan in a swarm, --local in this process"
                 if not self.local
-                else "--local runs every block here and --peers in a swarm; give one of them"
+                else "--local runs every block here, --peers and --lan in a swarm; give one of them"
             )
 
 

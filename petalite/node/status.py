@@ -61,4 +61,4 @@ def holders(span: Span, held: list[Span]) -> str:
 
 def show_size(peer: SwarmPeer) -> None:
     status = peer.dht.status()
-    out.print(f"\n{status.n_peers} peers of the DHT known from here")
+    out.print(f"\n{status.n_peers} peers of the DHT known from here, about {status.swarm_size:.0f} in all")

@@ -27,6 +27,7 @@ def _opened(source: ModelSource) -> Iterator[DistributedModel]:
         model = petalite.load(
             source.model,
             peers=None if source.local else source.peers,
+            lan=source.lan,
             swarm_key=None if source.swarm_key is None else load_swarm_key(source.swarm_key),
             name=source.name,
             dtype=source.dtype,

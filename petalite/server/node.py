@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from contextlib import AsyncExitStack
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from petalite.net.identity import Identity, PeerId
@@ -21,6 +22,9 @@ if TYPE_CHECKING:
 class Node:
     """Listens on `listen` and joins through `peers`; without peers it is the first of a new swarm.
 
+    With `lan`, peers on the local network find each other (needs the extra `lan`). With `peers_file`, known
+    peers are saved there and joined through after a restart.
+
     An async context manager: leaving it withdraws what it announced and drains what it serves.
     """
 
@@ -31,8 +35,12 @@ class Node:
         peers: Iterable[str | Multiaddr] = (),
         identity: Identity | None = None,
         swarm_key: bytes | None = None,
+        lan: bool = False,
+        peers_file: Path | None = None,
     ) -> None:
-        settings = PeerSettings(tuple(map(_address, listen)), tuple(map(_address, peers)), swarm_key)
+        settings = PeerSettings(
+            tuple(map(_address, listen)), tuple(map(_address, peers)), swarm_key, lan, peers_file
+        )
         self.peer = SwarmPeer(identity or Identity.generate(), settings)
         self._serving = AsyncExitStack()
 
