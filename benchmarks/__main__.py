@@ -7,6 +7,7 @@ import importlib
 
 # Each is a module here with `run() -> Report`.
 BENCHMARKS = {
+    "net": "messages and tensors between two processes: loopback, and the lab's slow and lossy links",
     "hop": "what a hop over loopback adds to a decode step",
     "decode": "SmolLM2 tokens/s in one process, beside transformers",
     "footprint": "start time and memory of a bootstrap node, bytes a server reads from disk",

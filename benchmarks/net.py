@@ -1,4 +1,5 @@
-"""The net room between two processes on loopback, beside uvloop's plain TCP, unencrypted, in the same run.
+"""The net room between two processes on loopback, beside uvloop's plain TCP, unencrypted, in the same run;
+and over long, narrow and lossy links (`benchmarks.wan`), where there is a lab.
 
 The two take turns, round by round, and of each figure the best round counts: what else the machine does can
 only add. The two processes are started apart, not forked: forked ones share their address layout, so that
@@ -22,6 +23,8 @@ from multiprocessing.connection import Connection as Pipe
 from pathlib import Path
 from typing import Any
 
+from benchmarks import wan
+from benchmarks.lab import LabUnavailable
 from benchmarks.report import Check, Report
 from petalite.net import Call, Host, HostSettings, Identity, Message, MethodPolicy, Multiaddr
 from petalite.net.credit import Windows
@@ -64,7 +67,17 @@ def run() -> Report:
         server.join()
     results["handshake_cpu_ms"] = _handshake_cpu_ms()
     results["aead_cpu_s_per_gib"] = _aead_cpu_s_per_gib()
-    return _report(results)
+    report = _report(results)
+    try:
+        with asyncio.Runner(loop_factory=new_event_loop) as runner:
+            far = runner.run(wan.measure())
+    except LabUnavailable as reason:
+        results["wan"] = f"skipped: {reason}"
+        report.rows.append(("over the lab's links", "skipped", "", str(reason)))
+    else:
+        results |= far
+        wan.show(report, far)
+    return report
 
 
 def _cpu_s() -> float:

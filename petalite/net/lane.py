@@ -32,8 +32,12 @@ SEND_BYTES = BATCH_BYTES + 2 * (
     MAX_PLAINTEXT_BYTES + OVERHEAD_BYTES
 )  # control frames, and a frame begun late
 BATCHES_PER_TURN = 4  # then the loop's other work has its turn
-NOTSENT_LOWAT_BYTES = 128 * 1024  # to begin with; then what the lane sends in 5 ms, within these bounds
-MIN_LOWAT_BYTES, MAX_LOWAT_BYTES, LOWAT_S = 32 * 1024, 512 * 1024, 0.005
+# Unsent bytes that the kernel may hold: to begin with, and then what the lane sends in so long, within
+# bounds. They are what an urgent frame waits behind. Too few, and the socket runs dry between two of our
+# turns: BBR then takes the lane for one that has little to say, never leaves its start-up, and fills the
+# narrowest queue on the way, whoever else's bytes stand in it. Nothing urgent is sent on a bulk lane.
+UNSENT_BYTES, MIN_UNSENT_BYTES, MAX_UNSENT_BYTES = 128 * 1024, 32 * 1024, 1024 * 1024
+UNSENT_S, BULK_UNSENT_S = 0.01, 0.05
 USER_TIMEOUT_MS = 20_000
 TURN_S = 0.005  # how long one lane's records are worked on before the loop's other work has its turn
 LINGER_S = 1.0  # how long a closed lane waits for the peer to have read why
@@ -118,7 +122,7 @@ def tune(sock: socket.socket) -> None:
     """Non-blocking, no Nagle, little unsent data in the kernel, BBR where the system permits it."""
     sock.setblocking(False)
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-    set_option(sock, "TCP_NOTSENT_LOWAT", NOTSENT_LOWAT_BYTES)
+    set_option(sock, "TCP_NOTSENT_LOWAT", UNSENT_BYTES)
     set_option(sock, "TCP_USER_TIMEOUT", USER_TIMEOUT_MS)
     if not _is_local(sock):
         set_option(sock, "TCP_CONGESTION", b"bbr")
@@ -158,6 +162,7 @@ class Lane:
         self._scratch = scratch
         self._owner = owner
         self.allocate = scratch.pool.take
+        self.unsent_s = UNSENT_S
         self.last_received = monotonic()  # when a record last came
         self._begun = self.last_received
         self._pinged_at = self._ticked_at = self.last_received
@@ -377,7 +382,7 @@ class Lane:
     def tick(self, now: float, ping_every_s: float, dead_after_s: float) -> str | None:
         """Ask for a sign of life from time to time; why to give the peer up, if it owes one too long."""
         connection, silent_s = self.connection, now - self.last_received
-        self._set_lowat(now)
+        self._fit_unsent(now)
         if connection.pinging:
             if silent_s > max(dead_after_s, 8 * connection.rtt_s):
                 return f"no sign of life for {silent_s:.1f} s"
@@ -387,12 +392,12 @@ class Lane:
             self.flush()
         return None
 
-    def _set_lowat(self, now: float) -> None:
-        """Let the kernel hold what it sends in a few milliseconds, if it was the kernel that held us back."""
+    def _fit_unsent(self, now: float) -> None:
+        """Let the kernel hold what it sends in `unsent_s`, if it was the kernel that held us back."""
         sent, elapsed_s = self.connection.sent - self._sent_before, now - self._ticked_at
         if self._waits > 1 and elapsed_s > 0 and self._fd >= 0:
-            lowat = min(max(MIN_LOWAT_BYTES, int(sent / elapsed_s * LOWAT_S)), MAX_LOWAT_BYTES)
-            set_option(self._sock, "TCP_NOTSENT_LOWAT", lowat)
+            unsent = min(max(MIN_UNSENT_BYTES, int(sent / elapsed_s * self.unsent_s)), MAX_UNSENT_BYTES)
+            set_option(self._sock, "TCP_NOTSENT_LOWAT", unsent)
         self._sent_before, self._ticked_at, self._waits = self.connection.sent, now, 0
 
     @property

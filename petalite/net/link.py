@@ -18,7 +18,7 @@ from petalite.errors import ConnectionLost, DeadlineExceeded, ErrorCode, Petalit
 from petalite.net.handshake import Hello
 from petalite.net.identity import PeerId
 from petalite.net.journal import Journal
-from petalite.net.lane import Lane
+from petalite.net.lane import BULK_UNSENT_S, Lane
 from petalite.net.limits import Budget, TokenBucket
 from petalite.net.messages import Buffer, Message
 from petalite.net.multiaddr import Multiaddr
@@ -94,6 +94,8 @@ class Link:
 
     def attach(self, lane: Lane, leftover: bytes) -> None:
         """Use this lane too; the first is the interactive one."""
+        if self.lanes:
+            lane.unsent_s = BULK_UNSENT_S
         self.lanes.append(lane)
         lane.start(leftover)
 
