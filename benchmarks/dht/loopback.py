@@ -18,10 +18,12 @@ from typing import Any
 from benchmarks.dht.simulated import accept, quantiles
 from petalite.dht.net_adapter import HostNetwork
 from petalite.dht.node import DhtNode
+from petalite.dht.records import RecordChecker
 from petalite.net import Host, Identity, Multiaddr
 from petalite.net.loop import new_event_loop
 
 PROCESSES, NODES_EACH = 4, 8
+_CHECKER = RecordChecker({"servers": accept})  # one for the nodes of a process
 LISTEN = Multiaddr.parse("/ip4/127.0.0.1/tcp/0")
 _KEYS_OF_80_BLOCKS = 10
 
@@ -31,7 +33,7 @@ async def start(stack: AsyncExitStack, bootstrap: list[Multiaddr]) -> tuple[DhtN
     identity = Identity.generate()
     host = await stack.enter_async_context(Host(identity))
     addresses = await host.listen([LISTEN])
-    node = DhtNode(identity, HostNetwork(host), rules={"servers": accept})
+    node = DhtNode(identity, HostNetwork(host), rules=_CHECKER.rules, checker=_CHECKER)
     await stack.enter_async_context(node)
     await node.join(bootstrap)
     return node, addresses

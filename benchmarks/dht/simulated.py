@@ -151,7 +151,7 @@ def collusion(n: int = 1000, share: float = 0.4, trials: int = 500) -> dict[str,
     return simulate(main())
 
 
-def massacre(n: int = 1000, share: float = 0.3, reads: int = 2000) -> dict[str, Any]:
+def deaths(n: int = 1000, share: float = 0.3, reads: int = 2000) -> dict[str, Any]:
     """So many die at once, silently; reads of what living owners announced,
     before anybody looks after its table."""
 
@@ -245,29 +245,27 @@ def churn(n: int, minutes: int = 30, owners_share: float = 0.2) -> dict[str, Any
 
 
 def at_rest(n: int, minutes: int = 10) -> dict[str, Any]:
-    """Traffic of nodes that nobody asks anything, and what simulating them takes.
-    Then reads, as in `lookups`."""
+    """Traffic of nodes that nobody asks anything, and what simulating them takes."""
 
     async def main() -> dict[str, Any]:
         sim = swarm()
         started_s = time.perf_counter()
-        peers = await sim.populate(n)
+        await sim.populate(n)
         populated_s = time.perf_counter() - started_s
 
-        costs = await lookup_costs(sim, peers, 300)
         traffic = replace(sim.network.traffic)
-        started_s = time.perf_counter()
+        started_s, started_cpu_s = time.perf_counter(), time.process_time()
         await asyncio.sleep(minutes * 60)
-        real_s = time.perf_counter() - started_s
+        real_s, cpu_s = time.perf_counter() - started_s, time.process_time() - started_cpu_s
         node_minutes = n * minutes
         rss_mib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
         results = {
             "populate_s": populated_s,
             "real_s": real_s,
+            "cpu_s": cpu_s,
             "rss_mib": rss_mib,
             "calls_per_node_minute": (sim.network.traffic.calls - traffic.calls) / node_minutes,
             "bytes_per_node_minute": (sim.network.traffic.bytes - traffic.bytes) / node_minutes,
-            **costs,
         }
         await sim.close()
         return results

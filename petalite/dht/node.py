@@ -57,19 +57,6 @@ class DhtSettings:
     peers_file: Path | None = None  # where known peers are saved between lives
 
 
-@dataclass(frozen=True, slots=True)
-class DhtStatus:
-    """A node's own view, for `status`."""
-
-    client_mode: bool
-    n_peers: int  # in the routing table
-    n_records: int  # held, our own included
-    n_keys: int  # under so many names
-    storage_bytes: int
-    swarm_size: float  # servers of the DHT, guessed from how near our neighbours are
-    heard_s_ago: float | None  # since a peer last answered
-
-
 @dataclass(slots=True)
 class _Running:
     """The one task that everything runs under."""
@@ -263,21 +250,14 @@ class DhtNode:
         """The routing table, the nearest to us last."""
         return [entry.contact for entry in self.table]
 
-    def status(self) -> DhtStatus:
-        """What `status` shows of this node."""
-        table, now_s = self.table, self._clock.time_s()
-        distance = table.neighbour_distance()
-        size = float(len(table) + 1) if distance is None else table.settings.k * 2.0**KEY_BITS / distance
-        heard_s = self._peers.heard_s
-        return DhtStatus(
-            client_mode=self.client_mode,
-            n_peers=len(table),
-            n_records=len(self.storage),
-            n_keys=self.storage.n_keys,
-            storage_bytes=self.storage.nbytes,
-            swarm_size=size,
-            heard_s_ago=None if heard_s is None else now_s - heard_s,
-        )
+    @property
+    def swarm_size(self) -> float:
+        """How many peers serve the DHT, us included: counted while they are few, else guessed from how near
+        our nearest are."""
+        distance = self.table.neighbour_distance()
+        if distance is None:
+            return len(self.table) + (not self.client_mode)
+        return self.table.settings.k * 2.0**KEY_BITS / distance
 
     # -- inside ------------------------------------------------------------------------------------
 

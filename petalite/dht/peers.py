@@ -75,7 +75,7 @@ class Peers:
         client_mode: bool,
     ) -> None:
         self.table = RoutingTable(DhtKey.of_peer(network.peer_id), table)
-        self.heard_s: float | None = None  # when a peer last answered
+        self._heard_s: float | None = None  # when a peer last answered
         self._network = network
         self._clock = clock
         self._settings = settings
@@ -250,13 +250,13 @@ class Peers:
         entry = self.table.entry(contact.node_id)
         if entry is None or contact.addresses[0] in entry.contact.addresses:
             self.table.failed(contact.node_id, now_s)
-        if self.heard_s is not None and now_s - self.heard_s < self._settings.silence_s:
+        if self._heard_s is not None and now_s - self._heard_s < self._settings.silence_s:
             # It is silent, and not we who are cut off. At this address, that is: see above.
             self._shun(self._silent, contact.encoded, self._settings.silence_s)
 
     def _reached(self, contact: Contact, started_s: float) -> None:
         now_s = self._clock.time_s()
-        self.heard_s = now_s
+        self._heard_s = now_s
         self._silent.pop(contact.encoded, None)
         self._usual_call_s += 0.1 * (now_s - started_s - self._usual_call_s)
         if contact.node_id in self.table:

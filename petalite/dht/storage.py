@@ -88,10 +88,6 @@ class Storage:
     def __len__(self) -> int:
         return sum(len(share.held) for share in self._owners.values())
 
-    @property
-    def n_keys(self) -> int:
-        return len(self._keys)
-
     # -- writing -----------------------------------------------------------------------------------
 
     def refusal(

@@ -29,7 +29,8 @@ async def _run(settings: NodeSettings) -> None:
             directory = Directory(peer.dht, model.model_id, Span(0, model.n_blocks))
             await directory.refresh(timeout_s=_FIND_S)
             show_model(model, directory)
-        show_size(peer)
+        known, size = len(peer.dht.table), peer.dht.swarm_size
+        out.print(f"\npeers of the DHT: {known} known from here, about {size:.0f} in all")
 
 
 def show_model(model: ModelRecord, directory: Directory) -> None:
@@ -57,8 +58,3 @@ def holders(span: Span, held: list[Span]) -> str:
     """One digit per block, in groups of ten: how many servers hold it; 9 stands for more, too."""
     digits = [str(min(sum(block in other for other in held), 9)) for block in span.blocks]
     return " ".join("".join(digits[start : start + 10]) for start in range(0, len(digits), 10))
-
-
-def show_size(peer: SwarmPeer) -> None:
-    status = peer.dht.status()
-    out.print(f"\n{status.n_peers} peers of the DHT known from here, about {status.swarm_size:.0f} in all")

@@ -13,7 +13,7 @@ from collections.abc import Awaitable, Callable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from hashlib import sha256
-from heapq import heapify, heappop, heappush
+from heapq import heapify, heappop, heappush, nsmallest
 from itertools import count
 from math import log
 from random import Random
@@ -189,7 +189,7 @@ class SimSwarm:
     def nearest(self, key: DhtKey, count: int) -> list[SimPeer]:
         """The truth: the servers alive that are nearest to the key."""
         servers = (peer for peer in self.peers if not peer.node.client_mode)
-        return sorted(servers, key=lambda peer: peer.contact.node_id ^ key)[:count]
+        return nsmallest(count, servers, key=lambda peer: peer.contact.node_id ^ key)
 
     def public_address(self) -> str:
         """One that nobody has yet, anywhere on the Internet."""

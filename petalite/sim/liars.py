@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from heapq import nsmallest
 from typing import Any
 
 from petalite.dht.keys import DhtKey
@@ -20,12 +21,11 @@ def collude(peers: Sequence[SimPeer]) -> None:
     """From now on these know each other, name only each other,
     and say that they store and that there is nothing."""
 
+    contacts = [peer.contact for peer in peers]
+
     def near(keys: Sequence[DhtKey]) -> tuple[tuple[bytes, ...], list[bytes]]:
         return pack_nearest(
-            [
-                [peer.contact for peer in sorted(peers, key=lambda peer: peer.contact.node_id ^ key)[:_TOLD]]
-                for key in keys
-            ]
+            [nsmallest(_TOLD, contacts, key=lambda contact: contact.node_id ^ key) for key in keys]
         )
 
     async def find(caller: Caller, body: Mapping[str, Any]) -> Mapping[str, Any]:

@@ -134,8 +134,13 @@ def test_forged_and_foreign_records_end_the_call_and_leave_nothing():
             with pytest.raises(BadRecord):
                 await liar.offer(victim, bad)
             assert stored(victim) == 0
-        # A good one in the same call does not carry the bad one in; nor the bad one the good one out.
         assert await honest.offer(victim, good) == [Outcome.STORED]
+        # In one call, a good one does not carry a bad one in, nor does the bad one take it out again.
+        other = honest.signed(replace(good, name=b"model/1"))
+        with pytest.raises(BadRecord):
+            await honest.offer(victim, other, replace(good, sequence=2))
+        assert stored(victim) == 2
+        assert await values(victim.node) == [good.value]
 
     simulate(test)
 

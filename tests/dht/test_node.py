@@ -490,14 +490,14 @@ def test_store_once_counts_holders_and_lets_it_expire():
     simulate(test)
 
 
-def test_status_tells_what_the_node_sees():
+def test_the_swarms_size_is_counted_or_guessed():
     async def test(swarm: SimSwarm) -> None:
-        peers = await swarm.populate(500)
-        await peers[0].node.announce(*NAME, b"here", 600)
-        status = peers[0].node.status()
-        assert status.n_records == status.n_keys == 1
-        assert status.n_peers == len(peers[0].node.known_peers())
-        assert 250 < status.swarm_size < 1000
+        few = await swarm.grow(3)
+        client = (await swarm.grow(1, client_mode=True))[0]
+        await asyncio.sleep(10)
+        assert [peer.node.swarm_size for peer in (*few, client)] == [3, 3, 3, 3]
+        many = await swarm.populate(500)
+        assert 250 < many[0].node.swarm_size < 1000
 
     simulate(test)
 

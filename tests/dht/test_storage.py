@@ -76,7 +76,7 @@ def test_sweeping_gives_back_everything():
     for owner in range(1, 50):
         put(storage, record(owner=owner, name=owner % 5), 0.0, bytes([owner % 3]))
     storage.sweep(60.0)
-    assert (len(storage), storage.nbytes, storage.n_keys) == (0, 0, 0)
+    assert (len(storage), storage.nbytes) == (0, 0)
     assert (storage._groups, storage._owners) == ({}, {})
 
 
