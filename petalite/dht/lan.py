@@ -18,7 +18,7 @@ from typing import Any, Self
 
 from petalite.dht.contacts import MAX_ADDRESSES
 from petalite.dht.node import DhtNode
-from petalite.errors import InvalidAddress, InvalidArgument, PetaliteError
+from petalite.errors import InvalidAddress, InvalidArgument, PetaliteError, Unreachable
 from petalite.net.identity import PeerId
 from petalite.net.multiaddr import Multiaddr
 
@@ -34,7 +34,8 @@ class LanDiscovery:
     """An async context manager: inside it, this node is announced on the local network, and joins whom it
     finds there.
 
-    A node in client mode finds and is not announced. `interfaces` are IP addresses; None means all.
+    A node in client mode finds and is not announced. `interfaces` are IP addresses; None means all. Entering
+    raises Unreachable where there is no multicast.
     """
 
     def __init__(self, node: DhtNode, *, interfaces: Sequence[str] | None = None) -> None:
@@ -55,8 +56,14 @@ class LanDiscovery:
 
     async def __aenter__(self) -> Self:
         options = {} if self._interfaces is None else {"interfaces": list(self._interfaces)}
-        self._zeroconf = self._asyncio.AsyncZeroconf(**options)
+        try:
+            self._zeroconf = self._asyncio.AsyncZeroconf(**options)
+        except OSError as error:
+            raise Unreachable(
+                f"no multicast on this network ({error.strerror or error}); join with --peers ADDRESS"
+            ) from error
         self._work = asyncio.create_task(self._run(), name="lan discovery")
+        self._work.add_done_callback(_tell_why)
         return self
 
     async def __aexit__(
@@ -70,7 +77,7 @@ class LanDiscovery:
     async def _run(self) -> None:
         own = self._own_service()
         if own is not None:
-            await self._zeroconf.async_register_service(own)
+            await self._zeroconf.async_register_service(own, allow_name_change=True)
         browser = self._asyncio.AsyncServiceBrowser(
             self._zeroconf.zeroconf, _SERVICE, handlers=[self._on_change]
         )
@@ -130,11 +137,18 @@ class LanDiscovery:
         return True
 
 
+def _tell_why(work: asyncio.Task[None]) -> None:
+    if not work.cancelled() and (error := work.exception()) is not None:
+        logger.error("peers on the local network are no longer looked for", exc_info=error)
+
+
 def _addresses(info: Any) -> list[Multiaddr]:
     """Where a service says it is; nothing when it does not say who it is."""
     try:
         peer_id = PeerId.parse((info.properties.get(b"id") or b"").decode())
         hosts = [ip_address(text.partition("%")[0]) for text in info.parsed_addresses()[:MAX_ADDRESSES]]
     except (InvalidAddress, UnicodeDecodeError, ValueError):
+        return []
+    if not info.port:
         return []
     return [Multiaddr(f"ip{host.version}", str(host), info.port, peer_id) for host in hosts]

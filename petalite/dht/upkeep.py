@@ -149,7 +149,7 @@ class Upkeep:
                 logger.debug("upkeep: %s", error)
 
     def save(self) -> None:
-        """Write the peers to disk, those longest known to be alive first."""
+        """Write the peers to disk: those that answer first, and of them those heard from last."""
         if self._peers_file is None or not len(self._peers.table):
             return
         entries = sorted(self._peers.table, key=lambda entry: (entry.failures, -entry.seen_s))

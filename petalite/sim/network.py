@@ -99,7 +99,6 @@ class SimNetwork:
         nbytes += _MESSAGE_OVERHEAD_BYTES
         self.traffic.messages += 1
         self.traffic.bytes += nbytes
-        source.sent_bytes += nbytes
         sides = self._sides
         if sides and sides.get(source.peer_id, 0) != sides.get(target.peer_id, 0):
             return None
@@ -120,7 +119,6 @@ class Endpoint:
     def __init__(self, network: SimNetwork, peer_id: PeerId, address: Multiaddr) -> None:
         self.address = address
         self.calls: Counter[str] = Counter()  # made from here, by method
-        self.sent_bytes = 0
         self.up = True
         self._network = network
         self._peer_id = peer_id

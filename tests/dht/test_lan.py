@@ -5,13 +5,14 @@ from __future__ import annotations
 import asyncio
 import sys
 from contextlib import AsyncExitStack
+from types import SimpleNamespace
 
 import pytest
 
-from petalite.dht.lan import LanDiscovery
+from petalite.dht.lan import LanDiscovery, _addresses
 from petalite.dht.net_adapter import HostNetwork
 from petalite.dht.node import DhtNode
-from petalite.errors import InvalidArgument
+from petalite.errors import InvalidArgument, Unreachable
 from petalite.net import Host, Identity, Multiaddr, PeerId
 
 RULES = {"servers": lambda owner, name, value: None}
@@ -44,7 +45,7 @@ async def test_nodes_on_one_network_find_each_other_without_any_address():
     async with AsyncExitStack() as stack:
         try:
             first = await node_on_lan(stack)
-        except OSError as error:
+        except Unreachable as error:
             pytest.skip(f"no multicast here: {error}")
         second = await node_on_lan(stack)
         met: asyncio.Queue[PeerId] = asyncio.Queue()
@@ -65,3 +66,54 @@ async def test_without_the_package_the_error_says_what_to_install(monkeypatch: p
     async with AsyncExitStack() as stack:
         with pytest.raises(InvalidArgument, match=r"pip install 'petalite\[lan\]'"):
             await node_on_lan(stack)
+
+
+async def test_who_listens_on_every_interface_is_announced_at_its_own_addresses():
+    """And not at loopback, where others would find themselves; ifaddr is the independent witness."""
+    ifaddr = pytest.importorskip("ifaddr")
+    identity = Identity.generate()
+    async with Host(identity) as host:
+        (listening,) = await host.listen([Multiaddr.parse("/ip4/0.0.0.0/tcp/0")])
+        async with DhtNode(identity, HostNetwork(host), rules=RULES) as node:
+            service = LanDiscovery(node)._own_service()
+    own = {ip.ip for adapter in ifaddr.get_adapters() for ip in adapter.ips if ip.is_IPv4}
+    assert set(service.parsed_addresses()) == own - {"127.0.0.1"}
+    assert [address.peer_id for address in _addresses(service)] == [identity.peer_id] * len(
+        own - {"127.0.0.1"}
+    )
+    assert all(address.port == listening.port for address in _addresses(service))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"properties": {}},
+        {"properties": {b"id": None}},
+        {"properties": {b"id": b"\xff\xfe"}},
+        {"properties": {b"id": b"12D3KooWnobody"}},
+        {"port": None},
+        {"port": 0},
+        {"hosts": ["not an address"]},
+        {"hosts": []},
+    ],
+)
+def test_a_service_that_does_not_say_who_or_where_it_is_is_passed_over(changes: dict[str, object]):
+    peer = Identity.from_seed(bytes(32)).peer_id
+    said = {"properties": {b"id": str(peer).encode()}, "port": 1, "hosts": ["10.0.0.1"]}
+
+    def info(**fields: object) -> SimpleNamespace:
+        hosts = fields.pop("hosts")
+        return SimpleNamespace(**fields, parsed_addresses=lambda: hosts)
+
+    assert _addresses(info(**said)) == [Multiaddr("ip4", "10.0.0.1", 1, peer)]
+    assert _addresses(info(**said | changes)) == []
+
+
+def test_of_very_many_addresses_a_few_are_tried():
+    peer = Identity.from_seed(bytes(32)).peer_id
+    info = SimpleNamespace(
+        properties={b"id": str(peer).encode()},
+        port=1,
+        parsed_addresses=lambda: [f"10.0.0.{n}" for n in range(200)],
+    )
+    assert len(_addresses(info)) == 8
