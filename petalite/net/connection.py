@@ -479,6 +479,8 @@ class Connection:
         expected = self._last_peer_id + 2 if self._last_peer_id else 2 - self._peer_parity
         if stream_id != expected:
             raise RemoteProtocolError(f"OPEN of stream {stream_id}; the next one is {expected}")
+        if self.peer_left:
+            raise RemoteProtocolError(f"OPEN of stream {stream_id} behind GOAWAY")
         if self._peer_streams >= self._peer_streams_limit:
             raise StreamLimitExceeded(f"more than {self._peer_streams_limit} streams opened")
         self._last_peer_id = stream_id

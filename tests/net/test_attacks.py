@@ -12,6 +12,7 @@ import asyncio
 import contextlib
 import os
 import resource
+import socket
 import time
 import tracemalloc
 from collections.abc import AsyncIterator
@@ -31,7 +32,8 @@ from petalite.net.link import Timers
 from .hostile import HELLO, Attacker, attacker, data, dial, open_stream, read_to_end
 from .hosts import Net, echo, eventually
 
-PROMPT = HostSettings(limits=Limits(handshake_s=0.3))
+STREAMS = 1000
+PROMPT = HostSettings(windows=Windows(streams=STREAMS), limits=Limits(handshake_s=0.3))
 
 
 @pytest.fixture
@@ -112,22 +114,72 @@ async def test_five_hundred_half_open_handshakes_and_a_good_peer(host: Host, net
     await eventually(lambda: not host._gate._handshakes)
 
 
-async def test_a_replayed_third_message_and_a_stolen_first(host: Host) -> None:
-    """Recorded bytes of a good handshake, sent again on a new connection, authenticate nothing."""
-    sock = await dial(host)
+@pytest.mark.parametrize("replay_first", [False, True])
+async def test_a_replayed_handshake(host: Host, replay_first: bool) -> None:
+    """The recorded third message of a good handshake, behind its own first or another, proves nothing."""
     loop = asyncio.get_running_loop()
     first, second = (Handshake(Identity.generate(), HELLO, initiator=True) for _ in range(2))
-    with sock:
-        await loop.sock_sendall(sock, first.start())
-        answer = await loop.sock_recv(sock, 4096)
-        third = first.receive(answer)
+    opening, other = first.start(), second.start()
     sock = await dial(host)
     with sock:
-        await loop.sock_sendall(sock, second.start())
+        await loop.sock_sendall(sock, opening)
+        third = first.receive(await loop.sock_recv(sock, 4096))
+        await loop.sock_sendall(sock, third)
+        await eventually(lambda: len(host.peers()) == 2)
+    sock = await dial(host)
+    with sock:
+        await loop.sock_sendall(sock, opening if replay_first else other)
         await loop.sock_recv(sock, 4096)
         await loop.sock_sendall(sock, third)
         async with asyncio.timeout(5):
             assert await read_to_end(sock) == b""
+    assert host.journal.counts["handshake:failed", "PROTOCOL"] == 1
+
+
+@pytest.mark.parametrize(
+    "garbage",
+    [b"\xff\xff" + bytes(3000), b"\0\x1f" + bytes(31), b"\x01\0" + os.urandom(256), os.urandom(3000)],
+    ids=["too long", "too short", "framed noise", "noise"],
+)
+async def test_garbage_inside_the_handshake(host: Host, garbage: bytes) -> None:
+    """Behind a good first message: its answer is the last word."""
+    loop = asyncio.get_running_loop()
+    sock = await dial(host)
+    with sock:
+        await loop.sock_sendall(sock, Handshake(Identity.generate(), HELLO, initiator=True).start())
+        assert await loop.sock_recv(sock, 4096)
+        with contextlib.suppress(OSError):
+            await loop.sock_sendall(sock, garbage)
+        async with asyncio.timeout(5):
+            assert await read_to_end(sock) == b""
+    assert host.journal.counts["handshake:failed", "PROTOCOL"] == 1
+
+
+async def test_out_of_descriptors(host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Who comes when there are none waits in the backlog; those who are here are served meanwhile, and the
+    loop does not spin."""
+    monkeypatch.setattr("petalite.net.accepting._REST_S", 0.2)
+    [good] = host.peers()
+    rests: list[object] = []
+    rest = host._acceptor._rest
+    monkeypatch.setattr(host._acceptor, "_rest", lambda *about: (rests.append(about), rest(*about)))
+    socks = [socket.socket() for _ in range(8)]
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    lowest = os.dup(0)
+    os.close(lowest)
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (lowest, hard))
+        for sock in socks:
+            sock.setblocking(False)
+            await asyncio.get_running_loop().sock_connect(sock, ("127.0.0.1", host.addresses[0].port))
+        await asyncio.sleep(0.5)
+        assert host.is_connected(good)
+        assert 1 <= len(rests) <= 4
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    await eventually(lambda: host.journal.counts["handshake:failed", "PROTOCOL"] == len(socks))
+    for sock in socks:
+        sock.close()
 
 
 # -- records ---------------------------------------------------------------------------------------
@@ -214,9 +266,14 @@ async def test_bytes_behind_the_close_are_not_looked_at(host: Host) -> None:
             open_stream(1) + data(1, b"", fin=True) + data(1, b"x"), ErrorCode.PROTOCOL, id="DATA after FIN"
         ),
         pytest.param(
-            b"".join(open_stream(2 * index + 1) for index in range(257)),
+            b"".join(open_stream(2 * index + 1) for index in range(STREAMS + 1)),
             ErrorCode.STREAM_LIMIT,
             id="streams beyond the limit (go-libp2p CVE-2022-23492)",
+        ),
+        pytest.param(
+            encode(FrameType.GOAWAY, payload=U32.pack(13)) + open_stream(1),
+            ErrorCode.PROTOCOL,
+            id="OPEN behind GOAWAY",
         ),
         pytest.param(encode(FrameType.PING, payload=bytes(8)) * 100, ErrorCode.FLOOD, id="ping flood"),
         pytest.param(
@@ -263,6 +320,9 @@ async def test_ten_thousand_opens_and_resets(host: Host) -> None:
         try:
             for index in range(10_000):
                 stream = 2 * index + 1
+                await asyncio.sleep(0)
+                if reader.done():
+                    break
                 await enemy.send(
                     open_stream(stream)
                     + data(stream, request("echo")[:10])
@@ -317,19 +377,22 @@ async def _flood(enemy: Attacker, plaintext: bytes, times: int) -> None:
 
 
 async def test_a_reader_that_never_reads(host: Host) -> None:
-    """200 answers of a megabyte that nobody takes: bounded by the peer's credit, and then by the sockets."""
+    """A thousand answers of a megabyte that nobody takes: bounded by the peer's credit and the sockets."""
+    answer = bytes(1_000_000)
 
     async def generous(call: Call) -> None:
-        await call.send({}, [bytes(1_000_000)])
+        await call.send({}, [answer])
 
     host.serve("generous", generous)
     async with attacker(host) as enemy:
-        for index in range(200):
+        before = resident_bytes()
+        for index in range(STREAMS):
             stream = 2 * index + 1
             await enemy.send(open_stream(stream) + data(stream, request("generous"), fin=True))
-        await eventually(lambda: len(host._handlers) == 200)
+        await eventually(lambda: len(host._handlers) == STREAMS)
         (link,) = [link for link in host._all_links if link.peer == enemy.identity.peer_id]
         assert link.lanes[0].connection.sent <= HELLO.connection_bytes
+        assert resident_bytes() - before < 64_000_000
     await eventually(lambda: not host._handlers)
 
 
