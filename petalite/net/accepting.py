@@ -108,8 +108,7 @@ class Acceptor:
             tune(sock)
             async with asyncio.timeout(self._gate.limits.handshake_s):
                 rtt_s, _ = await converse(sock, handshake, b"")
-            assert handshake.secured is not None
-            self._established(Established(address, sock, handshake.secured, handshake.leftover, rtt_s))
+            self._established(Established(address, sock, handshake, rtt_s))
         except (PetaliteError, OSError) as error:
             sock.close()
             self._blame(address, error)

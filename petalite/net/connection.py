@@ -23,7 +23,7 @@ from petalite.errors import (
     StreamLimitExceeded,
 )
 from petalite.net import frames
-from petalite.net.control import MAX_BATCH, ControlQueue
+from petalite.net.control import ControlQueue
 from petalite.net.credit import Window, Windows
 from petalite.net.frames import ALIGNED_BYTES, FIN, HEADER, HEADER_BYTES, MAX_DATA_BYTES, FrameType
 from petalite.net.limits import TokenBucket
@@ -126,12 +126,12 @@ class Connection:
     def goaway(self, code: int, reason: str) -> None:
         """Take no more streams from the peer and open none; those that are open go on."""
         self._step("goaway")
-        self._control.send_reason(FrameType.GOAWAY, code, reason)
+        self._control.send(FrameType.GOAWAY, payload=frames.encode_reason(code, reason))
 
     def close(self, code: int, reason: str) -> None:
         """End everything; the peer hears why."""
         if not self.closed:
-            self._control.send_reason(FrameType.CLOSE, code, reason)
+            self._control.send(FrameType.CLOSE, payload=frames.encode_reason(code, reason))
         self._step("close")
 
     def _step(self, step: str) -> None:
@@ -157,7 +157,7 @@ class Connection:
 
     @property
     def wants_write(self) -> bool:
-        return bool(self._control or self._turns.waiting)
+        return self._control.waiting or self._turns.waiting > 0
 
     def write(self, stream: Stream, segments: Sequence[bytes | memoryview], fin: bool = False) -> None:
         """Queue bytes, which the caller leaves alone until they are sent; with `fin`, the last ones."""
@@ -176,25 +176,23 @@ class Connection:
         size = sum(map(len, segments))
         if (
             self._turns.waiting
+            or self._control.waiting
             or stream.send is not Send.OPEN
             or size >= ALIGNED_BYTES
             or stream.sent + size > stream.send_limit
             or self.sent + size > self.send_limit
             or stream.queued
             or self.closed
-            or len(self._control) > MAX_BATCH
         ):
             return None
-        small = self._control.take() if self._control else []
-        small.append(HEADER.pack(_DATA, FIN if fin else 0, 0, stream.id, size))
-        small += segments
+        header = HEADER.pack(_DATA, FIN if fin else 0, 0, stream.id, size)
         stream.sent += size
         self.sent += size
         if fin:
             stream.step_send(Step.FINISH)
             stream.step_send(Step.FIN)
             self._forget_if_over(stream)
-        return b"".join(small)
+        return b"".join((header, *segments))
 
     def set_priority(self, stream: Stream, priority: Priority) -> None:
         """From the next frame on, here and (if we opened the stream) in the peer's answers."""
@@ -210,9 +208,8 @@ class Connection:
         if stream.send >= Send.FINISHED:
             return
         self._turns.leave(stream)
-        stream.drop_unsent()
-        stream.step_send(Step.RESET)
-        self._control.send_code(FrameType.RESET_STREAM, stream.id, code)
+        stream.give_up_sending()
+        self._control.send(FrameType.RESET_STREAM, stream.id, frames.U32.pack(code))
         self._forget_if_over(stream)
 
     def next_records(self, max_bytes: int) -> list[bytes | memoryview]:
@@ -223,7 +220,7 @@ class Connection:
         records: list[bytes | memoryview] = []
         small, left = self._control.take(), max_bytes  # `small` is what the next record of many frames holds
         small_bytes = sum(map(len, small)) if small else 0
-        if self._control or self.closed:
+        if self._control.waiting or self.closed:
             left = 0
         turns = self._turns
         while left > 0 and turns.waiting and self.sent < self.send_limit:
@@ -292,7 +289,7 @@ class Connection:
         """Read no more: what is buffered and what still comes is dropped, and the peer is told."""
         if stream.receive is Receive.OPEN:
             stream.step_receive(Step.STOP)
-            self._control.send_code(FrameType.STOP_SENDING, stream.id, code)
+            self._control.send(FrameType.STOP_SENDING, stream.id, frames.U32.pack(code))
         self._consumed(stream, stream.drop_unread())
         self._forget_if_over(stream)
 
@@ -413,21 +410,17 @@ class Connection:
             raise FlowControlViolation(
                 f"{self.received} bytes on all streams; their credit was {self.window.limit}"
             )
-        size = len(data)
-        if size:
-            self._take_payload(stream, data)
-        if size == length:
-            self._end_data(stream, flags)
-        else:
-            self._payload_stream, self._payload_left, self._payload_flags = stream, length - size, flags
-        return size
+        self._payload_stream, self._payload_left, self._payload_flags = stream, length, flags
+        self._continue_payload(data)
+        return len(data)
 
     def _continue_payload(self, data: memoryview) -> None:
-        """The rest, or a part of it, of a payload that began in an earlier record."""
+        """All of a payload, or the part of it that this record has."""
         stream = self._payload_stream
         assert stream is not None
         self._payload_left -= len(data)
-        self._take_payload(stream, data)
+        if data:
+            self._take_payload(stream, data)
         if not self._payload_left:
             self._end_data(stream, self._payload_flags)
 
@@ -529,8 +522,7 @@ class Connection:
         self._count_given_up(stream)
         (stream.stop_code,) = frames.U32.unpack(payload)
         self._turns.leave(stream)
-        stream.drop_unsent()
-        stream.step_send(Step.RESET)
+        stream.give_up_sending()
         self._control.answer(FrameType.RESET_STREAM, stream_id, frames.U32.pack(ErrorCode.CANCELLED))
         self.events.append((Event.STOPPED, stream))
         self._forget_if_over(stream)

@@ -15,30 +15,24 @@ MAX_BATCH = 2048  # frames in one record; they have 20 bytes, but for CLOSE and 
 
 
 class ControlQueue:
-    """`len` is how many frames wait."""
+    """`waiting`: whether any frame does."""
 
-    __slots__ = ("_frames", "_grants", "_pongs")
+    __slots__ = ("_frames", "_grants", "_pongs", "waiting")
 
     def __init__(self) -> None:
         self._frames: list[bytes | memoryview] = []
         self._grants: dict[tuple[FrameType, int], int] = {}  # only the newest limit of each kind and stream
         self._pongs = 0
-
-    def __len__(self) -> int:
-        return len(self._frames) + len(self._grants)
+        self.waiting = False
 
     def send(self, kind: FrameType, stream: int = 0, payload: bytes = b"", aux: int = 0) -> None:
         self._frames.append(frames.encode(kind, stream, payload, aux=aux))
-
-    def send_code(self, kind: FrameType, stream: int, code: int) -> None:
-        self.send(kind, stream, U32.pack(code))
-
-    def send_reason(self, kind: FrameType, code: int, reason: str) -> None:
-        self._frames.append(frames.encode_reason(kind, code, reason))
+        self.waiting = True
 
     def grant(self, kind: FrameType, stream: int, limit: int) -> None:
         """A new limit, in the place of one that has not gone out."""
         self._grants[kind, stream] = limit
+        self.waiting = True
 
     def answer(self, kind: FrameType, stream: int, payload: bytes) -> None:
         """What the peer makes us send. Raises Flood when it makes us send too much and reads none of it."""
@@ -50,11 +44,12 @@ class ControlQueue:
         self.send(kind, stream, payload)
 
     def take(self) -> list[bytes | memoryview]:
-        """The frames for the next record; there are more only if `len` says so."""
+        """The frames for the next record."""
         for (kind, stream), limit in self._grants.items():
             width = U32 if kind is FrameType.MAX_STREAMS else U64
             self.send(kind, stream, width.pack(limit))
         self._grants.clear()
         self._pongs = 0
         taken, self._frames = self._frames[:MAX_BATCH], self._frames[MAX_BATCH:]
+        self.waiting = bool(self._frames)
         return taken

@@ -96,24 +96,18 @@ def _place(address: Multiaddr) -> Multiaddr:
 
 @dataclass(slots=True)
 class Established:
-    """A connection whose two ends have proved who they are, before there is a lane on it."""
+    """A connection whose peer has proved who it is, before there is a lane on it."""
 
     address: Multiaddr  # where the peer's packets come from
     sock: socket.socket
-    secured: Secured
-    leftover: bytes  # what came behind the handshake
+    handshake: Handshake  # finished
     rtt_s: float
+    last_message: bytes = b""  # the initiator's, which tells the peer who we are and is not yet sent
 
-
-@dataclass(slots=True)
-class _Proved:
-    """A connection whose peer has proved who it is, and which has not been told who we are."""
-
-    address: Multiaddr
-    sock: socket.socket
-    handshake: Handshake
-    last_message: bytes
-    rtt_s: float
+    @property
+    def secured(self) -> Secured:
+        assert self.handshake.secured is not None
+        return self.handshake.secured
 
 
 class Dialler:
@@ -138,26 +132,24 @@ class Dialler:
                     f"no address of {peer} answered a moment ago; the next try is in {min(waits_s):.1f} s"
                 )
             addresses = due
-        attempts: list[Callable[[], Coroutine[Any, Any, _Proved]]]
-        attempts = [partial(self._attempt, peer, address, handshake) for address in addresses]
+        attempts: list[Callable[[], Coroutine[Any, Any, Established]]] = [
+            partial(self._attempt, peer, address, handshake) for address in addresses
+        ]
         proved, errors = await race(attempts, _discard)  # type: ignore[arg-type]
         if proved is None:
             raise _summary(peer, addresses, errors)
+        self._book.worked(peer, proved.address)
         try:
             await asyncio.get_running_loop().sock_sendall(proved.sock, proved.last_message)
-            seen = multiaddr_of(proved.sock.getpeername())
-        except OSError as error:
+            proved.address = multiaddr_of(proved.sock.getpeername())
+        except BaseException as error:
             proved.sock.close()
-            raise Unreachable(f"{peer} went away during the handshake: {error}") from error
-        except BaseException:
-            proved.sock.close()
+            if isinstance(error, OSError):
+                raise Unreachable(f"{peer} went away during the handshake: {error}") from error
             raise
-        self._book.worked(peer, proved.address)
-        secured = proved.handshake.secured
-        assert secured is not None
-        return Established(seen, proved.sock, secured, proved.handshake.leftover, proved.rtt_s)
+        return proved
 
-    async def _attempt(self, peer: PeerId, address: Multiaddr, new: Callable[[], Handshake]) -> _Proved:
+    async def _attempt(self, peer: PeerId, address: Multiaddr, new: Callable[[], Handshake]) -> Established:
         """Connect there and hear who it is. Raises PetaliteError or OSError."""
         sock: socket.socket | None = None
         try:
@@ -166,7 +158,7 @@ class Dialler:
                 tune(sock)
                 handshake = new()
                 rtt_s, last_message = await converse(sock, handshake, handshake.start())
-                return _Proved(address, sock, handshake, last_message, rtt_s)
+                return Established(address, sock, handshake, rtt_s, last_message)
         except BaseException as error:
             if sock is not None:
                 sock.close()
@@ -175,7 +167,7 @@ class Dialler:
             raise
 
 
-def _discard(late: _Proved) -> None:
+def _discard(late: Established) -> None:
     late.sock.close()
 
 

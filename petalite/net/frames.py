@@ -79,10 +79,9 @@ def encode(kind: FrameType, stream: int = 0, payload: bytes = b"", flags: int = 
     return HEADER.pack(kind, flags, aux, stream, len(payload)) + payload
 
 
-def encode_reason(kind: FrameType, code: int, reason: str) -> bytes:
-    """CLOSE or GOAWAY; a text that is too long is cut between characters."""
-    text = reason.encode()[:MAX_REASON_BYTES].decode(errors="ignore").encode()
-    return encode(kind, payload=U32.pack(code) + text)
+def encode_reason(code: int, reason: str) -> bytes:
+    """The payload of CLOSE or GOAWAY; a text that is too long is cut between characters."""
+    return U32.pack(code) + reason.encode()[:MAX_REASON_BYTES].decode(errors="ignore").encode()
 
 
 def decode_reason(payload: memoryview) -> tuple[int, str]:

@@ -182,7 +182,7 @@ class Host:
         if link.closed or established.secured.hello.instance != link.hello.instance:
             established.sock.close()
             raise ConnectionLost("the peer is not the one that it was")
-        link.attach(self._new_lane(established, link, outbound=True), established.leftover)
+        link.attach(self._new_lane(established, link, outbound=True), established.handshake.leftover)
 
     def _handshake_with(self, peer_id: PeerId, lane: int) -> Callable[[], Handshake]:
         return lambda: self._handshake(initiator=True, expected=peer_id, lane=lane)
@@ -229,7 +229,7 @@ class Host:
             lane = self._new_lane(
                 established, link, outbound=False, on_gone=partial(self._gate.leave, prefix)
             )
-            link.attach(lane, established.leftover)
+            link.attach(lane, established.handshake.leftover)
         return None
 
     def _refuse(self, established: Established, code: ErrorCode, reason: str) -> None:
@@ -260,7 +260,7 @@ class Host:
         self.journal.note(
             "link:opened", link.peer, address=link.remote_address, outbound=outbound, rtt_s=established.rtt_s
         )
-        link.attach(lane, established.leftover)
+        link.attach(lane, established.handshake.leftover)
         return link
 
     def _new_lane(

@@ -252,11 +252,6 @@ class Link:
         """End it without a word: the peer would not hear it."""
         self._finish(error, guilty=False)
 
-    async def wait_gone(self) -> None:
-        """Until the peer has had its chance to read why the link was closed."""
-        for lane in self.lanes:
-            await lane.gone.wait()
-
     def leave(self, reason: str) -> None:
         """Take no more calls; those that are under way go on."""
         for lane in self.lanes:

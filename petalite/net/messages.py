@@ -69,7 +69,7 @@ def encode(header: list[Any], buffers: Sequence[Buffer]) -> list[bytes | memoryv
     if len(buffers) > MAX_BUFFERS:
         raise InvalidArgument(f"a message has at most {MAX_BUFFERS} buffers, found {len(buffers)}")
     views = [_flat(buffer) for buffer in buffers]
-    header[2] = [len(view) for view in views]
+    header[2] = list(map(len, views))
     try:
         packed: bytes = _packer.pack(header)
     except (TypeError, ValueError, OverflowError) as error:

@@ -87,11 +87,6 @@ class Stream:
         return len(self.target) - self.filled if self.target is not None else 0
 
     @property
-    def at_end(self) -> bool:
-        """Whether the peer finished and everything was read."""
-        return self.receive is Receive.FINISHED and not self.buffered
-
-    @property
     def over(self) -> bool:
         """Whether nothing can come or go any more."""
         return self.send >= Send.FINISHED and self.receive >= Receive.FINISHED and not self.buffered
@@ -108,17 +103,11 @@ class Stream:
     def take(self, size: int) -> bytearray:
         """Remove the next `size` bytes, which are there. A chunk of just that size is not copied."""
         assert size <= self.buffered
-        self.buffered -= size
-        chunks = self.chunks
-        head = chunks[0] if size else bytearray()
-        if len(head) == size:
-            return chunks.popleft() if size else head
-        if len(head) > size:
-            taken = head[:size]
-            del head[:size]
-            return taken
+        if size and len(self.chunks[0]) == size:
+            self.buffered -= size
+            return self.chunks.popleft()
         taken = bytearray(size)
-        self._drain_into(memoryview(taken))
+        self.take_into(memoryview(taken))
         return taken
 
     def peek(self, size: int) -> bytearray:
@@ -135,22 +124,18 @@ class Stream:
 
     def take_into(self, target: memoryview) -> int:
         """Move what is buffered into the front of `target`; how many bytes that was."""
-        size = min(len(target), self.buffered)
-        self._drain_into(target[:size])
-        self.buffered -= size
-        return size
-
-    def _drain_into(self, target: memoryview) -> None:
-        position, chunks = 0, self.chunks
-        while position < len(target):
+        position, end, chunks = 0, min(len(target), self.buffered), self.chunks
+        while position < end:
             head = chunks[0]
-            size = min(len(head), len(target) - position)
+            size = min(len(head), end - position)
             target[position : position + size] = memoryview(head)[:size]
             position += size
             if size == len(head):
                 chunks.popleft()
             else:
                 del head[:size]
+        self.buffered -= end
+        return end
 
     def drop_unread(self) -> int:
         """Throw away what is buffered and the target; how many bytes were never consumed."""
@@ -160,6 +145,8 @@ class Stream:
         self.target = None
         return unread
 
-    def drop_unsent(self) -> None:
+    def give_up_sending(self) -> None:
+        """What was not sent never will be."""
         self.outbox.clear()
         self.queued = 0
+        self.step_send(Step.RESET)

@@ -49,7 +49,7 @@ def test_bytes_arrive_in_order_and_whole(sizes: list[int]) -> None:
     pair.ends[0].core.write(ours, data, fin=True)
     pair.drive()
     assert read_all(pair.ends[1], theirs) == b"".join(data)
-    assert theirs.at_end
+    assert theirs.receive is Receive.FINISHED and not theirs.buffered
     assert Event.READABLE in {event for event, _ in pair.ends[1].events}
 
 

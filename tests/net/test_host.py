@@ -450,7 +450,7 @@ async def test_an_idle_link_is_closed_by_who_dialled(net: Net) -> None:
     caller = await net.host(HostSettings(timers=Timers(idle_close_s=0.1)))
     link = await caller.connect(server.addresses[0])
     async with asyncio.timeout(10):
-        await link.wait_gone()
+        await link.lanes[0].gone.wait()
     assert link.closed
 
 
@@ -593,7 +593,7 @@ async def test_a_peer_that_dialled_us_can_be_dialled_back(net: Net) -> None:
     await eventually(lambda: bool(server.peers()))
     assert (await server.call(caller.peer_id, "echo", {"back": 1}, timeout_s=5)).body == {"back": 1}
     link.close()
-    await link.wait_gone()
+    await link.lanes[0].gone.wait()
     await eventually(lambda: not server.peers())
     assert (await server.call(caller.peer_id, "echo", {"again": 1}, timeout_s=5)).body == {"again": 1}
 
