@@ -35,6 +35,7 @@ from petalite.net.streams import Priority, Stream
 _DATA = int(FrameType.DATA)  # plain, for the comparison that every frame goes through
 
 MAX_STREAM_ID = 0xFFFF_FFFF
+_EXPRESS_CONTROL = 64  # control frames that fit into a record in front of a small message
 _ALLOWANCE_STEP_BYTES = 1024 * 1024
 _GIVEN_UP_PER_S, _GIVEN_UP_BURST = 200.0, 1000.0  # streams that the peer opens and gives up unanswered
 
@@ -157,7 +158,7 @@ class Connection:
 
     @property
     def wants_write(self) -> bool:
-        return self._control.waiting or self._turns.waiting > 0
+        return self._control.waiting > 0 or self._turns.waiting > 0
 
     def write(self, stream: Stream, segments: Sequence[bytes | memoryview], fin: bool = False) -> None:
         """Queue bytes, which the caller leaves alone until they are sent; with `fin`, the last ones."""
@@ -176,7 +177,7 @@ class Connection:
         size = sum(map(len, segments))
         if (
             self._turns.waiting
-            or self._control.waiting
+            or self._control.waiting > _EXPRESS_CONTROL
             or stream.send is not Send.OPEN
             or size >= ALIGNED_BYTES
             or stream.sent + size > stream.send_limit
@@ -185,14 +186,15 @@ class Connection:
             or self.closed
         ):
             return None
-        header = HEADER.pack(_DATA, FIN if fin else 0, 0, stream.id, size)
+        small = self._control.take() if self._control.waiting else []
+        small.append(HEADER.pack(_DATA, FIN if fin else 0, 0, stream.id, size))
         stream.sent += size
         self.sent += size
         if fin:
             stream.step_send(Step.FINISH)
             stream.step_send(Step.FIN)
             self._forget_if_over(stream)
-        return b"".join((header, *segments))
+        return b"".join((*small, *segments))
 
     def set_priority(self, stream: Stream, priority: Priority) -> None:
         """From the next frame on, here and (if we opened the stream) in the peer's answers."""

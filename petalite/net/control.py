@@ -15,7 +15,7 @@ MAX_BATCH = 2048  # frames in one record; they have 20 bytes, but for CLOSE and 
 
 
 class ControlQueue:
-    """`waiting`: whether any frame does."""
+    """`waiting` is 0 when no frame waits, and never less than how many do."""
 
     __slots__ = ("_frames", "_grants", "_pongs", "waiting")
 
@@ -23,16 +23,16 @@ class ControlQueue:
         self._frames: list[bytes | memoryview] = []
         self._grants: dict[tuple[FrameType, int], int] = {}  # only the newest limit of each kind and stream
         self._pongs = 0
-        self.waiting = False
+        self.waiting = 0
 
     def send(self, kind: FrameType, stream: int = 0, payload: bytes = b"", aux: int = 0) -> None:
         self._frames.append(frames.encode(kind, stream, payload, aux=aux))
-        self.waiting = True
+        self.waiting += 1
 
     def grant(self, kind: FrameType, stream: int, limit: int) -> None:
         """A new limit, in the place of one that has not gone out."""
         self._grants[kind, stream] = limit
-        self.waiting = True
+        self.waiting += 1
 
     def answer(self, kind: FrameType, stream: int, payload: bytes) -> None:
         """What the peer makes us send. Raises Flood when it makes us send too much and reads none of it."""
@@ -51,5 +51,5 @@ class ControlQueue:
         self._grants.clear()
         self._pongs = 0
         taken, self._frames = self._frames[:MAX_BATCH], self._frames[MAX_BATCH:]
-        self.waiting = bool(self._frames)
+        self.waiting = len(self._frames)
         return taken
