@@ -19,7 +19,6 @@ from bisect import insort
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
-from math import inf
 
 from petalite.dht.contacts import Contact, Scope
 from petalite.dht.keys import DhtKey
@@ -27,6 +26,7 @@ from petalite.dht.keys import DhtKey
 MAX_KEYS_PER_QUERY = 16
 # A path settles once this part of k has answered, be it the only one: the rest is asked all at once.
 _MIN_SPLIT = 4
+_UNION = -1  # the number of what all paths found together
 _MAX_ELSEWHERE = 3  # further addresses of one peer that are tried
 
 
@@ -37,6 +37,7 @@ class LookupSettings:
     k: int = 20  # the nearest peers that are to answer
     alpha: int = 3  # unanswered queries within their soft deadline, per path
     paths: int = 4  # disjoint paths
+    again: bool = False  # where they find no records, over as many more, from peers not asked until then
     holders: int | None = None  # stop each path after this many peers with records; None: hear all k nearest
     per_prefix: int | None = 2  # peers of one public prefix among the nearest, if there are others; None: any
     max_queries: int = 160  # per key: an endless row of ever nearer peers is a lie
@@ -103,7 +104,6 @@ class _Survey:
 
     frontier: list[Candidate]  # its nearest peers that may still answer
     settled: bool
-    reach: float  # how far away the furthest of them is; without end where there are too few
 
 
 class Search:
@@ -119,14 +119,12 @@ class Search:
         self._own_id = own_id
         self._settings = settings
         self._known: dict[DhtKey, Candidate] = {}
-        d = settings.paths
-        width = -(-settings.k // max(d, _MIN_SPLIT))
-        self._paths = [_Path(number, width, settings.alpha) for number in range(d)]
-        self._union = _Path(d, settings.k, settings.k)  # what is left to ask is asked at once (§2.3)
+        self._again = settings.again
+        self._paths: list[_Path] = []
+        self._union = _Path(_UNION, settings.k, settings.k)  # what is left to ask is asked at once (§2.3)
         # By path; made anew after every answer, failure or soft deadline.
         self._surveys: dict[int, _Survey] = {}
-        for number, contact in enumerate(sorted(seeds, key=lambda seed: seed.node_id ^ key)):
-            self._learn(contact, self._paths[number % d])
+        self._open_paths(sorted(seeds, key=lambda seed: seed.node_id ^ key))
 
     # -- what the coordinator asks -------------------------------------------------------------------
 
@@ -207,6 +205,14 @@ class Search:
 
     # -- inside --------------------------------------------------------------------------------------
 
+    def _open_paths(self, contacts: Sequence[Contact]) -> None:
+        """d more, with the contacts dealt out among them."""
+        settings, first = self._settings, len(self._paths)
+        width = -(-settings.k // max(settings.paths, _MIN_SPLIT))
+        self._paths += [_Path(first + number, width, settings.alpha) for number in range(settings.paths)]
+        for number, contact in enumerate(contacts):
+            self._learn(contact, self._paths[first + number % settings.paths])
+
     def _learn(self, contact: Contact, path: _Path) -> None:
         node_id = contact.node_id
         candidate = self._known.get(node_id)
@@ -252,7 +258,7 @@ class Search:
     def _become(self, candidate: Candidate, state: State) -> _Path:
         """Keeps the counts of the path that asked; returns it."""
         assert candidate.path is not None, "a peer that nobody asked"
-        path = self._paths[candidate.path] if candidate.path < len(self._paths) else self._union
+        path = self._union if candidate.path == _UNION else self._paths[candidate.path]
         path.n_asked += (state is State.ASKED) - (candidate.state is State.ASKED)
         path.n_slow += (state is State.SLOW) - (candidate.state is State.SLOW)
         candidate.state = state
@@ -266,6 +272,12 @@ class Search:
             return self._paths
         if self._settings.holders is not None and self.holders:
             return []
+        if self._again and not self.holders and self._survey(self._union).settled:
+            # Liars may have taken every path before it came near the key; honest peers that were passed over
+            # for those they named are known, and where there is nothing, they say so too.
+            self._again = False
+            self._open_paths([c.contact for c in self._union.candidates if c.state is State.NEW])
+            return self._paths
         return [self._union]
 
     def _survey(self, path: _Path) -> _Survey:
@@ -276,14 +288,12 @@ class Search:
 
     def _look(self, path: _Path) -> _Survey:
         alone = path is not self._union  # the union of all paths looks at what any of them asked
-        # Beyond the k nearest that anybody told of, no path need look, as long as those turn out to be there.
-        reach = self._survey(self._union).reach if alone else inf
         per_prefix = self._settings.per_prefix
         prefixes: dict[bytes, int] = {}
         frontier: list[Candidate] = []
         crowded: list[Candidate] = []
         for candidate in path.candidates:
-            if len(frontier) == path.width or candidate.distance > reach:
+            if len(frontier) == path.width:
                 break
             state = candidate.state
             if state is State.FAILED or state is State.SLOW:
@@ -304,8 +314,7 @@ class Search:
         settled = not pending and (full or self._n_slow(path) <= self._n_answered)
         if alone and self._settings.holders is not None:
             settled = settled or path.n_holders >= self._settings.holders
-        furthest = max(candidate.distance for candidate in frontier) if full else inf
-        return _Survey(frontier, settled, furthest)
+        return _Survey(frontier, settled)
 
     def _n_slow(self, path: _Path) -> int:
         paths = [*self._paths, path] if path is self._union else [path]

@@ -75,8 +75,10 @@ class Queries:
         self._spawn = spawn
 
     def settings_for(self, *, paths: int | None = None, holders: int | None = None) -> LookupSettings:
-        """The node's settings with other paths and early stopping."""
-        return replace(self.settings, paths=paths or self.settings.paths, holders=holders)
+        """The node's settings for a read: over its paths, and if need be again; or over just so many."""
+        return replace(
+            self.settings, paths=paths or self.settings.paths, again=paths is None, holders=holders
+        )
 
     # -- reading -----------------------------------------------------------------------------------
 
@@ -155,7 +157,8 @@ class Queries:
                 answers |= await self._find_at(query.contact, others, None)
             return answers
 
-        lookup = self._lookup(records, self.settings)
+        # Nothing tells a lookup for a place to store that liars took all its paths, so it gets twice as many.
+        lookup = self._lookup(records, replace(self.settings, paths=2 * self.settings.paths))
         await self._drive(lookup, ask)
         left: dict[DhtKey, tuple[Contact, list[DhtKey]]] = {}
         for key, search in lookup.searches.items():

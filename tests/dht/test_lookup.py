@@ -263,6 +263,36 @@ def test_four_disjoint_paths_withstand_forty_percent_of_colluders(crowd: Crowd):
     assert found[1] < 60
 
 
+def test_paths_all_taken_by_liars_are_not_the_last_word(crowd: Crowd):
+    """Whoever is asked first lies, and names twenty friends nearer to the key than anybody else; the
+    holders are found over the paths that are opened again. Where there is nothing, it ends, with nobody
+    asked twice."""
+    key = keys(1, seed=11)[0]
+    crowd_of_liars = sorted(
+        (contact(n) for n in range(500_000, 520_000)), key=lambda peer: peer.node_id ^ key
+    )
+    friends = crowd_of_liars[:20]
+    seeds = crowd.tables[OWN].nearest(key, 20)
+    liars = {peer.node_id for peer in (*friends, *seeds[:12])}
+    holders = crowd.nearest(key)
+
+    def behave(peer: Contact, key: DhtKey, holders: Sequence[Contact] = holders) -> Answer:
+        return Answer(friends) if peer.node_id in liars else honest(crowd, holders)(peer, key)
+
+    found = {}
+    for again in (False, True):
+        lookup = crowd.lookup([key], again=again, per_prefix=None)
+        drive(lookup, behave)
+        found[again] = bool(lookup.searches[key].holders)
+    assert found == {False: False, True: True}
+
+    nothing = crowd.lookup([key], again=True, per_prefix=None)
+    rounds = drive(nothing, lambda peer, key: behave(peer, key, ()))
+    asked = [query.contact.peer_id for queries in rounds for query in queries]
+    assert len(asked) == len(set(asked))
+    assert nothing.searches[key].absent
+
+
 def test_ids_ground_to_lie_next_to_a_key_fill_their_networks_share_only(crowd: Crowd):
     """200 Sybils nearer to the key than anybody else, in four networks:
     at most eight count among the nearest."""
@@ -338,7 +368,7 @@ def test_dead_peers_cost_a_soft_wait_not_a_timeout(crowd: Crowd):
         alive = [peer for peer in crowd.nearest(key, 40) if peer.node_id not in dead]
         assert lookup.searches[key].nearest[:10] == alive[:10]
     assert sorted(times)[25] < 1.2
-    assert max(times) < 2.5
+    assert max(times) < 3.0
 
 
 def test_a_late_answer_still_counts():
