@@ -412,17 +412,21 @@ class Connection:
             raise FlowControlViolation(
                 f"{self.received} bytes on all streams; their credit was {self.window.limit}"
             )
-        self._payload_stream, self._payload_left, self._payload_flags = stream, length, flags
-        self._continue_payload(data)
-        return len(data)
+        size = len(data)
+        if size:
+            self._take_payload(stream, data)
+        if size == length:
+            self._end_data(stream, flags)
+        else:
+            self._payload_stream, self._payload_left, self._payload_flags = stream, length - size, flags
+        return size
 
     def _continue_payload(self, data: memoryview) -> None:
-        """All of a payload, or the part of it that this record has."""
+        """The rest, or a part of it, of a payload that began in an earlier record."""
         stream = self._payload_stream
         assert stream is not None
         self._payload_left -= len(data)
-        if data:
-            self._take_payload(stream, data)
+        self._take_payload(stream, data)
         if not self._payload_left:
             self._end_data(stream, self._payload_flags)
 

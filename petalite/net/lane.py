@@ -259,15 +259,25 @@ class Lane:
             self.flush()
 
     def _open_records(self, data: memoryview) -> None:
+        connection, opener = self.connection, self._opener
         now, position, length, size = monotonic(), 0, 0, len(data)
         while size - position >= PREFIX_BYTES:
+            begin = position + PREFIX_BYTES
             length = data[position] << 8 | data[position + 1]
             if length < _MIN_BOX_BYTES:
                 raise RemoteProtocolError(f"a record of {length} bytes is too short for its tag")
-            end = position + PREFIX_BYTES + length
+            end = begin + length
             if end > size:
                 break
-            self._open_record(data[position + PREFIX_BYTES : end], now)
+            plain_bytes = length - TAG_BYTES
+            target = connection.payload_target(plain_bytes) if plain_bytes >= ALIGNED_BYTES else None
+            if target is None:
+                plain = data[begin : end - TAG_BYTES]
+                opener.open(data[begin:end], plain)
+                connection.receive(plain, now)
+            else:
+                opener.open(data[begin:end], target)
+                connection.payload_received(plain_bytes, now)
             self.last_received, position = now, end
             if position < size and monotonic() - now > TURN_S:
                 self._aside = memoryview(bytearray(data[position:]))
@@ -281,18 +291,6 @@ class Lane:
             self._partial_rest = self._partial[rest:]
         elif rest:
             self._carry = bytes(data[position:])
-
-    def _open_record(self, box: memoryview, now: float) -> None:
-        size = len(box) - TAG_BYTES
-        connection = self.connection
-        target = connection.payload_target(size) if size >= ALIGNED_BYTES else None
-        if target is None:
-            plain = box[:size]
-            self._opener.open(box, plain)
-            connection.receive(plain, now)
-        else:
-            self._opener.open(box, target)
-            connection.payload_received(size, now)
 
     def _notify(self) -> None:
         events = self.connection.events

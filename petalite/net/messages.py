@@ -13,9 +13,10 @@ method.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum, auto
+from functools import partial
 from types import MappingProxyType
 from typing import Any, TypeAlias
 
@@ -39,6 +40,7 @@ ALIGNMENT = (
 )
 _MAX_DEADLINE_MS = 2**31
 _SCALARS = frozenset((type(None), bool, int, float, str, bytes))
+_INTEGERS, _TEXT = frozenset((int,)), frozenset((str,))
 _packer = msgpack.Packer(
     autoreset=True
 )  # its C buffer is reused; it is only used under the GIL, with no callbacks
@@ -97,13 +99,7 @@ def _flat(buffer: Buffer) -> memoryview:
 def decode_header(data: bytes | bytearray | memoryview) -> list[Any]:
     """A header whose shape is as stated above. Raises BadMessage."""
     try:
-        header = msgpack.unpackb(
-            data,
-            max_array_len=MAX_ENTRIES,
-            max_map_len=MAX_ENTRIES,
-            max_ext_len=0,
-            object_pairs_hook=_unique,
-        )
+        header = _unpack(data)
     except (ValueError, msgpack.UnpackException, RecursionError, TypeError) as error:
         raise BadMessage(f"a message header is not valid msgpack: {error}") from error
     if type(header) is not list or len(header) < 3 or type(header[0]) is not int:
@@ -113,10 +109,9 @@ def decode_header(data: bytes | bytearray | memoryview) -> list[Any]:
         raise BadMessage(f"a message header of kind {kind} has {len(header)} elements")
     if type(body) is not dict or type(sizes) is not list or len(sizes) > MAX_BUFFERS:
         raise BadMessage(f"a message's body is a map, its sizes a list of at most {MAX_BUFFERS}")
-    for size in sizes:
-        if type(size) is not int or size < 0:
-            raise BadMessage("a buffer's size is a whole number, and not negative")
-    _check(body, MAX_DEPTH)
+    if sizes and (not _INTEGERS.issuperset(map(type, sizes)) or min(sizes) < 0):
+        raise BadMessage("a buffer's size is a whole number, and not negative")
+    _check(body.values(), MAX_DEPTH)
     if kind == REQUEST:
         _check_request(header[3], header[4])
     elif kind == FAILURE and (type(header[3]) is not int or type(header[4]) is not str):
@@ -135,14 +130,24 @@ def _unique(pairs: list[tuple[Any, Any]]) -> dict[str, Any]:
     result = dict(pairs)
     if len(result) != len(pairs):
         raise BadMessage("a map has the same key twice")
-    for key in result:
-        if type(key) is not str:
-            raise BadMessage("a map's keys are text")
+    if not _TEXT.issuperset(map(type, result)):
+        raise BadMessage("a map's keys are text")
     return result
 
 
-def _check(container: Any, depth: int) -> None:
-    for item in container.values() if type(container) is dict else container:
+_unpack = partial(
+    msgpack.unpackb,
+    max_array_len=MAX_ENTRIES,
+    max_map_len=MAX_ENTRIES,
+    max_ext_len=0,
+    object_pairs_hook=_unique,
+)
+
+
+def _check(items: Iterable[Any], depth: int) -> None:
+    if _SCALARS.issuperset(map(type, items)):
+        return
+    for item in items:
         kind = type(item)
         if kind in _SCALARS:
             continue
@@ -150,7 +155,7 @@ def _check(container: Any, depth: int) -> None:
             raise BadMessage(f"a message body holds {kind.__name__}, which is not a type of messages")
         if not depth:
             raise BadMessage(f"a message body is nested more than {MAX_DEPTH} levels deep")
-        _check(item, depth - 1)
+        _check(item.values() if kind is dict else item, depth - 1)
 
 
 class MessageReader:
@@ -184,10 +189,13 @@ class MessageReader:
     def poll(self) -> tuple[list[Any], list[memoryview]] | Progress:
         """The next header and its buffers, as far as they have come. Raises BadMessage."""
         stream = self._stream
-        if self._header is None and not self._read_header():
-            return self._pending(at_boundary=not stream.buffered)
+        if self._header is None:
+            whole = self._read_header()
+            if whole is not None:
+                return whole
+            if self._header is None:
+                return self._pending(at_boundary=not stream.buffered)
         header, sizes, buffers = self._header, self._sizes, self._buffers
-        assert header is not None
         if self._padding:
             if stream.buffered < self._padding:
                 stream.need = self._padding
@@ -210,39 +218,41 @@ class MessageReader:
         stream.need = U32.size
         return header, buffers
 
-    def _read_header(self) -> bool:
+    def _read_header(self) -> tuple[list[Any], list[memoryview]] | None:
+        """Take the next header, if it is here. The usual small message comes in one chunk, which becomes its
+        buffers as it is: that message."""
         stream = self._stream
-        if stream.buffered < U32.size:
+        buffered = stream.buffered
+        if buffered < U32.size:
             stream.need = U32.size
-            return False
-        length = int.from_bytes(stream.peek(U32.size), "big")
+            return None
+        first = stream.chunks[0]
+        (length,) = U32.unpack_from(first if len(first) >= U32.size else stream.peek(U32.size))
         if length > MAX_HEADER_BYTES:
             raise BadMessage(f"a message header claims {length} bytes; the most is {MAX_HEADER_BYTES}")
         end = U32.size + length
-        if stream.buffered < end:
+        if buffered < end:
             stream.need = end
-            return False
-        whole = memoryview(stream.chunks[0])
-        if len(whole) >= end:
-            header = decode_header(whole[U32.size : end])
-        else:
-            header = decode_header(stream.peek(end)[U32.size :])
+            return None
+        view = memoryview(first)
+        header = decode_header(view[U32.size : end] if len(first) >= end else stream.peek(end)[U32.size :])
         if self.admit is not None:
             self.admit(header)
-        self._header, self._sizes = header, header[2]
-        self._padding = -end % ALIGNMENT if self._sizes else 0
-        start = end + self._padding
-        if len(whole) == stream.buffered == start + sum(self._sizes):
-            # The usual small message: one chunk, which becomes the buffers as it is.
-            for size in self._sizes:
-                self._buffers.append(whole[start : start + size])
-                start += size
-            self._padding = 0
-            self._connection.take_whole(stream)
-        else:
-            whole.release()
+        sizes = header[2]
+        padding = -end % ALIGNMENT if sizes else 0
+        start = end + padding
+        if len(first) != buffered or buffered != start + sum(sizes):
+            view.release()
             self._connection.take(stream, end)
-        return True
+            self._header, self._sizes, self._padding = header, sizes, padding
+            return None
+        buffers = []
+        for size in sizes:
+            buffers.append(view[start : start + size])
+            start += size
+        self._connection.take_whole(stream)
+        stream.need = U32.size
+        return header, buffers
 
     def _pending(self, at_boundary: bool) -> Progress:
         if self._stream.receive is not Receive.FINISHED:
