@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from functools import partial
 
-from petalite.client.hops import Reply
-from petalite.client.kept import Row
+from petalite.client.hops import Answer, Listener, Opening
 from petalite.client.model import AsyncDistributedModel, open_model
-from petalite.client.session import SessionSettings
+from petalite.client.settings import SessionSettings
 from petalite.model.cache import Segment
 from petalite.model.checkpoint import Checkpoint
 from petalite.model.compute import ComputeThread
 from petalite.model.dtypes import AUTO, compute_dtype
 from petalite.model.span import load_span
 from petalite.net.identity import PeerId
-from petalite.server.backend import Backend, wanted_outputs
+from petalite.server.backend import Backend, Rows, wanted_outputs
 from petalite.swarm.codecs import Codec, raw_codec
+from petalite.swarm.messages import FromClient, HopReport, Progress, Step, StepDone
 from petalite.swarm.routing import Hop
 from petalite.swarm.spans import Span
 
@@ -32,12 +31,15 @@ class EmbeddedServers:
     def __init__(self, backend: Backend) -> None:
         self._backend = backend
 
+    pushing = False
+
     async def plan(self, span: Span, *, fresh: bool, timeout_s: float) -> list[Hop]:
         return [Hop(HERE, span)]
 
-    async def open(self, hop: Hop, *, rows: int, max_length: int) -> EmbeddedHop:
-        opened = await self._backend.open_rows(rows, max_length, hop.span.start, hop.span.end)
-        return EmbeddedHop(self._backend, hop.span, opened)
+    async def open(self, hop: Hop, opening: Opening, listener: Listener) -> EmbeddedHop:
+        span = hop.span
+        rows = await self._backend.open_rows(opening.rows, opening.max_length, span.start, span.end)
+        return EmbeddedHop(self._backend, span, rows, listener)
 
     def failed(self, peer: PeerId, error: Exception) -> None:
         """Nobody else could do better."""
@@ -47,24 +49,34 @@ class EmbeddedServers:
 
 
 class EmbeddedHop:
-    """Rows of the backend's cache."""
+    """Rows of the backend's cache. A step is answered before its sending returns."""
 
-    def __init__(self, backend: Backend, span: Span, rows: list[int]) -> None:
+    def __init__(self, backend: Backend, span: Span, rows: Rows, listener: Listener) -> None:
         self.codec: Codec = raw_codec(backend.span.dtype)
         self._backend = backend
         self._span = span
-        self._rows = rows
+        self._rows: Rows | None = rows
+        self._listener = listener
+        self._reached = 0
 
-    async def step(self, rows: Sequence[Row], data: memoryview, output: str) -> Reply:
+    async def send(self, message: FromClient, data: memoryview | None = None) -> None:
+        assert isinstance(message, Step) and data is not None and self._rows is not None
         hidden = self.codec.decode(data, self._backend.span.config.hidden_size)
-        segments = [Segment(self._rows[row], position, n_tokens) for row, position, n_tokens in rows]
+        segments = [Segment(self._rows.numbers[row], position, n) for row, position, n in message.rows]
         outputs, timing = await self._backend.step(hidden, segments, self._span.start, self._span.end)
-        wanted = self.codec.encode(wanted_outputs(outputs, rows, output))
-        return Reply(memoryview(wanted), timing.queue_s, timing.compute_s)
+        self._reached = max(self._reached, message.number)
+        hops = (HopReport(timing.queue_s * 1e3, timing.compute_s * 1e3),)
+        done = StepDone(message.rows, self.codec.name, message.number, message.epoch, hops)
+        wanted = self.codec.encode(wanted_outputs(outputs, message.rows, message.output))
+        self._listener.answered(Answer(done, memoryview(wanted)))
+
+    async def probe(self) -> Progress:
+        return Progress(self._reached, self._reached)
 
     def close(self) -> None:
-        rows, self._rows = self._rows, []
-        self._backend.drop_rows(rows)
+        rows, self._rows = self._rows, None
+        if rows is not None:
+            self._backend.drop_rows(rows)
 
 
 async def open_embedded(

@@ -9,9 +9,10 @@ Every message says what was found, what was expected, and what to do.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from enum import IntEnum
-from typing import ClassVar
+from types import MappingProxyType
+from typing import Any, ClassVar
 
 
 class ErrorCode(IntEnum):
@@ -54,6 +55,16 @@ class PetaliteError(Exception):
     """Root of everything petalite raises on purpose."""
 
     code: ClassVar[ErrorCode] = ErrorCode.INTERNAL
+
+    def details(self) -> dict[str, Any]:
+        """What travels beside the text, in msgpack's types."""
+        return {}
+
+    @classmethod
+    def from_details(cls, text: str, details: Mapping[str, Any]) -> PetaliteError:
+        """From what travelled. The details are a peer's word: whatever is wrong in them counts as absent."""
+        del details
+        return cls(text)
 
 
 # -- what a caller got wrong -----------------------------------------------------------------------
@@ -240,9 +251,22 @@ class SessionLimit(RemoteError):
 
 
 class Busy(RemoteError):
-    """The server has no room now."""
+    """The server has no room now. `retry_after_s` is its guess of when it will; None: never."""
 
     code = ErrorCode.BUSY
+
+    def __init__(self, message: str, retry_after_s: float | None = None) -> None:
+        super().__init__(message)
+        self.retry_after_s = retry_after_s
+
+    def details(self) -> dict[str, Any]:
+        return {} if self.retry_after_s is None else {"retry_after_s": self.retry_after_s}
+
+    @classmethod
+    def from_details(cls, text: str, details: Mapping[str, Any]) -> Busy:
+        retry_after_s = details.get("retry_after_s")
+        is_time = isinstance(retry_after_s, float) and 0 <= retry_after_s < float("inf")
+        return cls(text, retry_after_s if is_time else None)
 
 
 class BadTensor(RemoteError):
@@ -270,12 +294,12 @@ def _by_code() -> dict[int, type[PetaliteError]]:
 _BY_CODE = _by_code()
 
 
-def from_wire(code: int, text: str) -> PetaliteError:
-    """The exception that a peer's (code, text) stands for; an unknown code is a plain `RemoteError`."""
+def from_wire(code: int, text: str, details: Mapping[str, Any] = MappingProxyType({})) -> PetaliteError:
+    """The exception that a peer's code and text stand for; an unknown code is a plain `RemoteError`."""
     cls = _BY_CODE.get(code)
     if cls is None:
         return RemoteError(text or f"the peer failed with code {code}")
-    return cls(text or cls.__doc__ or cls.__name__)
+    return cls.from_details(text or cls.__doc__ or cls.__name__, details)
 
 
 def code_of(error: BaseException) -> ErrorCode:

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from contextlib import AsyncExitStack
 
 from petalite.client.model import AsyncDistributedModel
-from petalite.client.session import SessionSettings
+from petalite.client.settings import SessionSettings
 from petalite.client.swarm import Swarm
 from petalite.client.sync import DistributedModel, LoopThread
 from petalite.embedded import open_embedded

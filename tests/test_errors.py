@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 
 from petalite import errors
@@ -26,6 +28,23 @@ def test_a_code_comes_back_as_its_class(cls: type[PetaliteError]) -> None:
     assert type(error) is cls
     assert str(error) == "what was found"
     assert code_of(error) is cls.code
+
+
+def test_busy_says_when_to_try_again() -> None:
+    error = errors.Busy("full", retry_after_s=7.5)
+    back = from_wire(error.code, str(error), error.details())
+    assert isinstance(back, errors.Busy)
+    assert back.retry_after_s == 7.5
+    assert errors.Busy("never").details() == {}
+
+
+@pytest.mark.parametrize(
+    "lie", [{}, {"retry_after_s": "x"}, {"retry_after_s": -1.0}, {"retry_after_s": math.nan}]
+)
+def test_wrong_details_count_as_absent(lie: dict[str, object]) -> None:
+    back = from_wire(ErrorCode.BUSY, "full", lie)
+    assert isinstance(back, errors.Busy)
+    assert back.retry_after_s is None
 
 
 def test_a_finer_local_class_travels_as_its_parent() -> None:

@@ -47,7 +47,7 @@ def test_greedy_over_three_servers_equals_transformers(
     for prompt_ids, expected in smollm2_greedy:
         generation = model.generate(prompt_ids, max_new_tokens=len(expected))
         assert generation.token_ids == expected
-        assert [str(hop.span) for hop in generation.trace.steps[-1]] == list(SPANS)
+        assert [str(hop.span) for hop in generation.trace.steps[-1].hops] == list(SPANS)
 
 
 def test_chat_stops_at_the_end_of_the_turn(model: DistributedModel) -> None:
@@ -127,7 +127,7 @@ def test_a_server_killed_in_mid_generation_changes_nothing(tiny: Path, killed_af
                     victim = session.session.chain[1].peer
                     servers[victim].kill()
             assert session.token_ids[len(prompt) :] == expected[:-1]
-            assert [recovery.lost for recovery in session.trace.recoveries] == [victim]
+            assert [recovery.lost for recovery in session.trace.recoveries] == [(victim,)]
 
 
 async def test_leaving_a_stream_early_frees_the_servers(smollm2: Path, swarm: Multiaddr) -> None:

@@ -6,33 +6,65 @@ this very process (`petalite.embedded`). A session does not know which.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from petalite.client.kept import Row
+from petalite.errors import PetaliteError
 from petalite.net.identity import PeerId
 from petalite.swarm.codecs import Codec
+from petalite.swarm.messages import FromClient, Progress, StepDone, Successor
 from petalite.swarm.routing import Hop
 from petalite.swarm.spans import Span
 
 
 @dataclass(frozen=True, slots=True)
-class Reply:
-    """A hop's answer to a step: the outputs asked for, in its codec, and its own account of the time."""
+class Answer:
+    """A hop's answer to a step: the outputs asked for, in the codec that `done` names."""
 
+    done: StepDone
     data: memoryview
-    queue_s: float
-    compute_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class Opening:
+    """What a session asks of one hop."""
+
+    rows: int
+    max_length: int
+    token: bytes | None  # of whoever may push to it; None: the client alone
+    successor: Successor | None  # whom it pushes to; None: it answers the client
+    wait_s: float = 0.0  # in line, where there is no room now
+
+
+class Listener(Protocol):
+    """Who hears of what happens at an open hop, on the event loop."""
+
+    def answered(self, answer: Answer) -> None: ...
+
+    def link_down(self, epoch: int, reason: str) -> None:
+        """The hop cannot push to its successor."""
+        ...
+
+    def lost(self, error: PetaliteError) -> None:
+        """The session there is over; said once, and nothing after it."""
+        ...
 
 
 class OpenHop(Protocol):
     """A session that one hop has reserved room for."""
 
     @property
-    def codec(self) -> Codec: ...
+    def codec(self) -> Codec:
+        """What it answers in and is best sent."""
+        ...
 
-    async def step(self, rows: Sequence[Row], data: memoryview, output: str) -> Reply: ...
+    async def send(self, message: FromClient, data: memoryview | None = None) -> None:
+        """Steps leave in the order of the calls. Raises NetworkError or RemoteError."""
+        ...
+
+    async def probe(self) -> Progress:
+        """Ask how far it is."""
+        ...
 
     def close(self) -> None:
         """Let the hop free everything; waits for nothing, so it also serves while being cancelled."""
@@ -42,11 +74,16 @@ class OpenHop(Protocol):
 class Servers(Protocol):
     """Where a session gets its hops from, and whom it tells how they fared."""
 
+    @property
+    def pushing(self) -> bool:
+        """Whether hops push to each other (the ring), or every edge passes the client (the star)."""
+        ...
+
     async def plan(self, span: Span, *, fresh: bool, timeout_s: float) -> list[Hop]:
         """A chain over `span`. Raises MissingBlocks if none exists until the time is up."""
         ...
 
-    async def open(self, hop: Hop, *, rows: int, max_length: int) -> OpenHop: ...
+    async def open(self, hop: Hop, opening: Opening, listener: Listener) -> OpenHop: ...
 
     def failed(self, peer: PeerId, error: Exception) -> None: ...
 

@@ -15,7 +15,8 @@ import torch
 from petalite.client.generation import LENGTH, STOP, Generation, TokenSession, generate_tokens
 from petalite.client.hops import Servers
 from petalite.client.sampling import Choice, Sampling
-from petalite.client.session import Session, SessionSettings
+from petalite.client.session import Session
+from petalite.client.settings import SessionSettings
 from petalite.errors import InvalidArgument
 from petalite.model.checkpoint import Checkpoint
 from petalite.model.compute import ComputeThread

@@ -4,12 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import random
-import time
-from collections.abc import Sequence
 
-from petalite.client.hops import Reply
-from petalite.client.kept import Row
-from petalite.errors import BadMessage, ConnectionLost, MissingBlocks
+from petalite.client.hops import Answer, Listener, Opening
+from petalite.errors import BadMessage, ConnectionLost, IdleClosed, MissingBlocks, PetaliteError
 from petalite.net.host import Host
 from petalite.net.identity import PeerId
 from petalite.net.messages import Message
@@ -19,8 +16,23 @@ from petalite.net.streams import Priority
 from petalite.swarm.bans import Bans
 from petalite.swarm.codecs import Codec, codec_named
 from petalite.swarm.directory import Directory, ServerEntry
-from petalite.swarm.messages import NONE, SESSION_METHOD, OpenSession, SessionOpened, Step, StepDone
-from petalite.swarm.routing import Candidate, Hop, find_chain, star_link
+from petalite.swarm.messages import (
+    DECODE_TOKENS,
+    FROM_SERVER,
+    SESSION_METHOD,
+    FromClient,
+    FromServer,
+    LinkDown,
+    OpenSession,
+    Probe,
+    Progress,
+    SessionOpened,
+    Step,
+    StepDone,
+    read,
+    write,
+)
+from petalite.swarm.routing import Candidate, Hop, LinkCost, find_chain, ring_link, star_link
 from petalite.swarm.spans import Span
 
 FRESH_S = 10.0  # a directory read so recently serves a new session
@@ -28,20 +40,23 @@ UNKNOWN_RTT_S = 0.1  # of a server never connected to
 HOP_S = 0.001  # what software costs per hop, beside the link
 POLL_S = 0.5  # between looks for a server of missing blocks; grows to POLL_MOST_S
 POLL_MOST_S = 5.0
-BULK_TOKENS = 16  # a step of more is a prefill, and gives way to decode steps
 
 
 class SwarmServers:
     """Implements `hops.Servers` over a host and a directory."""
 
-    def __init__(self, host: Host, directory: Directory, bans: Bans | None = None) -> None:
+    def __init__(
+        self, host: Host, directory: Directory, bans: Bans | None = None, *, pushing: bool = True
+    ) -> None:
+        """`pushing`: servers push to each other (the ring); else every edge passes the client (the star)."""
+        self.pushing = pushing
         self._host = host
         self._directory = directory
         self._bans = bans or Bans()
 
     async def plan(self, span: Span, *, fresh: bool, timeout_s: float) -> list[Hop]:
         """The cheapest chain over `span` now; waits for missing blocks until the time is up."""
-        deadline_s = time.monotonic() + timeout_s
+        deadline_s = asyncio.get_running_loop().time() + timeout_s
         pause_s = POLL_S
         if fresh or self._directory.age_s > FRESH_S:
             await self._directory.refresh(timeout_s=max(timeout_s, 1.0))
@@ -49,27 +64,38 @@ class SwarmServers:
             try:
                 return self._chain(span)
             except MissingBlocks:
-                left_s = deadline_s - time.monotonic()
+                left_s = deadline_s - asyncio.get_running_loop().time()
                 if left_s <= 0:
                     raise
             await asyncio.sleep(min(pause_s, left_s))
             pause_s = min(2 * pause_s, POLL_MOST_S)
-            await self._directory.refresh(timeout_s=max(deadline_s - time.monotonic(), 1.0))
+            await self._directory.refresh(timeout_s=max(deadline_s - asyncio.get_running_loop().time(), 1.0))
 
-    async def open(self, hop: Hop, *, rows: int, max_length: int) -> RemoteHop:
-        request = OpenSession(self._directory.model_id, hop.span.start, hop.span.end, rows, max_length)
+    async def open(self, hop: Hop, opening: Opening, listener: Listener) -> RemoteHop:
+        request = OpenSession(
+            self._directory.model_id,
+            hop.span.start,
+            hop.span.end,
+            opening.rows,
+            opening.max_length,
+            opening.token,
+            opening.successor,
+            opening.wait_s,
+        )
         call = await self._host.open(hop.peer, SESSION_METHOD, encode(request), priority=Priority.INTERACTIVE)
         try:
-            opened = decode(SessionOpened, _answer(await call.receive()).body)
-            return RemoteHop(call, codec_named(opened.codec))
+            message = await call.receive()
+            if message is None:
+                raise ConnectionLost("the server ended the session unasked")
+            return RemoteHop(call, codec_named(decode(SessionOpened, message.body).codec), listener)
         except BaseException:
             call.end()
             raise
 
     def failed(self, peer: PeerId, error: Exception) -> None:
         # A server that is full or leaving did nothing wrong, but asking it again at once is no use either.
-        del error
-        self._bans.failed(peer, time.monotonic())
+        if not isinstance(error, IdleClosed):
+            self._bans.failed(peer, asyncio.get_running_loop().time())
 
     def succeeded(self, peer: PeerId) -> None:
         self._bans.succeeded(peer)
@@ -77,11 +103,12 @@ class SwarmServers:
     def _chain(self, span: Span) -> list[Hop]:
         candidates = [self._candidate(entry) for entry in self._directory.servers]
         random.shuffle(candidates)  # equal clients spread over equal servers
-        return find_chain(candidates, span, star_link(self._one_way_s, HOP_S))
+        link: LinkCost = (ring_link if self.pushing else star_link)(self._one_way_s, HOP_S)
+        return find_chain(candidates, span, link)
 
     def _candidate(self, entry: ServerEntry) -> Candidate:
         self._host.book.add(entry.peer, entry.addresses)
-        penalty_s = self._bans.penalty_s(entry.peer, time.monotonic())
+        penalty_s = self._bans.penalty_s(entry.peer, asyncio.get_running_loop().time())
         return Candidate(entry.peer, entry.record.span, entry.record.block_ms / 1e3, penalty_s)
 
     def _one_way_s(self, peer: PeerId) -> float:
@@ -89,30 +116,51 @@ class SwarmServers:
 
 
 class RemoteHop:
-    """A session at a server, over one stream. Giving up a step closes it: the answer may still come."""
+    """A session at a server, over one stream, which a task reads until the session ends."""
 
-    def __init__(self, call: Call, codec: Codec) -> None:
+    def __init__(self, call: Call, codec: Codec, listener: Listener) -> None:
         self.codec = codec
         self._call = call
+        self._listener = listener
+        self._probed: asyncio.Future[Progress] | None = None
+        self._reading = asyncio.create_task(self._read())
 
-    async def step(self, rows: Sequence[Row], data: memoryview, output: str) -> Reply:
-        try:
-            await self._call.send(encode(Step(tuple(rows), self.codec.name, output)), [data])
-            message = _answer(await self._call.receive())
-        except BaseException:
-            self.close()
-            raise
-        done = decode(StepDone, message.body)
-        if len(message.buffers) != (output != NONE):
-            raise BadMessage(f"asked for {output} outputs, found {len(message.buffers)} buffers")
-        answer = message.buffers[0] if message.buffers else memoryview(b"")
-        return Reply(memoryview(answer), done.queue_ms / 1e3, done.compute_ms / 1e3)
+    async def send(self, message: FromClient, data: memoryview | None = None) -> None:
+        if isinstance(message, Step):
+            longest = max(n_tokens for _, _, n_tokens in message.rows)
+            self._call.priority = Priority.INTERACTIVE if longest <= DECODE_TOKENS else Priority.BULK
+        await self._call.send(write(message), [] if data is None else [data])
+
+    async def probe(self) -> Progress:
+        if self._probed is None or self._probed.done():
+            self._probed = asyncio.get_running_loop().create_future()
+            await self.send(Probe())
+        return await asyncio.shield(self._probed)
 
     def close(self) -> None:
+        self._reading.cancel()
         self._call.end()
+        if self._probed is not None:
+            self._probed.cancel()
 
+    async def _read(self) -> None:
+        error: PetaliteError = ConnectionLost("the server ended the session unasked")
+        try:
+            while (message := await self._call.receive()) is not None:
+                self._heard(read(FROM_SERVER, message.body), message)
+        except PetaliteError as failure:
+            error = failure
+        self._listener.lost(error)
 
-def _answer(message: Message | None) -> Message:
-    if message is None:
-        raise ConnectionLost("the server closed the session")
-    return message
+    def _heard(self, said: FromServer, message: Message) -> None:
+        match said:
+            case StepDone():
+                if len(message.buffers) > 1:
+                    raise BadMessage(f"an answer carries one buffer, found {len(message.buffers)}")
+                data = memoryview(message.buffers[0]) if message.buffers else memoryview(b"")
+                self._listener.answered(Answer(said, data))
+            case LinkDown():
+                self._listener.link_down(said.epoch, said.reason)
+            case Progress():
+                if self._probed is not None and not self._probed.done():
+                    self._probed.set_result(said)

@@ -7,7 +7,7 @@ from contextlib import AsyncExitStack
 
 from petalite.client.model import AsyncDistributedModel, open_model
 from petalite.client.servers import SwarmServers
-from petalite.client.session import SessionSettings
+from petalite.client.settings import RING, SessionSettings
 from petalite.errors import InvalidArgument
 from petalite.model.checkpoint import Checkpoint
 from petalite.model.compute import ComputeThread
@@ -70,7 +70,8 @@ class Swarm:
         async def servers(checkpoint: Checkpoint, thread: ComputeThread) -> SwarmServers:
             span = Span(0, checkpoint.config.n_blocks)
             directory = Directory(self._peer.dht, checkpoint.model_id(name), span)
-            return SwarmServers(self._peer.host, directory, self._bans)
+            pushing = settings.route == RING
+            return SwarmServers(self._peer.host, directory, self._bans, pushing=pushing)
 
         model = await open_model(path_or_repo, servers, dtype=dtype, settings=settings)
         self._models.push_async_callback(model.close)

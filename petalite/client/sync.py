@@ -54,14 +54,25 @@ class LoopThread:
 
     def iterate(self, source: AsyncGenerator[T, None]) -> Iterator[T]:
         """The items of an async generator, which is closed when the iteration here ends, early or not."""
+        # An interrupt can come after an item was asked for and before anybody waits for it.
+        one_at_a_time = asyncio.Lock()
+
+        async def next_item() -> T:
+            async with one_at_a_time:
+                return await anext(source)
+
+        async def close() -> None:
+            async with one_at_a_time:
+                await source.aclose()
+
         try:
             while True:
                 try:
-                    yield self.run(anext(source))
+                    yield self.run(next_item())
                 except StopAsyncIteration:
                     return
         finally:
-            self.run(source.aclose())
+            self.run(close())
 
     def close(self) -> None:
         """Stop the loop and its thread. A second call does nothing."""

@@ -13,21 +13,33 @@ KEPT_STEPS = 4096  # older steps are forgotten
 
 @dataclass(frozen=True, slots=True)
 class HopTiming:
-    """One step at one hop: seconds as the client saw them, and the hop's own account."""
+    """One hop's own account of one step, seconds."""
 
     peer: PeerId
     span: Span
-    total_s: float
     queue_s: float
     compute_s: float
 
 
 @dataclass(frozen=True, slots=True)
+class StepTiming:
+    """One step through the chain. What `total_s` has beyond the hops' accounts, links and software took."""
+
+    n_tokens: int
+    total_s: float  # as the client saw it
+    hops: tuple[HopTiming, ...]
+
+    @property
+    def links_s(self) -> float:
+        return self.total_s - sum(hop.queue_s + hop.compute_s for hop in self.hops)
+
+
+@dataclass(frozen=True, slots=True)
 class Recovery:
-    """One hop replaced."""
+    """Hops replaced."""
 
     span: Span
-    lost: PeerId
+    lost: tuple[PeerId, ...]
     replacements: tuple[PeerId, ...]
     replayed_tokens: int
     seconds: float  # from noticing the failure until the replacement could take the repeated step
@@ -38,5 +50,5 @@ class Recovery:
 class Trace:
     """Of one session, oldest first."""
 
-    steps: deque[tuple[HopTiming, ...]] = field(default_factory=lambda: deque(maxlen=KEPT_STEPS))
+    steps: deque[StepTiming] = field(default_factory=lambda: deque(maxlen=KEPT_STEPS))
     recoveries: list[Recovery] = field(default_factory=list)

@@ -147,7 +147,7 @@ class Call:
             return None
         header, buffers = received
         if header[0] == FAILURE:
-            raise self._failed(from_wire(header[3], header[4]))
+            raise self._failed(from_wire(header[3], header[4], header[1]))
         return Message(header[1], buffers)
 
     async def finish(self) -> None:
@@ -419,5 +419,5 @@ class Call:
         if self._stream.send is not Send.OPEN or isinstance(self._error, ConnectionLost):
             return
         text = str(error)[:1000]
-        header = [FAILURE, {}, None, int(code_of(error)), text]
+        header = [FAILURE, error.details(), None, int(code_of(error)), text]
         self._lane.write(self._stream, messages.encode(header, ()), fin=True)

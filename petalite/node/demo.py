@@ -20,7 +20,7 @@ from petalite.net.identity import PeerId
 from petalite.node.console import out, progress
 from petalite.node.processes import NodeProcess, bootstrap_node, serve_node
 from petalite.node.smollm2 import smollm2_folder
-from petalite.node.talk import hop_rows
+from petalite.node.talk import describe_recovery, hop_table
 
 SPANS = ("0:10", "10:20", "20:30", "8:22")  # the second and the fourth can stand in for each other
 FIRST = "What is the capital of France?"
@@ -69,7 +69,7 @@ def run() -> int:
     out.rule("what held")
     recovered = [recovery.lost for recovery in second.trace.recoveries]
     checks(second.killed is not None, "a server was killed with SIGKILL in the middle of the second answer")
-    checks(recovered == [second.killed], "the session replaced that server, no other, and went on")
+    checks(recovered == [(second.killed,)], "the session replaced that server, no other, and went on")
     with out.status("the same questions, the whole model in one process"):
         same = compare(folder, [first, second])
     for answer, held in zip((first, second), same, strict=True):
@@ -128,15 +128,9 @@ def compare(folder: str, answers: list[Answer]) -> list[bool]:
 
 def show_times(trace: Trace) -> None:
     """Time per hop, before and after the kill, and of the recovery."""
-    table = Table("hop", "blocks", "steps", "ms per step", "of it computing", box=None)
-    for row in hop_rows(trace):
-        table.add_row(*row)
-    out.print(table)
+    out.print(hop_table(trace))
     for recovery in trace.recoveries:
-        out.print(
-            f"recovery: {recovery.seconds * 1e3:.0f} ms from noticing {recovery.lost.short()} gone to a "
-            f"replacement with {recovery.replayed_tokens} tokens replayed ({recovery.cause})"
-        )
+        out.print(describe_recovery(recovery))
 
 
 def _chat(question: str) -> list[dict[str, str]]:

@@ -10,9 +10,9 @@ from statistics import median
 from rich.table import Table
 
 import petalite
-from petalite.client.session import SessionSettings
+from petalite.client.settings import SessionSettings
 from petalite.client.sync import DistributedModel
-from petalite.client.trace import HopTiming, Trace
+from petalite.client.trace import HopTiming, Recovery, Trace
 from petalite.node.console import err, out
 from petalite.node.settings import GenerationOptions, ModelSource
 from petalite.swarm.peer import load_swarm_key
@@ -76,32 +76,35 @@ def chat(source: ModelSource, system: str | None, options: GenerationOptions) ->
 
 def show_trace(trace: Trace, seconds: float) -> None:
     """Where the time of a generation went, on standard error."""
-    table = Table("server", "blocks", "steps", "ms per step", "of it computing", box=None)
-    for row in hop_rows(trace):
-        table.add_row(*row)
-    err.print(table)
+    err.print(hop_table(trace))
     for recovery in trace.recoveries:
-        err.print(
-            f"replaced {recovery.lost.short()} (blocks {recovery.span}) in {recovery.seconds:.2f} s, "
-            f"{recovery.replayed_tokens} tokens replayed: {recovery.cause}"
-        )
-    tokens = len(trace.steps)
-    err.print(f"{tokens} steps in {seconds:.2f} s, prompt included")
+        err.print(describe_recovery(recovery))
+    err.print(f"{len(trace.steps)} steps in {seconds:.2f} s, prompt included")
 
 
-def hop_rows(trace: Trace) -> list[tuple[str, ...]]:
-    """For a table: per hop that the decode steps went through, medians of the time it took."""
+def hop_table(trace: Trace) -> Table:
+    """Medians over the decode steps, milliseconds: each hop's own account, and what lies between the hops."""
+    table = Table("server", "blocks", "steps", "waiting ms", "computing ms", box=None)
+    decodes = [step for step in trace.steps if step.n_tokens == 1]
     hops: dict[tuple[str, str], list[HopTiming]] = {}
-    for step in list(trace.steps)[1:]:  # the first is the prompt's
-        for hop in step:
+    for step in decodes:
+        for hop in step.hops:
             hops.setdefault((hop.peer.short(), str(hop.span)), []).append(hop)
-    return [
-        (
-            peer,
-            span,
-            str(len(timings)),
-            f"{median(timing.total_s for timing in timings) * 1e3:.2f}",
-            f"{median(timing.compute_s for timing in timings) * 1e3:.2f}",
-        )
-        for (peer, span), timings in hops.items()
-    ]
+    for (peer, span), timings in hops.items():
+        waiting = median(timing.queue_s for timing in timings) * 1e3
+        computing = median(timing.compute_s for timing in timings) * 1e3
+        table.add_row(peer, span, str(len(timings)), f"{waiting:.2f}", f"{computing:.2f}")
+    if decodes:
+        links = median(step.links_s for step in decodes) * 1e3
+        total = median(step.total_s for step in decodes) * 1e3
+        table.add_row("links and software", "", str(len(decodes)), f"{links:.2f}", "")
+        table.add_row("whole step", "", str(len(decodes)), f"{total:.2f}", "")
+    return table
+
+
+def describe_recovery(recovery: Recovery) -> str:
+    lost = " and ".join(peer.short() for peer in recovery.lost)
+    return (
+        f"replaced {lost} (blocks {recovery.span}) in {recovery.seconds * 1e3:.0f} ms, "
+        f"{recovery.replayed_tokens} tokens replayed: {recovery.cause}"
+    )

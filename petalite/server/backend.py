@@ -1,88 +1,264 @@
-"""A span of blocks and its KV cache behind one compute thread.
+"""A span of blocks and its KV cache behind one compute thread, which the scheduler keeps in work.
 
-Every touch of the blocks and the cache happens on that thread, in the order it was asked for, so neither
-needs a lock. Room for a session's keys and values is reserved when its rows are opened, against a budget.
-Knows no peer and no socket: `petalite.load(peers=None)` runs a whole model through it in one process.
+Sessions ask for steps; ready steps of the same blocks run in one pass over the weights. Every touch of the
+blocks and the cache happens on the compute thread, in order, so neither needs a lock. A step that fails,
+fails alone. Knows no peer but as a name to be fair to, and no socket: `petalite.load(peers=None)` runs a
+whole model through it.
 """
 
 from __future__ import annotations
 
+import asyncio
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 
-from petalite.errors import Busy
+from petalite.errors import DeadlineExceeded, NotFinite, ShuttingDown
 from petalite.model.cache import Segment
 from petalite.model.compute import ComputeThread
 from petalite.model.span import BlockSpan
-from petalite.swarm.messages import ALL, NONE
+from petalite.server.budget import Budget
+from petalite.server.scheduler import Kind, Part, Request, Scheduler, SchedulerSettings
+from petalite.swarm.messages import ALL, DECODE_TOKENS, NONE
+
+_CLOSED = "the blocks that were to compute this are closed"
 
 
 @dataclass(frozen=True, slots=True)
 class Timing:
     """What one step cost here, seconds."""
 
-    queue_s: float  # from asking until the thread took it up
-    compute_s: float
+    queue_s: float  # from asking until the thread first took it up
+    compute_s: float  # of the passes it was in
+
+
+@dataclass(slots=True, eq=False)
+class _Work:
+    """A step under way."""
+
+    hidden: torch.Tensor
+    segments: Sequence[Segment]
+    start: int
+    end: int
+    asked_s: float
+    answer: asyncio.Future[tuple[torch.Tensor, Timing]]
+    done_tokens: int = 0
+    outputs: list[torch.Tensor] = field(default_factory=list)
+    began_s: float = 0.0
+    compute_s: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class _Pass:
+    seconds: float
+    errors: list[tuple[Part[_Work], Exception]]
+
+
+@dataclass(frozen=True, slots=True)
+class Rows:
+    """Cache rows of one session, and the budget that they hold."""
+
+    numbers: tuple[int, ...]
+    reserved_bytes: int
 
 
 class Backend:
-    """The one owner of `span` and its cache."""
+    """The one owner of `span` and its cache. Used from one event loop."""
 
-    def __init__(self, span: BlockSpan, *, cache_tokens: int, thread: ComputeThread) -> None:
+    def __init__(
+        self,
+        span: BlockSpan,
+        *,
+        cache_tokens: int,
+        thread: ComputeThread,
+        settings: SchedulerSettings = SchedulerSettings(),
+    ) -> None:
         """`cache_tokens`: room for so many over the whole span. The thread stays its owner's to close."""
         self.span = span
         self._thread = thread
         self._cache = span.new_cache()
-        self._cache_bytes = self._cache.row_bytes(cache_tokens)
+        self.budget = Budget(self._cache.row_bytes(cache_tokens))
+        self._scheduler: Scheduler[_Work] = Scheduler(settings)
+        self._computing = False
 
     def free_tokens(self) -> int:
-        """How many more tokens over the whole span the budget has room for. A reading, not a promise."""
-        return max(0, self._cache_bytes - self._cache.reserved_bytes) // self._cache.row_bytes(1)
+        """How many more tokens over the whole span the budget has room for."""
+        return self.budget.free_bytes // self._cache.row_bytes(1)
 
-    async def open_rows(self, count: int, max_length: int, start: int, end: int) -> list[int]:
-        """Reserve `count` cache rows over blocks [start, end). Raises Busy where the budget has no room."""
-        return await self._thread.run(self._open_rows, count, max_length, start, end)
+    @property
+    def waiting_tokens(self) -> int:
+        """Of all sessions' steps that have not begun, or not ended."""
+        return self._scheduler.waiting_tokens
+
+    # -- rows --------------------------------------------------------------------------------------------
+
+    async def open_rows(
+        self, count: int, max_length: int, start: int, end: int, *, extra_bytes: int = 0, wait_s: float = 0.0
+    ) -> Rows:
+        """Reserve `count` cache rows over blocks [start, end), and `extra_bytes` beside them.
+
+        Waits in line for at most `wait_s`. Raises Busy where there is no room by then.
+        """
+        nbytes = count * self._cache.row_bytes(max_length, start, end) + extra_bytes
+        await self.budget.reserve(nbytes, wait_s)
+        try:
+            numbers = await self._thread.run(self._open_rows, count, max_length, start, end)
+        except BaseException:
+            self.budget.release(nbytes)
+            raise
+        return Rows(tuple(numbers), nbytes)
+
+    def drop_rows(self, rows: Rows) -> None:
+        """Free them once the thread gets to it; waits for nothing. A closed thread's rows went with it."""
+        self.budget.release(rows.reserved_bytes)
+        if not self._thread.closed:
+            self._thread.run(self._drop_rows, rows.numbers)
+
+    def _open_rows(self, count: int, max_length: int, start: int, end: int) -> list[int]:
+        return [self._cache.open_row(max_length, start, end) for _ in range(count)]
+
+    def _drop_rows(self, numbers: Sequence[int]) -> None:
+        for number in numbers:
+            self._cache.drop(number)
+
+    # -- steps -------------------------------------------------------------------------------------------
 
     async def step(
-        self, hidden: torch.Tensor, segments: Sequence[Segment], start: int, end: int
+        self,
+        hidden: torch.Tensor,
+        segments: Sequence[Segment],
+        start: int,
+        end: int,
+        *,
+        peer: Hashable = None,
+        timeout_s: float = float("inf"),
     ) -> tuple[torch.Tensor, Timing]:
         """hidden (T, E) through blocks [start, end) -> (T, E), the caches of the segments' rows extended.
 
-        Raises what `BlockSpan.forward` raises, and then leaves every row as it was.
+        Raises what `BlockSpan.forward` raises, NotFinite, or DeadlineExceeded if it has not begun in time.
+        A step of many tokens may run in several passes; one that fails in the middle leaves its rows cut
+        there.
         """
-        asked_s = time.perf_counter()
-        return await self._thread.run(self._step, hidden, segments, start, end, asked_s)
+        now_s = time.perf_counter()
+        answer: asyncio.Future[tuple[torch.Tensor, Timing]] = asyncio.get_running_loop().create_future()
+        work = _Work(hidden, segments, start, end, now_s, answer)
+        longest = max(segment.n_tokens for segment in segments)
+        kind = Kind.DECODE if longest <= DECODE_TOKENS else Kind.PREFILL
+        request = Request(work, kind, (start, end), peer, len(hidden), deadline_s=now_s + timeout_s)
+        self._scheduler.add(request)
+        self._pump()
+        try:
+            return await answer
+        except asyncio.CancelledError:
+            self._scheduler.remove(request)
+            raise
 
-    def drop_rows(self, rows: Sequence[int]) -> None:
-        """Free them once the thread gets to it; waits for nothing. A closed thread's rows went with it."""
-        if rows and not self._thread.closed:
-            self._thread.run(self._drop_rows, rows)
+    def _pump(self) -> None:
+        """Give the idle thread its next pass."""
+        if self._computing:
+            return
+        for late in self._scheduler.expired(time.perf_counter()):
+            _fail(late.work, DeadlineExceeded("the server was too busy to begin the step in time"))
+        while parts := self._scheduler.next_batch():
+            if not self._thread.closed:
+                break
+            for part in parts:
+                _fail(part.request.work, ShuttingDown(_CLOSED))
+        else:
+            return
+        self._computing = True
+        self._thread.run(self._pass, parts).add_done_callback(partial(self._passed, parts))
+
+    def _passed(self, parts: list[Part[_Work]], passed: asyncio.Future[_Pass]) -> None:
+        """A pass is over: answer whom it finished, and go on."""
+        self._computing = False
+        if passed.cancelled():
+            for part in parts:
+                _fail(part.request.work, ShuttingDown(_CLOSED))
+        else:
+            result = passed.result()
+            self._scheduler.observe(parts, result.seconds)
+            for part, error in result.errors:
+                self._scheduler.remove(part.request)
+                _fail(part.request.work, error)
+            for part in parts:
+                if not part.request.n_tokens:
+                    _finish(part.request.work)
+        self._pump()
 
     # -- on the compute thread ---------------------------------------------------------------------------
 
-    def _open_rows(self, count: int, max_length: int, start: int, end: int) -> list[int]:
-        wanted = count * self._cache.row_bytes(max_length, start, end)
-        free = self._cache_bytes - self._cache.reserved_bytes
-        if wanted > free:
-            raise Busy(
-                f"the session needs {wanted >> 20} MiB of cache, {max(free, 0) >> 20} MiB are free; "
-                f"try again later, or open it for fewer tokens"
-            )
-        return [self._cache.open_row(max_length, start, end) for _ in range(count)]
-
-    def _step(
-        self, hidden: torch.Tensor, segments: Sequence[Segment], start: int, end: int, asked_s: float
-    ) -> tuple[torch.Tensor, Timing]:
+    def _pass(self, parts: list[Part[_Work]]) -> _Pass:
+        """One forward for all; where that fails, one for each, so that only the guilty ones fail."""
         began_s = time.perf_counter()
-        output = self.span.forward(hidden, segments, self._cache, start=start, end=end)
-        return output, Timing(began_s - asked_s, time.perf_counter() - began_s)
+        errors: list[tuple[Part[_Work], Exception]] = []
+        try:
+            self._forward(parts)
+        except Exception as error:
+            if len(parts) == 1:
+                errors.append((parts[0], error))
+            else:
+                for part in parts:
+                    try:
+                        self._forward([part])
+                    except Exception as own:
+                        errors.append((part, own))
+        seconds = time.perf_counter() - began_s
+        for part in parts:
+            work = part.request.work
+            work.began_s = work.began_s or began_s
+            work.compute_s += seconds
+        return _Pass(seconds, errors)
 
-    def _drop_rows(self, rows: Sequence[int]) -> None:
-        for row in rows:
-            self._cache.drop(row)
+    def _forward(self, parts: list[Part[_Work]]) -> None:
+        first = parts[0].request.work
+        pieces = [(part.request.work, part.n_tokens) for part in parts]
+        hidden = [work.hidden[work.done_tokens : work.done_tokens + n_tokens] for work, n_tokens in pieces]
+        segments = [
+            segment for work, n_tokens in pieces for segment in cut(work.segments, work.done_tokens, n_tokens)
+        ]
+        packed = hidden[0] if len(hidden) == 1 else torch.cat([one.to(self.span.dtype) for one in hidden])
+        output = self.span.forward(packed, segments, self._cache, start=first.start, end=first.end)
+        outputs = output.split([n_tokens for _, n_tokens in pieces])  # type: ignore[no-untyped-call]
+        for given, computed in zip(hidden, outputs, strict=True):
+            check_finite(given, computed)
+        for (work, n_tokens), computed in zip(pieces, outputs, strict=True):
+            work.outputs.append(computed)
+            work.done_tokens += n_tokens
+
+
+def _fail(work: _Work, error: Exception) -> None:
+    if not work.answer.done():
+        work.answer.set_exception(error)
+
+
+def _finish(work: _Work) -> None:
+    if not work.answer.done():
+        output = work.outputs[0] if len(work.outputs) == 1 else torch.cat(work.outputs)
+        work.answer.set_result((output, Timing(work.began_s - work.asked_s, work.compute_s)))
+
+
+def cut(segments: Sequence[Segment], skip: int, take: int) -> list[Segment]:
+    """The segments of `take` packed tokens after the first `skip`."""
+    parts = []
+    for segment in segments:
+        first, last = min(skip, segment.n_tokens), min(skip + take, segment.n_tokens)
+        if last > first:
+            parts.append(Segment(segment.row, segment.position + first, last - first))
+        skip = max(0, skip - segment.n_tokens)
+        take -= last - first
+    return parts
+
+
+def check_finite(given: torch.Tensor, computed: torch.Tensor) -> None:
+    """Raises NotFinite, saying whether the numbers came in broken or broke here."""
+    if not torch.isfinite(computed).all():
+        if torch.isfinite(given).all():
+            raise NotFinite("these blocks made NaN or Inf of hidden states that had none")
+        raise NotFinite("the hidden states that came in have NaN or Inf; whoever sent them computes wrongly")
 
 
 def wanted_outputs(output: torch.Tensor, rows: Sequence[tuple[int, ...]], which: str) -> torch.Tensor:

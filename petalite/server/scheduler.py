@@ -21,8 +21,6 @@ from typing import Generic, TypeVar
 
 W = TypeVar("W")
 
-DECODE_TOKENS = 16  # a request of no more tokens per row is a decode step, or a draft to verify
-
 
 class Kind(IntEnum):
     """The classes of work, most urgent first."""

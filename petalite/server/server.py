@@ -11,11 +11,12 @@ from dataclasses import dataclass
 import torch
 
 from petalite.dht.announcements import Announcement
-from petalite.errors import InvalidArgument, NetworkError
+from petalite.errors import InvalidArgument, NetworkError, Unreachable
 from petalite.model.checkpoint import Checkpoint
 from petalite.model.compute import ComputeThread
 from petalite.model.dtypes import AUTO, compute_dtype
 from petalite.model.span import BlockSpan, load_span
+from petalite.net.identity import PeerId
 from petalite.server.backend import Backend
 from petalite.server.memory import available_bytes, block_bytes
 from petalite.server.sessions import SessionService
@@ -53,6 +54,8 @@ class BlockServer:
         self.checkpoint = checkpoint
         self.settings = settings
         self.model_id = checkpoint.model_id(settings.name)
+        everything = Span(0, checkpoint.config.n_blocks)
+        self.directory = Directory(peer.dht, self.model_id, everything)  # as of the last look
         self._closing = AsyncExitStack()
 
     async def start(self, progress: Progress | None = None) -> None:
@@ -64,8 +67,7 @@ class BlockServer:
             blocks = await self.thread.run(self._load, progress)
             self.block_s = await self.thread.run(block_seconds, blocks)
             self.backend = Backend(blocks, cache_tokens=self.settings.cache_tokens, thread=self.thread)
-            self.sessions = SessionService(self.backend, self.model_id)
-            self.sessions.attach(self.peer.host)
+            self.sessions = SessionService(self.backend, self.model_id, self.peer.host, self._resolve)
             announcement = await self.peer.dht.announce_all(self._entries(), self.settings.record_ttl_s)
             stack.push_async_callback(self._leave, announcement)
             updates = asyncio.create_task(self._keep_true(announcement))
@@ -98,11 +100,10 @@ class BlockServer:
                 f"one block of {self.checkpoint.name} needs {size >> 20} MiB, half of the free memory is "
                 f"{available_bytes() >> 21} MiB; free some, or choose blocks yourself with --blocks"
             )
-        directory = Directory(self.peer.dht, self.model_id, Span(0, config.n_blocks))
-        await directory.refresh(timeout_s=_FIND_S)
+        await self.directory.refresh(timeout_s=_FIND_S)
         held = [
             (entry.record.span, 1e3 / max(entry.record.block_ms, 1e-6))
-            for entry in directory.servers
+            for entry in self.directory.servers
             if entry.peer != self.peer.identity.peer_id
         ]
         return join_span(held, config.n_blocks, length)
@@ -112,6 +113,17 @@ class BlockServer:
             torch.set_num_threads(self.settings.threads)
         dtype = compute_dtype(self.checkpoint, self.settings.dtype)
         return load_span(self.checkpoint, self.span.start, self.span.end, dtype=dtype, progress=progress)
+
+    async def _resolve(self, peer: PeerId) -> None:
+        """Find out where a server of this model listens, that a session is to be pushed to."""
+        for fresh in (False, True):
+            if fresh:
+                await self.directory.refresh(timeout_s=_FIND_S)
+            for entry in self.directory.servers:
+                if entry.peer == peer:
+                    self.peer.host.book.add(peer, entry.addresses)
+                    return
+        raise Unreachable(f"{peer.short()} announces no blocks of {self.model_id}")
 
     # -- announcing --------------------------------------------------------------------------------------
 

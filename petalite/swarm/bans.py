@@ -36,7 +36,7 @@ class Bans:
         """Count a failure that is the peer's own; returns how long it is banned, in seconds."""
         self._forget_faded(now_s)
         standing = self._standings.setdefault(peer, _Standing(0, now_s))
-        ban_s = min(self._settings.first_s * 2.0**standing.failures, self._settings.longest_s)
+        ban_s = min(self._settings.first_s * 2.0 ** min(standing.failures, 32), self._settings.longest_s)
         standing.failures += 1
         standing.until_s = now_s + ban_s
         return ban_s

@@ -1,30 +1,61 @@
-"""What clients and servers say to each other about sessions: the typed bodies of the RPC `session`.
+"""What clients and servers say to each other about sessions: the typed bodies of two RPC methods.
 
-One bidirectional stream per hop and session. The client's first message is `OpenSession`, the server's answer
-`SessionOpened`; from then on each `Step` (one buffer: the hidden states, encoded) has one `StepDone` (one
-buffer, or none where no output was asked for), in order. Closing the stream closes the session.
+`session`, client to server: one bidirectional stream per hop and session; closing it closes the session.
+The first message is `OpenSession`, answered by `SessionOpened`. Then the client sends `Step`s (one buffer:
+hidden states), and now and then `Expect`, `Relink` or `Probe`; the server sends `StepDone`, `LinkDown` and
+`Progress`.
+
+`session.attach`, server to server: the ring. A server opens it to the hop after its own, naming the
+one-time token that the client gave both, and pushes the steps on that it has computed. Only the last hop of
+such a run answers the client; it is the one whose span ends at the step's `stop`.
+
+A step's position beyond a row's length is a gap and an error; one inside a row truncates it there first. So
+repeats are harmless and rolling back costs nothing. The epoch rises with each repair of the chain; a hop
+ignores steps of an epoch before the latest that it has seen.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, Any, ClassVar, TypeAlias, TypeVar
 
-from petalite.net.schema import Bounds
+from petalite.errors import BadMessage
+from petalite.net.identity import PeerId
+from petalite.net.schema import Bounds, decode, encode
 from petalite.swarm.spans import MAX_BLOCKS
 
+T = TypeVar("T")
+
 SESSION_METHOD = "session"
+ATTACH_METHOD = "session.attach"
 MAX_ROWS = 256  # of one session
 MAX_STEP_TOKENS = 4096  # packed in one step; longer prefills come in chunks
 MAX_LENGTH = 1 << 20  # tokens a row may be opened for
+TOKEN_BYTES = 16
+DECODE_TOKENS = (
+    16  # a step of no more tokens per row is a decode step, or a draft to verify; others are prefill
+)
 
 # Which outputs of a step are wanted: every token's, each segment's last one, or none (a replay whose output
 # is downstream already).
 ALL, LAST, NONE = OUTPUTS = ("all", "last", "none")
 
 Block = Annotated[int, Bounds(0, MAX_BLOCKS)]
+Count = Annotated[int, Bounds(0, 2**53)]
 Text = Annotated[str, Bounds(0, 256)]
+Token = Annotated[bytes, Bounds(TOKEN_BYTES, TOKEN_BYTES)]
+Milliseconds = Annotated[float, Bounds(0, 1e9)]
 RowSegment = Annotated[tuple[Annotated[int, Bounds(0, MAX_LENGTH)], ...], Bounds(3, 3)]
+Rows = Annotated[tuple[RowSegment, ...], Bounds(1, MAX_ROWS)]
+
+
+@dataclass(frozen=True, slots=True)
+class Successor:
+    """The hop that a server pushes to, and the token that opens its door."""
+
+    peer: PeerId
+    token: Token
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,29 +67,122 @@ class OpenSession:
     end: Block
     rows: Annotated[int, Bounds(1, MAX_ROWS)]
     max_length: Annotated[int, Bounds(1, MAX_LENGTH)]
+    token: Token | None = None  # whoever names it may attach as predecessor
+    successor: Successor | None = None
+    wait_s: Annotated[float, Bounds(0, 600)] = 0.0  # in line, where there is no room now
 
 
 @dataclass(frozen=True, slots=True)
 class SessionOpened:
-    codec: Text  # loses nothing of the server's compute dtype; a step may use any the server knows
+    codec: Text  # what this hop answers and pushes in: it loses nothing of its compute dtype
+
+
+@dataclass(frozen=True, slots=True)
+class HopReport:
+    """One hop's own account of a step, milliseconds."""
+
+    queue_ms: Milliseconds
+    compute_ms: Milliseconds
 
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """Packed tokens: segments of (row, position, n_tokens), rows numbered from 0 within the session.
+    """Packed tokens: segments of (row, position, n_tokens), rows numbered from 0 within the session."""
 
-    A position beyond a row's length is a gap and an error; one inside it truncates the row there first, so a
-    repeat is harmless and a rollback is free.
-    """
-
-    rows: Annotated[tuple[RowSegment, ...], Bounds(1, MAX_ROWS)]
-    codec: Text
+    KIND: ClassVar[str] = "step"
+    rows: Rows
+    codec: Text  # of the buffer
+    stop: Block  # the hop whose span ends here answers; those before push on
     output: Text = ALL
+    number: Count = 0  # comes back with the answer
+    epoch: Count = 0
+    hops: Annotated[tuple[HopReport, ...], Bounds(0, MAX_BLOCKS)] = ()  # each hop on the way adds its own
 
 
 @dataclass(frozen=True, slots=True)
 class StepDone:
-    """The server's own account of the step, milliseconds."""
+    """The answer to a step, with one buffer of hidden states unless NONE were wanted."""
 
-    queue_ms: float
-    compute_ms: float
+    KIND: ClassVar[str] = "done"
+    rows: Rows
+    codec: Text
+    number: Count
+    epoch: Count
+    hops: Annotated[tuple[HopReport, ...], Bounds(1, MAX_BLOCKS)]
+
+
+@dataclass(frozen=True, slots=True)
+class Expect:
+    """From now on the holder of this token is the predecessor; whoever was it is cut off."""
+
+    KIND: ClassVar[str] = "expect"
+    token: Token
+    epoch: Count
+
+
+@dataclass(frozen=True, slots=True)
+class Relink:
+    """Push to another hop; first replay what was pushed of each row, up to `lengths`, as steps that end at
+    `stop`.
+
+    Without a successor the replay goes to the client.
+    """
+
+    KIND: ClassVar[str] = "relink"
+    successor: Successor | None
+    number: Count  # of every step of the replay
+    epoch: Count
+    stop: Block
+    lengths: Annotated[tuple[Annotated[int, Bounds(0, MAX_LENGTH)], ...], Bounds(1, MAX_ROWS)]
+
+
+@dataclass(frozen=True, slots=True)
+class LinkDown:
+    """The successor cannot be reached, or is gone."""
+
+    KIND: ClassVar[str] = "linkdown"
+    epoch: Count
+    reason: Annotated[str, Bounds(0, 2000)]
+
+
+@dataclass(frozen=True, slots=True)
+class Probe:
+    """Where are you? Asked when an answer is late."""
+
+    KIND: ClassVar[str] = "probe"
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """The numbers of the last step that came in, and of the last that went out, to client or successor."""
+
+    KIND: ClassVar[str] = "progress"
+    received: Count
+    sent: Count
+
+
+@dataclass(frozen=True, slots=True)
+class Attach:
+    """The first message of `session.attach`."""
+
+    token: Token
+
+
+FromClient: TypeAlias = Step | Expect | Relink | Probe
+FromServer: TypeAlias = StepDone | LinkDown | Progress
+FROM_CLIENT: dict[str, type[FromClient]] = {cls.KIND: cls for cls in (Step, Expect, Relink, Probe)}
+FROM_SERVER: dict[str, type[FromServer]] = {cls.KIND: cls for cls in (StepDone, LinkDown, Progress)}
+
+
+def write(message: FromClient | FromServer) -> dict[str, Any]:
+    """The body of a message that follows the first one of a session."""
+    return {"kind": message.KIND, **encode(message)}
+
+
+def read(known: Mapping[str, type[T]], body: Mapping[str, Any]) -> T:
+    """The message that `body` spells, of one of the `known` kinds. Raises BadMessage."""
+    kind = body.get("kind")
+    cls = known.get(kind) if isinstance(kind, str) else None
+    if cls is None:
+        raise BadMessage(f"unknown kind of message {str(kind)[:20]!r}; expected {', '.join(known)}")
+    return decode(cls, body)

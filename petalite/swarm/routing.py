@@ -119,3 +119,17 @@ def star_link(to_client_s: Callable[[PeerId], float], per_hop_s: float) -> LinkC
         return back + out
 
     return link_s
+
+
+def ring_link(to_client_s: Callable[[PeerId], float], per_hop_s: float) -> LinkCost:
+    """The ring's link costs: servers push to each other, and the last answers the client.
+
+    What lies between two servers the client cannot see. By the triangle inequality it is between the
+    difference and the sum of their distances to the client; the larger of these distances is taken.
+    """
+
+    def link_s(source: PeerId | None, target: PeerId | None) -> float:
+        ends = [to_client_s(peer) for peer in (source, target) if peer is not None]
+        return max(ends, default=0.0) + (per_hop_s if target is not None else 0.0)
+
+    return link_s

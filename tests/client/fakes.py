@@ -1,31 +1,38 @@
-"""A swarm of fakes: hops whose arithmetic depends on everything a row was fed, killed on a schedule.
+"""A swarm in memory: the real sessions of client and servers, over blocks of exact arithmetic.
 
-Whole numbers below 2^20 in float32, so results are exact and any lost, doubled or reordered input shows.
+Whole numbers below 2^20 in float32, so results are exact, and any lost, doubled or reordered input shows.
 """
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+import asyncio
+from collections.abc import Sequence
+from types import SimpleNamespace
+from typing import Any
 
 import torch
 
-from petalite.client.hops import Reply
-from petalite.client.kept import Row
-from petalite.errors import ConnectionLost, SessionGap, Unreachable
+from petalite.client.servers import SwarmServers
+from petalite.errors import NotFinite, SessionGap
+from petalite.model.cache import Segment
 from petalite.net.identity import PeerId
-from petalite.swarm.codecs import CODECS, Codec
-from petalite.swarm.messages import LAST, NONE
-from petalite.swarm.routing import Candidate, Hop, find_chain
+from petalite.server.backend import Rows, Timing
+from petalite.server.sessions import SessionService
+from petalite.swarm.directory import ServerEntry
+from petalite.swarm.records import ServerRecord
 from petalite.swarm.spans import Span
+from tests.helpers.memory_net import MemoryNet
 
 E = 2
 MODULUS = 9973.0
+MODEL_ID = "fake@0"
 
 
 def peer(number: int) -> PeerId:
     return PeerId(number.to_bytes(32, "big"))
+
+
+CLIENT = peer(0)
 
 
 def block_forward(block: int, history: torch.Tensor) -> torch.Tensor:
@@ -42,80 +49,99 @@ def reference(span: Span, history: torch.Tensor) -> torch.Tensor:
     return history
 
 
-@dataclass
-class FakeHop:
-    swarm: FakeSwarm
-    hop: Hop
-    codec: Codec = CODECS["f32"]
-    rows: dict[int, torch.Tensor] = field(default_factory=dict)
-    closed: bool = False
+class FakeBackend:
+    """Rows are the histories that they were fed. `stuck` computes no more; `lies` makes NaN of everything."""
 
-    async def step(self, rows: Sequence[Row], data: memoryview, output: str) -> Reply:
-        if self.closed:
-            raise ConnectionLost("closed")
-        self.swarm.call(self.hop.peer, "before")
-        hidden, offset, outputs = self.codec.decode(data, E), 0, []
-        for row, position, n_tokens in rows:
-            history = self.rows.get(row, torch.zeros(0, E))
-            if position > len(history):
-                raise SessionGap(f"{position} > {len(history)}")
-            fed = torch.cat([history[:position], hidden[offset : offset + n_tokens]])
-            self.rows[row] = fed
-            offset += n_tokens
-            out = reference(self.hop.span, fed)[position:]
-            outputs.append(out[-1:] if output == LAST else out)
-        self.swarm.call(self.hop.peer, "after")
-        wire = bytearray() if output == NONE else self.codec.encode(torch.cat(outputs))
-        return Reply(memoryview(wire), 0.0, 0.0)
+    def __init__(self, span: Span, dtype: torch.dtype) -> None:
+        config = SimpleNamespace(hidden_size=E)
+        self.span: Any = SimpleNamespace(start=span.start, end=span.end, dtype=dtype, config=config)
+        self.rows: dict[int, torch.Tensor] = {}
+        self.stuck = False
+        self.lies = False
 
-    def close(self) -> None:
-        self.closed = True
-        self.swarm.open_hops.discard(id(self))
+    async def open_rows(self, count: int, max_length: int, start: int, end: int, **_: Any) -> Rows:
+        numbers = tuple(max(self.rows, default=-1) + 1 + i for i in range(count))
+        self.rows.update({number: torch.zeros(0, E) for number in numbers})
+        return Rows(numbers, 0)
+
+    def drop_rows(self, rows: Rows) -> None:
+        for number in rows.numbers:
+            del self.rows[number]
+
+    async def step(
+        self, hidden: torch.Tensor, segments: Sequence[Segment], start: int, end: int, **_: Any
+    ) -> tuple[torch.Tensor, Timing]:
+        await asyncio.sleep(0)
+        if self.stuck:
+            await asyncio.Event().wait()
+        if not torch.isfinite(hidden).all():
+            raise NotFinite("the hidden states that came in have NaN or Inf")
+        outputs, offset = [], 0
+        for segment in segments:
+            history = self.rows[segment.row]
+            if segment.position > len(history):
+                raise SessionGap(f"{segment.position} > {len(history)}")
+            fed = torch.cat([history[: segment.position], hidden[offset : offset + segment.n_tokens].float()])
+            self.rows[segment.row] = fed
+            offset += segment.n_tokens
+            outputs.append(reference(Span(start, end), fed)[segment.position :])
+        output = torch.cat(outputs)
+        return (output * float("nan") if self.lies else output), Timing(0.0, 0.0)
 
 
-@dataclass
-class FakeSwarm:
-    """Servers by number with spans; `dies(call number, peer)` decides at each call whether the peer dies
-    there.
-    """
+class FakeSwarm(SwarmServers):
+    """Servers by number with their spans; the client is number 0."""
 
-    spans: dict[int, Span]
-    dies: Callable[[int, PeerId], bool] = lambda number, peer: False
-    dead: set[PeerId] = field(default_factory=set)
-    open_hops: set[int] = field(default_factory=set)
-    failures: list[PeerId] = field(default_factory=list)
-    plans: int = 0
-    codecs: dict[int, Codec] = field(default_factory=dict)
+    def __init__(
+        self,
+        spans: dict[int, Span],
+        *,
+        net: MemoryNet | None = None,
+        pushing: bool = True,
+        dtypes: dict[int, torch.dtype] | None = None,
+    ) -> None:
+        self.net = net or MemoryNet()
+        self.backends: dict[PeerId, FakeBackend] = {}
+        self.services: dict[PeerId, SessionService] = {}
+        self.failures: list[PeerId] = []
+        self.model_id = MODEL_ID
+        self.servers: list[ServerEntry] = []
+        self.age_s = 0.0
+        super().__init__(self.net.host(CLIENT), self, pushing=pushing)  # type: ignore[arg-type]
+        for number, span in spans.items():
+            self.add(number, span, (dtypes or {}).get(number, torch.float32))
 
-    def __post_init__(self) -> None:
-        self._numbers = itertools.count()
+    def add(self, number: int, span: Span, dtype: torch.dtype = torch.float32) -> None:
+        """A server more, which the next look at the directory finds."""
+        who = peer(number)
+        backend = self.backends[who] = FakeBackend(span, dtype)
+        host: Any = self.net.host(who)
+        fake: Any = backend
+        self.services[who] = SessionService(fake, MODEL_ID, host, _resolve)
+        record = ServerRecord(span.start, span.end, (), "float32", "none", 10.0, 1000, "0")
+        self.servers.append(ServerEntry(who, record))
 
-    def call(self, who: PeerId, moment: str) -> None:
-        if who not in self.dead and self.dies(next(self._numbers), who):
-            self.dead.add(who)
-        if who in self.dead:
-            raise ConnectionLost(f"{who.short()} died {moment} computing")
+    def grow(self, number: int, span: Span) -> None:
+        """A server holds more blocks than before."""
+        config = self.backends[peer(number)].span
+        config.start, config.end = span.start, span.end
+        self.servers[:] = [entry for entry in self.servers if entry.peer != peer(number)]
+        record = ServerRecord(span.start, span.end, (), "float32", "none", 10.0, 1000, "0")
+        self.servers.append(ServerEntry(peer(number), record))
 
-    async def plan(self, span: Span, *, fresh: bool, timeout_s: float) -> list[Hop]:
-        self.plans += 1
-        alive = [
-            Candidate(peer(number), held, 0.01)
-            for number, held in self.spans.items()
-            if not fresh or peer(number) not in self.dead
-        ]
-        return find_chain(alive, span, lambda a, b: 1.0)
+    async def refresh(self, *, timeout_s: float) -> None:
+        """The dead are not found any more."""
+        await asyncio.sleep(self.net.latency_s)
+        self.servers[:] = [entry for entry in self.servers if entry.peer not in self.net.dead]
 
-    async def open(self, hop: Hop, *, rows: int, max_length: int) -> FakeHop:
-        if hop.peer in self.dead:
-            raise Unreachable(f"{hop.peer.short()} is dead")
-        self.call(hop.peer, "opening")
-        number = int.from_bytes(hop.peer.public_key, "big")
-        opened = FakeHop(self, hop, self.codecs.get(number, CODECS["f32"]))
-        self.open_hops.add(id(opened))
-        return opened
+    def failed(self, peer: PeerId, error: Exception) -> None:
+        self.failures.append(peer)
+        super().failed(peer, error)
 
-    def failed(self, who: PeerId, error: Exception) -> None:
-        self.failures.append(who)
+    def open_rows(self) -> int:
+        """Cache rows held at servers that live."""
+        return sum(len(backend.rows) for who, backend in self.backends.items() if who not in self.net.dead)
 
-    def succeeded(self, who: PeerId) -> None:
-        pass
+
+async def _resolve(peer: PeerId) -> None:
+    """Everybody is known here."""

@@ -16,12 +16,15 @@ from petalite.errors import (
     BadMessage,
     BadTensor,
     Busy,
+    Cancelled,
     IdleClosed,
     NotFinite,
+    Refused,
     ResourceLimit,
     SessionGap,
     SessionLimit,
     ShuttingDown,
+    Unreachable,
     WrongModel,
     WrongSpan,
 )
@@ -30,14 +33,31 @@ from petalite.model.checkpoint import Checkpoint
 from petalite.model.compute import ComputeThread
 from petalite.model.span import BlockSpan, load_span
 from petalite.net.host import Host
-from petalite.net.identity import Identity
+from petalite.net.identity import Identity, PeerId
 from petalite.net.multiaddr import Multiaddr
 from petalite.net.rpc import Call
 from petalite.net.schema import decode, encode
 from petalite.server.backend import Backend
 from petalite.server.sessions import SessionService, SessionSettings
 from petalite.swarm.codecs import CODECS
-from petalite.swarm.messages import SESSION_METHOD, OpenSession, SessionOpened, Step, StepDone
+from petalite.swarm.messages import (
+    ATTACH_METHOD,
+    FROM_SERVER,
+    SESSION_METHOD,
+    Attach,
+    Expect,
+    LinkDown,
+    OpenSession,
+    Probe,
+    Progress,
+    Relink,
+    SessionOpened,
+    Step,
+    StepDone,
+    Successor,
+    read,
+    write,
+)
 from tests.helpers.checkpoints import tiny_llama
 from tests.helpers.waiting import until
 
@@ -55,13 +75,17 @@ class Serving:
         thread = ComputeThread()
         stack.callback(thread.close)
         self.backend = Backend(span, cache_tokens=CACHE_TOKENS, thread=thread)
-        self.service = SessionService(self.backend, MODEL_ID, settings)
+        self._settings = settings
         self._stack = stack
 
     async def listen(self) -> None:
         host = await self._stack.enter_async_context(Host(Identity.generate()))
         (self.address,) = await host.listen([Multiaddr.parse("/ip4/127.0.0.1/tcp/0")])
-        self.service.attach(host)
+        self.host = host
+        self.service = SessionService(self.backend, MODEL_ID, host, self._resolve, self._settings)
+
+    async def _resolve(self, peer: PeerId) -> None:
+        raise Unreachable(f"{peer.short()} is nobody here")
 
     async def client(self) -> Host:
         return await self._stack.enter_async_context(Host(Identity.generate()))
@@ -100,10 +124,10 @@ def hidden(span: BlockSpan, n_tokens: int, seed: int = 0) -> torch.Tensor:
 async def step(
     call: Call, states: torch.Tensor, *rows: tuple[int, int, int], output: str = "all"
 ) -> torch.Tensor:
-    await call.send(encode(Step(rows, "f32", output)), [F32.encode(states)])
+    await call.send(write(Step(rows, "f32", 4, output)), [F32.encode(states)])
     message = await call.receive()
     assert message is not None
-    decode(StepDone, message.body)
+    assert isinstance(read(FROM_SERVER, message.body), StepDone)
     return F32.decode(message.buffers[0], states.shape[1]) if message.buffers else states[:0]
 
 
@@ -154,21 +178,23 @@ async def test_openings_that_are_refused(
 
 STATES = torch.ones(2, 64)
 WRONG_STEPS = {
-    "row": (Step(((2, 0, 2),), "f32"), [F32.encode(STATES)], BadMessage),
-    "no tokens": (Step(((0, 0, 0),), "f32"), [F32.encode(STATES)], BadMessage),
-    "row twice": (Step(((0, 0, 1), (0, 1, 1)), "f32"), [F32.encode(STATES)], BadMessage),
-    "too many tokens": (Step(((0, 0, 5000),), "f32"), [F32.encode(STATES)], BadMessage),
-    "gap": (Step(((0, 1, 2),), "f32"), [F32.encode(STATES)], SessionGap),
-    "beyond what was opened": (Step(((0, 0, 17),), "f32"), [F32.encode(torch.ones(17, 64))], SessionLimit),
-    "no buffer": (Step(((0, 0, 2),), "f32"), [], BadMessage),
-    "two buffers": (Step(((0, 0, 2),), "f32"), [F32.encode(STATES)] * 2, BadMessage),
-    "fewer states": (Step(((0, 0, 3),), "f32"), [F32.encode(STATES)], BadTensor),
-    "not a whole token": (Step(((0, 0, 2),), "f32"), [F32.encode(STATES)[:-1]], BadTensor),
-    "empty": (Step(((0, 0, 2),), "f32"), [b""], BadTensor),
-    "codec": (Step(((0, 0, 2),), "q3"), [F32.encode(STATES)], BadTensor),
-    "output": (Step(((0, 0, 2),), "f32", "some"), [F32.encode(STATES)], BadMessage),
-    "NaN": (Step(((0, 0, 2),), "f32"), [F32.encode(STATES * math.nan)], NotFinite),
-    "Inf": (Step(((0, 0, 2),), "f32"), [F32.encode(STATES * math.inf)], NotFinite),
+    "row": (Step(((2, 0, 2),), "f32", 4), [F32.encode(STATES)], BadMessage),
+    "no tokens": (Step(((0, 0, 0),), "f32", 4), [F32.encode(STATES)], BadMessage),
+    "row twice": (Step(((0, 0, 1), (0, 1, 1)), "f32", 4), [F32.encode(STATES)], BadMessage),
+    "too many tokens": (Step(((0, 0, 5000),), "f32", 4), [F32.encode(STATES)], BadMessage),
+    "gap": (Step(((0, 1, 2),), "f32", 4), [F32.encode(STATES)], SessionGap),
+    "beyond what was opened": (Step(((0, 0, 17),), "f32", 4), [F32.encode(torch.ones(17, 64))], SessionLimit),
+    "no buffer": (Step(((0, 0, 2),), "f32", 4), [], BadMessage),
+    "two buffers": (Step(((0, 0, 2),), "f32", 4), [F32.encode(STATES)] * 2, BadMessage),
+    "fewer states": (Step(((0, 0, 3),), "f32", 4), [F32.encode(STATES)], BadTensor),
+    "not a whole token": (Step(((0, 0, 2),), "f32", 4), [F32.encode(STATES)[:-1]], BadTensor),
+    "empty": (Step(((0, 0, 2),), "f32", 4), [b""], BadTensor),
+    "codec": (Step(((0, 0, 2),), "q3", 4), [F32.encode(STATES)], BadTensor),
+    "output": (Step(((0, 0, 2),), "f32", 4, "some"), [F32.encode(STATES)], BadMessage),
+    "ends before this hop": (Step(((0, 0, 2),), "f32", 3), [F32.encode(STATES)], BadMessage),
+    "ends at a hop that nobody named": (Step(((0, 0, 2),), "f32", 9), [F32.encode(STATES)], BadMessage),
+    "NaN": (Step(((0, 0, 2),), "f32", 4), [F32.encode(STATES * math.nan)], NotFinite),
+    "Inf": (Step(((0, 0, 2),), "f32", 4), [F32.encode(STATES * math.inf)], NotFinite),
 }
 
 
@@ -179,7 +205,7 @@ async def test_a_wrong_step_ends_its_session_and_no_other(serving: Serving, case
     bystander = await serving.open(client)
     before = await step(bystander, hidden(serving.span, 3), (0, 0, 3))
     call = await serving.open(client, replace(OPEN, max_length=16))
-    await call.send(encode(wrong), buffers)
+    await call.send(write(wrong), buffers)
     with pytest.raises(error):
         await call.receive()
     await until(lambda: serving.service.count == 1)
@@ -240,3 +266,93 @@ async def test_draining_waits_for_who_leaves(serving: Serving) -> None:
     call.end()
     async with asyncio.timeout(10):
         await draining
+
+
+async def heard(call: Call) -> tuple[object, list[memoryview]]:
+    message = await call.receive()
+    assert message is not None
+    return read(FROM_SERVER, message.body), list(message.buffers)
+
+
+TOKEN = bytes(range(16))
+
+
+async def test_a_predecessor_with_the_token_feeds_the_session(serving: Serving) -> None:
+    """Its steps are answered to the client; the token opens once."""
+    client, before = await serving.client(), await serving.client()
+    call = await serving.open(client, replace(OPEN, token=TOKEN))
+    pushing = await before.open(serving.address, ATTACH_METHOD, encode(Attach(TOKEN)))
+    states = hidden(serving.span, 3)
+    await pushing.send(write(Step(((0, 0, 3),), "f32", 4, number=7, epoch=1)), [F32.encode(states)])
+    done, buffers = await heard(call)
+    assert isinstance(done, StepDone)
+    assert (done.number, done.epoch, len(done.hops)) == (7, 1, 1)
+    direct = await step(await serving.open(client), states, (0, 0, 3))
+    assert torch.equal(F32.decode(buffers[0], states.shape[1]), direct)
+    await call.send(write(Probe()))
+    assert (await heard(call))[0] == Progress(7, 7)
+    again = await before.open(serving.address, ATTACH_METHOD, encode(Attach(TOKEN)))
+    with pytest.raises(Refused):
+        await again.receive()
+
+
+async def test_a_new_predecessor_takes_the_place_of_the_old(serving: Serving) -> None:
+    client, before, after = [await serving.client() for _ in range(3)]
+    call = await serving.open(client, replace(OPEN, token=TOKEN))
+    old = await before.open(serving.address, ATTACH_METHOD, encode(Attach(TOKEN)))
+    states = hidden(serving.span, 1)
+    await old.send(write(Step(((0, 0, 1),), "f32", 4, number=1)), [F32.encode(states)])
+    await heard(call)
+    other = bytes(16)
+    await call.send(write(Expect(other, epoch=3)))
+    new = await after.open(serving.address, ATTACH_METHOD, encode(Attach(other)))
+    await new.send(write(Step(((0, 1, 1),), "f32", 4, number=2, epoch=3)), [F32.encode(states)])
+    done, _ = await heard(call)
+    assert isinstance(done, StepDone)
+    assert done.number == 2
+    with pytest.raises(Cancelled):
+        await old.receive()
+
+
+async def test_what_is_pushed_on_is_kept_and_returns_on_request(serving: Serving) -> None:
+    """To a successor that cannot be reached: the client is told, and can have the inputs back."""
+    client = await serving.client()
+    stranger = Successor(Identity.generate().peer_id, TOKEN)
+    call = await serving.open(client, replace(OPEN, rows=1, successor=stranger))
+    said, _ = await heard(call)
+    assert isinstance(said, LinkDown)
+    assert stranger.peer.short() in said.reason
+    states = hidden(serving.span, 3)
+    await call.send(write(Step(((0, 0, 3),), "f32", 5, number=1, epoch=1)), [F32.encode(states)])
+    said, _ = await heard(call)
+    assert said == LinkDown(1, "the session was told of no successor")
+    token_bytes = 4 * serving.span.config.hidden_size
+    assert serving.service.kept_bytes == 3 * token_bytes
+    await call.send(write(Relink(None, number=9, epoch=2, stop=4, lengths=(2,))))
+    done, buffers = await heard(call)
+    assert isinstance(done, StepDone)
+    assert (done.rows, done.number, done.epoch) == (((0, 0, 2),), 9, 2)
+    direct = await step(await serving.open(client, replace(OPEN, rows=1)), states, (0, 0, 3))
+    assert torch.equal(F32.decode(buffers[0], states.shape[1]), direct[:2])
+    call.end()
+
+
+async def test_a_client_that_sends_ahead_without_end_is_cut(serving: Serving) -> None:
+    """It sends steps and reads no answer; what waits here is bounded, and another session goes on."""
+    client = await serving.client()
+    bystander = await serving.open(client)
+    call = await serving.open(client)
+    states = F32.encode(hidden(serving.span, 16))
+    with pytest.raises((ResourceLimit, Cancelled)):
+        while True:
+            await call.send(write(Step(((0, 0, 16),), "f32", 4)), [states])
+    await step(bystander, hidden(serving.span, 3), (0, 0, 3))
+    bystander.end()
+    call.end()
+    await serving.until_free()
+
+
+async def test_a_token_of_nobody_is_refused(serving: Serving) -> None:
+    stranger = await (await serving.client()).open(serving.address, ATTACH_METHOD, encode(Attach(TOKEN)))
+    with pytest.raises(Refused):
+        await stranger.receive()

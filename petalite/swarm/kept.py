@@ -1,13 +1,16 @@
-"""What was sent to a hop, kept by the sender so that a replacement can be brought to the same state.
+"""What was sent onward, kept by the sender so that a replacement can be brought to the receiver's state.
 
-This is one half of the papers' dual caches (arXiv 2312.08361, Algorithm 1): the server holds attention keys
-and values, the sender holds inputs. Inputs are kept per row, as the bytes that were sent. Knows no network.
+One half of the papers' dual caches (arXiv 2312.08361, Algorithm 1): a server holds attention keys and
+values, and whoever feeds it holds its inputs: the client, or the server before it. Inputs are kept per row,
+as the bytes that were sent. Knows no network.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+
+from petalite.swarm.codecs import Codec
 
 Row = tuple[int, int, int]
 """(row, position, n_tokens), as in a step."""
@@ -19,12 +22,17 @@ class _Piece:
     n_tokens: int
     data: memoryview
 
+    @property
+    def end(self) -> int:
+        return self.position + self.n_tokens
+
 
 class KeptInputs:
-    """Per row, the bytes of every input up to the row's length; `token_bytes` for each token."""
+    """Per row, the bytes of every input up to the row's length, in `codec`."""
 
-    def __init__(self, token_bytes: int) -> None:
-        self._token_bytes = token_bytes
+    def __init__(self, codec: Codec, hidden_size: int) -> None:
+        self.codec = codec
+        self._token_bytes = codec.nbytes(1, hidden_size)
         self._rows: dict[int, list[_Piece]] = {}
 
     @property
@@ -34,7 +42,7 @@ class KeptInputs:
     def length(self, row: int) -> int:
         """Tokens kept of this row; the next input continues there."""
         pieces = self._rows.get(row)
-        return pieces[-1].position + pieces[-1].n_tokens if pieces else 0
+        return pieces[-1].end if pieces else 0
 
     def put(self, rows: Sequence[Row], data: memoryview) -> None:
         """Keep a step's input. A position inside a row truncates it there first, as at the server."""
@@ -52,16 +60,22 @@ class KeptInputs:
         pieces = self._rows.get(row, [])
         while pieces and pieces[-1].position >= length:
             pieces.pop()
-        if pieces and pieces[-1].position + pieces[-1].n_tokens > length:
+        if pieces and pieces[-1].end > length:
             last = pieces[-1]
             last.n_tokens = length - last.position
             last.data = last.data[: last.n_tokens * self._token_bytes]
 
-    def replay(self, most_tokens: int) -> Iterator[tuple[Row, memoryview]]:
-        """Everything kept, as steps of one row and at most `most_tokens` each, in order."""
+    def replay(
+        self, most_tokens: int, lengths: Sequence[int] | None = None
+    ) -> Iterator[tuple[Row, memoryview]]:
+        """What is kept, as steps of one row and at most `most_tokens` each, in order.
+
+        `lengths` gives how many tokens of row 0, 1, … are wanted; by default all of them.
+        """
         for row, pieces in self._rows.items():
-            whole = memoryview(bytearray().join(piece.data for piece in pieces))
-            for position in range(0, self.length(row), most_tokens):
-                n_tokens = min(most_tokens, self.length(row) - position)
+            wanted = self.length(row) if lengths is None else min(self.length(row), lengths[row])
+            whole = memoryview(bytearray().join(piece.data for piece in pieces if piece.position < wanted))
+            for position in range(0, wanted, most_tokens):
+                n_tokens = min(most_tokens, wanted - position)
                 start = position * self._token_bytes
                 yield (row, position, n_tokens), whole[start : start + n_tokens * self._token_bytes]

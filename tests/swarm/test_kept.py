@@ -5,9 +5,12 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from petalite.client.kept import KeptInputs
+from petalite.swarm.codecs import CODECS
+from petalite.swarm.kept import KeptInputs
 
-TOKEN_BYTES = 3
+CODEC = CODECS["bf16"]
+HIDDEN = 2
+TOKEN_BYTES = 4
 
 # Each step: rows as (row, how far before its end it starts, n_tokens).
 steps = st.lists(
@@ -18,7 +21,7 @@ steps = st.lists(
 
 @given(steps, st.integers(1, 6))
 def test_replay_is_the_model(history: list[list[tuple[int, int, int]]], most_tokens: int) -> None:
-    kept = KeptInputs(TOKEN_BYTES)
+    kept = KeptInputs(CODEC, HIDDEN)
     model: dict[int, list[bytes]] = {}
     stamp = 0
     for step in history:
@@ -43,9 +46,21 @@ def test_replay_is_the_model(history: list[list[tuple[int, int, int]]], most_tok
 
 
 def test_truncate_to_nothing_and_on() -> None:
-    kept = KeptInputs(1)
-    kept.put([(0, 0, 4)], memoryview(b"abcd"))
+    kept = KeptInputs(CODEC, HIDDEN)
+    kept.put([(0, 0, 2)], memoryview(b"aaaabbbb"))
     kept.truncate(0, 0)
     assert kept.length(0) == kept.nbytes == 0
-    kept.put([(0, 0, 2)], memoryview(b"xy"))
-    assert list(kept.replay(8)) == [((0, 0, 2), b"xy")]
+    kept.put([(0, 0, 2)], memoryview(b"xxxxyyyy"))
+    assert list(kept.replay(8)) == [((0, 0, 2), b"xxxxyyyy")]
+
+
+def test_a_replay_up_to_lengths() -> None:
+    kept = KeptInputs(CODEC, HIDDEN)
+    kept.put([(0, 0, 3), (1, 0, 2)], memoryview(b"aaaabbbbccccddddeeee"))
+    kept.put([(0, 3, 1)], memoryview(b"ffff"))
+    assert list(kept.replay(2, [3, 1])) == [
+        ((0, 0, 2), b"aaaabbbb"),
+        ((0, 2, 1), b"cccc"),
+        ((1, 0, 1), b"dddd"),
+    ]
+    assert list(kept.replay(9, [0, 0])) == []

@@ -1,0 +1,242 @@
+"""Carrying steps through the legs of a chain: send, await, and find out who is to blame for what is late.
+
+Knows stages and bytes; knows nothing of replacing them. A failure of any stage on the way is raised as
+StageFailed, whoever noticed it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from petalite.client.hops import Answer
+from petalite.client.patience import Patience
+from petalite.client.stages import Answers, Awaited, Leg, Stage, StageFailed
+from petalite.client.trace import HopTiming, StepTiming
+from petalite.errors import (
+    BadMessage,
+    DeadlineExceeded,
+    NetworkError,
+    NotFinite,
+    PetaliteError,
+    RemoteError,
+)
+from petalite.swarm.codecs import Codec, codec_named
+from petalite.swarm.kept import Row
+from petalite.swarm.messages import ALL, LAST, NONE, FromClient, Progress, Step
+
+PROBE_S = 2.0  # a stage that does not say within this how far it is, is lost
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """One step to carry: packed tokens of some rows, in wire form."""
+
+    rows: tuple[Row, ...]
+    data: memoryview
+    codec: Codec
+    output: str
+
+    @property
+    def n_tokens(self) -> int:
+        return sum(n_tokens for _, _, n_tokens in self.rows)
+
+
+@dataclass(frozen=True, slots=True)
+class Carried:
+    """What came out at the end of the last leg."""
+
+    hidden: torch.Tensor | None  # (T', E) of the outputs asked for; None if NONE were
+    timing: StepTiming
+
+
+class _Turns:
+    """Keeps parts in order on every leg, whoever of them gets there first."""
+
+    def __init__(self, n_parts: int, n_legs: int) -> None:
+        self._sent = [[asyncio.Event() for _ in range(n_legs)] for _ in range(n_parts)]
+
+    async def wait(self, part: int, leg: int) -> None:
+        if part > 0:
+            await self._sent[part - 1][leg].wait()
+
+    def done(self, part: int, leg: int) -> None:
+        self._sent[part][leg].set()
+
+
+class Carrier:
+    """Of one session. `epoch` goes out with every step; whoever repairs the chain raises it."""
+
+    def __init__(self, answers: Answers, patience: Patience, hidden_size: int) -> None:
+        self.answers = answers
+        self.patience = patience
+        self.epoch = 0
+        self._hidden_size = hidden_size
+        self._in_flight = 0  # tokens sent into legs and not answered
+
+    async def carry(
+        self, legs: Sequence[Leg], part: Part, turns: _Turns | None = None, index: int = 0, skip: int = 0
+    ) -> Carried:
+        """One part through all legs; what goes into a leg is kept once it has answered, but for the first
+        `skip` legs. Raises StageFailed.
+        """
+        began_s = time.perf_counter()
+        data, codec, hidden = part.data, part.codec, None
+        hops: list[HopTiming] = []
+        for number, leg in enumerate(legs):
+            output = part.output if leg is legs[-1] else ALL
+            data = recode(data, codec, leg.kept.codec, self._hidden_size)
+            with self.answers.awaiting(leg.stages) as awaited:
+                if turns is not None:
+                    await turns.wait(index, number)
+                await self._send(awaited, leg, part, data, output)
+                if turns is not None:
+                    turns.done(index, number)
+                answer = await self._answer(awaited, part.n_tokens)
+            codec = self._checked(leg, part, output, answer)
+            if output != NONE:
+                hidden = self._finite(leg, codec.decode(answer.data, self._hidden_size))
+            if number >= skip:
+                self._keep(leg, part, data)
+            data = answer.data
+            hops += [
+                HopTiming(stage.peer, stage.span, report.queue_ms / 1e3, report.compute_ms / 1e3)
+                for stage, report in zip(leg.stages, answer.done.hops, strict=True)
+            ]
+        return Carried(hidden, StepTiming(part.n_tokens, time.perf_counter() - began_s, tuple(hops)))
+
+    async def flow(
+        self, legs: Sequence[Leg], parts: Sequence[Part], done: list[Carried], *, replaying: bool = False
+    ) -> None:
+        """Many parts, in order, each on its way before the ones before it have arrived, so that a chain of
+        servers computes on several at once. `done` grows with what has arrived.
+
+        What `replaying` feeds into the first leg is not kept again.
+        """
+        turns = _Turns(len(parts), len(legs))
+        window = asyncio.Semaphore(sum(len(leg.stages) for leg in legs) + 1)
+
+        async def one(index: int) -> None:
+            async with window:
+                done.append(await self.carry(legs, parts[index], turns, index, skip=int(replaying)))
+
+        try:
+            async with asyncio.TaskGroup() as group:
+                for index in range(len(parts)):
+                    group.create_task(one(index))
+        except BaseExceptionGroup as failures:
+            raise _first_of(failures) from None
+
+    # -- one stage, one message --------------------------------------------------------------------------
+
+    async def tell(self, stage: Stage, message: FromClient, data: memoryview | None = None) -> None:
+        """Raises StageFailed where the message cannot be sent in time."""
+        try:
+            async with asyncio.timeout(self.patience.timeout_s(self._in_flight + 1)):
+                await stage.opened.send(message, data)
+        except (NetworkError, RemoteError) as error:
+            raise self._failed(stage, error) from error
+        except TimeoutError:
+            late = DeadlineExceeded(f"{stage.peer.short()} takes no more messages")
+            raise self._failed(stage, late) from None
+
+    async def next(self, awaited: Awaited, n_tokens: int) -> Answer:
+        """The next answer, of at least one token. Raises StageFailed of whoever kept it back for too long."""
+        timeout_s = self.patience.timeout_s(n_tokens)
+        try:
+            async with asyncio.timeout(timeout_s):
+                answer = await awaited.next()
+        except TimeoutError:
+            raise await self._late(awaited, timeout_s) from None
+        if not all(n for _, _, n in answer.done.rows):
+            raise self._failed(awaited.stages[-1], BadMessage("an answer to no tokens"))
+        return answer
+
+    async def _send(self, awaited: Awaited, leg: Leg, part: Part, data: memoryview, output: str) -> None:
+        stop = leg.last.span.end
+        step = Step(part.rows, leg.kept.codec.name, stop, output, awaited.number, self.epoch)
+        await self.tell(leg.first, step, data)
+
+    async def _answer(self, awaited: Awaited, n_tokens: int) -> Answer:
+        self._in_flight += n_tokens
+        clock = asyncio.get_running_loop().time
+        began_s = clock()
+        try:
+            answer = await self.next(awaited, self._in_flight)
+        finally:
+            self._in_flight -= n_tokens
+        self.patience.observe(n_tokens, clock() - began_s)
+        return answer
+
+    # -- judging -----------------------------------------------------------------------------------------
+
+    def _failed(self, stage: Stage, error: PetaliteError) -> StageFailed:
+        stage.lost(error)
+        return StageFailed(stage, error)
+
+    def _checked(self, leg: Leg, part: Part, output: str, answer: Answer) -> Codec:
+        """The codec of an answer that is one to this part."""
+        done = answer.done
+        n_outputs = {ALL: part.n_tokens, LAST: len(part.rows), NONE: 0}[output]
+        try:
+            codec = codec_named(done.codec)
+            expected = codec.nbytes(n_outputs, self._hidden_size) if n_outputs else 0
+            if (done.rows, len(done.hops), len(answer.data)) != (part.rows, len(leg.stages), expected):
+                raise BadMessage(
+                    f"the answer has {len(answer.data)} bytes for rows {str(done.rows)[:80]} from "
+                    f"{len(done.hops)} servers, expected {expected} bytes, {str(part.rows)[:80]} and "
+                    f"{len(leg.stages)}"
+                )
+        except RemoteError as error:
+            raise self._failed(leg.last, error) from error
+        return codec
+
+    def _finite(self, leg: Leg, hidden: torch.Tensor) -> torch.Tensor:
+        if not torch.isfinite(hidden).all():
+            raise self._failed(leg.last, NotFinite(f"{leg.last.peer.short()} answered with NaN or Inf"))
+        return hidden
+
+    def _keep(self, leg: Leg, part: Part, data: memoryview) -> None:
+        if any(position > leg.kept.length(row) for row, position, _ in part.rows):
+            raise self._failed(leg.last, BadMessage(f"{leg.last.peer.short()} answers steps out of order"))
+        leg.kept.put(part.rows, data)
+
+    async def _late(self, awaited: Awaited, timeout_s: float) -> StageFailed:
+        """Whose fault it is that an answer did not come: the first that has not passed the step on."""
+        progress = await asyncio.gather(*map(_probe, awaited.stages))
+        culprit = awaited.stages[-1]
+        for stage, reached in zip(awaited.stages, progress, strict=True):
+            if reached is None or reached.sent < awaited.number:
+                culprit = stage
+                break
+        text = f"{culprit.peer.short()} did not pass a step on within {timeout_s:.1f} s"
+        return self._failed(culprit, DeadlineExceeded(text))
+
+
+async def _probe(stage: Stage) -> Progress | None:
+    try:
+        async with asyncio.timeout(PROBE_S):
+            return await stage.opened.probe()
+    except (NetworkError, RemoteError, TimeoutError):
+        return None
+
+
+def _first_of(failures: BaseExceptionGroup[BaseException]) -> BaseException:
+    """One of the exceptions in a group: a stage's failure, if nothing graver is there."""
+    flat = [leaf for failure in failures.exceptions for leaf in _leaves(failure)]
+    return next((leaf for leaf in flat if not isinstance(leaf, StageFailed)), flat[0])
+
+
+def _leaves(error: BaseException) -> list[BaseException]:
+    if isinstance(error, BaseExceptionGroup):
+        return [leaf for one in error.exceptions for leaf in _leaves(one)]
+    return [error]
+
+
+def recode(data: memoryview, source: Codec, target: Codec, hidden_size: int) -> memoryview:
+    """The same hidden states as the next leg keeps them; the very same bytes where it can."""
+    return data if source is target else memoryview(target.encode(source.decode(data, hidden_size)))

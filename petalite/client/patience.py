@@ -1,0 +1,68 @@
+"""How long to wait for an answer: learnt from the session's own steps, as TCP learns its time-outs (RFC
+6298).
+
+A pure core: times in, times out. Decode steps and prefill tokens are learnt apart.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+LEARN_STEPS = 4  # before that many, the settings' own bound holds
+
+
+@dataclass(frozen=True, slots=True)
+class PatienceSettings:
+    step_s: float = (
+        30.0  # the longest a step may take, before and after learning; token_s more for each token
+    )
+    token_s: float = 0.25
+    least_s: float = 2.0  # no deadline is shorter
+    factor: float = 4.0  # a step may take so many times what is usual
+
+
+@dataclass(slots=True)
+class _Learnt:
+    count: int = 0
+    mean_s: float = 0.0
+    deviation_s: float = 0.0
+
+    def observe(self, seconds: float) -> None:
+        if self.count == 0:
+            self.mean_s, self.deviation_s = seconds, seconds / 2
+        else:
+            self.deviation_s += (abs(seconds - self.mean_s) - self.deviation_s) / 4
+            self.mean_s += (seconds - self.mean_s) / 8
+        self.count += 1
+
+    @property
+    def usual_s(self) -> float:
+        """The mean and four deviations."""
+        return self.mean_s + 4 * self.deviation_s
+
+
+class Patience:
+    """Of one session."""
+
+    def __init__(self, settings: PatienceSettings = PatienceSettings()) -> None:
+        self.settings = settings
+        self._step = _Learnt()  # of one token
+        self._token = _Learnt()  # per token, of steps of many
+
+    def observe(self, n_tokens: int, seconds: float) -> None:
+        if n_tokens == 1:
+            self._step.observe(seconds)
+        else:
+            self._token.observe(seconds / n_tokens)
+
+    def forget(self) -> None:
+        """The chain has changed."""
+        self._step, self._token = _Learnt(), _Learnt()
+
+    def timeout_s(self, n_tokens: int) -> float:
+        """For the answer to a step of so many tokens."""
+        longest_s = self.settings.step_s + self.settings.token_s * n_tokens
+        learnt, times = (self._step, 1) if n_tokens == 1 else (self._token, n_tokens)
+        if learnt.count < LEARN_STEPS:
+            return longest_s
+        return min(max(self.settings.factor * learnt.usual_s * times, self.settings.least_s), longest_s)

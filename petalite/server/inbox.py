@@ -1,0 +1,56 @@
+"""What waits for one worker: bounded in items and bytes, and emptied at once when it has become worthless."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from typing import Generic, TypeVar
+
+T = TypeVar("T")
+
+
+class Inbox(Generic[T]):
+    """One reader; writers either find room or wait for it."""
+
+    def __init__(self, most_items: int, most_bytes: int) -> None:
+        self._most_items = most_items
+        self._most_bytes = most_bytes
+        self._items: deque[tuple[T, int]] = deque()
+        self._bytes = 0
+        self._changed = asyncio.Event()
+
+    def __len__(self) -> int:
+        return len(self._items)
+
+    @property
+    def is_full(self) -> bool:
+        """Whether another item has to wait. One item is always taken, however large."""
+        return len(self._items) >= self._most_items or (self._bytes >= self._most_bytes and bool(self._items))
+
+    async def room(self) -> None:
+        """Wait until it is not full."""
+        while self.is_full:
+            await self._change()
+
+    def put(self, item: T, nbytes: int = 0) -> None:
+        """The writer has seen to it that there is room, or that the reader must have this all the same."""
+        self._items.append((item, nbytes))
+        self._bytes += nbytes
+        self._changed.set()
+
+    async def get(self) -> T:
+        while not self._items:
+            await self._change()
+        item, nbytes = self._items.popleft()
+        self._bytes -= nbytes
+        self._changed.set()
+        return item
+
+    def clear(self) -> None:
+        self._items.clear()
+        self._bytes = 0
+        self._changed.set()
+
+    async def _change(self) -> None:
+        self._changed.clear()
+        await self._changed.wait()

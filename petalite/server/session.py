@@ -1,0 +1,310 @@
+"""One session at one server: steps come from the client or the hop before, outputs go to the client or the
+hop after.
+
+Two streams may feed it (the client's, and its predecessor's in a ring) and two may carry its outputs. Steps
+are computed one by one, in the order they came. What is pushed to a successor is kept, so that a
+replacement of the successor can be brought to its state. Knows its streams and rows; who may open it is
+`sessions`' business.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import replace
+
+import torch
+
+from petalite.errors import (
+    BadMessage,
+    BadTensor,
+    IdleClosed,
+    NetworkError,
+    PetaliteError,
+    RemoteError,
+    ResourceLimit,
+    SessionGap,
+)
+from petalite.model.cache import Segment
+from petalite.net.messages import Message
+from petalite.net.rpc import Call
+from petalite.net.streams import Priority
+from petalite.server.backend import Backend, Rows, wanted_outputs
+from petalite.server.doors import Doors
+from petalite.server.inbox import Inbox
+from petalite.server.local import Onward
+from petalite.swarm.codecs import Codec, codec_named, raw_codec
+from petalite.swarm.kept import KeptInputs
+from petalite.swarm.messages import (
+    ALL,
+    DECODE_TOKENS,
+    FROM_CLIENT,
+    MAX_STEP_TOKENS,
+    NONE,
+    OUTPUTS,
+    Expect,
+    HopReport,
+    LinkDown,
+    OpenSession,
+    Probe,
+    Progress,
+    Relink,
+    Step,
+    StepDone,
+    Successor,
+    read,
+    write,
+)
+
+# What waits to be computed here. A client that sends more ahead is at fault; a predecessor is held back.
+INBOX_STEPS = 32
+INBOX_BYTES = 64 << 20
+REPLAY_TOKENS = 512  # in one step of a replay
+
+Connect = Callable[[Successor], Awaitable[Onward]]
+"""Attach to a successor: the open call, its first message sent."""
+
+Work = tuple[Step, Message] | Relink
+
+
+class Session:
+    """Between its opening and its end; `run` is its life, and whatever ends that frees everything."""
+
+    def __init__(
+        self,
+        call: Call,
+        request: OpenSession,
+        rows: Rows,
+        backend: Backend,
+        doors: Doors[Session],
+        connect: Connect,
+        idle_s: float,
+    ) -> None:
+        self.call = call
+        self.request = request
+        self._rows = rows
+        self._backend = backend
+        self._doors = doors
+        self._connect = connect
+        self._idle_s = idle_s
+        self._codec: Codec = raw_codec(backend.span.dtype)
+        self.kept = KeptInputs(self._codec, backend.span.config.hidden_size)
+        self._inbox: Inbox[Work] = Inbox(INBOX_STEPS, INBOX_BYTES)
+        self._epoch = 0
+        self._received = 0
+        self._sent = 0
+        self._predecessor: Onward | None = None
+        self._feeds_another = request.successor is not None
+        self._onward: Onward | None = None  # to the successor
+        self._link_down = False  # it was lost in this epoch
+
+    async def run(self) -> None:
+        """Until the client finishes, or anything goes wrong that the session does not survive."""
+        if self.request.token is not None:
+            self._doors.expect(self.request.token, self)
+        try:
+            await first_to_end(self._listen(), self._work())
+        finally:
+            self._doors.forget(self)
+            if self._predecessor is not None:
+                self._predecessor.cancel()
+            if self._onward is not None:
+                self._onward.cancel()
+
+    # -- what comes in -----------------------------------------------------------------------------------
+
+    async def _listen(self) -> None:
+        """The client's stream, to its end."""
+        while (message := await self.call.receive()) is not None:
+            command = read(FROM_CLIENT, message.body)
+            match command:
+                case Step():
+                    if self._inbox.is_full:
+                        raise ResourceLimit(
+                            f"{len(self._inbox)} steps wait here; send no more before some are answered"
+                        )
+                    self._accept(command, message)
+                case Expect():
+                    self._renew(command.epoch)
+                    self._doors.expect(command.token, self)
+                case Relink():
+                    self._renew(command.epoch)
+                    self._let_go_of_successor()
+                    self._inbox.put(command)
+                case Probe():
+                    await self.call.send(write(Progress(self._received, self._sent)))
+
+    async def follow(self, call: Call) -> None:
+        """Take steps from a predecessor that named our token, until it ends or another takes its place."""
+        self.take_place(call)
+        while (message := await call.receive()) is not None:
+            await self.push(call, message)
+
+    def take_place(self, source: Onward) -> None:
+        """From now on `source` is the predecessor; the one before is cut off."""
+        before, self._predecessor = self._predecessor, source
+        if before is not None:
+            before.cancel()
+
+    async def push(self, source: Onward, message: Message) -> None:
+        """A predecessor's step. Waits for room; what another than the latest says is dropped."""
+        step = read({Step.KIND: Step}, message.body)
+        await self._inbox.room()
+        if self._predecessor is source:
+            self._accept(step, message)
+
+    def _accept(self, step: Step, message: Message) -> None:
+        if step.epoch >= self._epoch:
+            self._renew(step.epoch)
+            self._received = max(self._received, step.number)
+            self._inbox.put((step, message), sum(map(len, message.buffers)))
+
+    def _renew(self, epoch: int) -> None:
+        """A new epoch: what waits here of older ones will be sent again, and is dropped."""
+        if epoch > self._epoch:
+            self._epoch = epoch
+            self._link_down = False
+            self._inbox.clear()
+
+    # -- computing ---------------------------------------------------------------------------------------
+
+    async def _work(self) -> None:
+        if self.request.successor is not None:
+            await self._link(self.request.successor)
+        while True:
+            try:
+                async with asyncio.timeout(self._idle_s):
+                    work = await self._inbox.get()
+            except TimeoutError:
+                raise IdleClosed(f"no step came for {self._idle_s:g} s; open another session") from None
+            if isinstance(work, Relink):
+                await self._relink(work)
+            elif work[0].epoch >= self._epoch:
+                self._renew(work[0].epoch)
+                await self._step(*work)
+
+    async def _step(self, step: Step, message: Message) -> None:
+        segments = [self._segment(*row) for row in step.rows]
+        hidden = self._hidden_of(step, message)
+        output, timing = await self._backend.step(
+            hidden, segments, self.request.start, self.request.end, peer=self.call.peer
+        )
+        hops = (*step.hops, HopReport(timing.queue_s * 1e3, timing.compute_s * 1e3))
+        pushed = self._codec.encode(output) if self._feeds_another else bytearray()
+        if self._feeds_another:
+            # Also what is only answered: a replay to this hop stands for what its successor has had long
+            # since.
+            self._keep(step, pushed)
+        if step.stop == self.request.end:
+            await self._answer(step, hops, self._codec.encode(wanted_outputs(output, step.rows, step.output)))
+        elif not self._link_down:
+            await self._push(step, hops, pushed)
+
+    def _hidden_of(self, step: Step, message: Message) -> torch.Tensor:
+        if step.output not in OUTPUTS:
+            raise BadMessage(f"unknown output {step.output[:20]!r}; known are {', '.join(OUTPUTS)}")
+        if step.stop < self.request.end or (step.stop > self.request.end and self.request.successor is None):
+            raise BadMessage(
+                f"a step to block {step.stop} does not end at this hop of blocks "
+                f"{self.request.start}:{self.request.end}, and the session names no successor"
+            )
+        if len(message.buffers) != 1:
+            raise BadMessage(f"a step carries one buffer of hidden states, found {len(message.buffers)}")
+        n_tokens = sum(n for _, _, n in step.rows)
+        if n_tokens > MAX_STEP_TOKENS:
+            raise BadMessage(f"a step packs at most {MAX_STEP_TOKENS} tokens, found {n_tokens}")
+        hidden = codec_named(step.codec).decode(message.buffers[0], self._backend.span.config.hidden_size)
+        if len(hidden) != n_tokens:
+            raise BadTensor(f"the step names {n_tokens} tokens, its hidden states have {len(hidden)}")
+        return hidden
+
+    def _segment(self, row: int, position: int, n_tokens: int) -> Segment:
+        numbers = self._rows.numbers
+        if row >= len(numbers) or n_tokens < 1:
+            raise BadMessage(
+                f"{n_tokens} tokens of row {row} are no step; the session has {len(numbers)} rows"
+            )
+        return Segment(numbers[row], position, n_tokens)
+
+    def _keep(self, step: Step, data: bytearray) -> None:
+        for row, position, _ in step.rows:
+            if position > self.kept.length(row):
+                raise SessionGap(
+                    f"row {row} was pushed on up to {self.kept.length(row)}, the step pushes from {position}"
+                )
+        self.kept.put(step.rows, memoryview(data))  # type: ignore[arg-type]
+
+    # -- what goes out -----------------------------------------------------------------------------------
+
+    async def _answer(self, step: Step, hops: tuple[HopReport, ...], data: bytearray | memoryview) -> None:
+        done = StepDone(step.rows, self._codec.name, step.number, step.epoch, hops)
+        _prioritize(self.call, step.rows)
+        await self.call.send(write(done), [] if step.output == NONE else [data])
+        self._sent = max(self._sent, step.number)
+
+    async def _push(self, step: Step, hops: tuple[HopReport, ...], data: bytearray | memoryview) -> None:
+        onward = replace(step, codec=self._codec.name, hops=hops)
+        try:
+            if self._onward is None:
+                raise NetworkError("the session was told of no successor")
+            _prioritize(self._onward, step.rows)
+            await self._onward.send(write(onward), [data])
+            self._sent = max(self._sent, step.number)
+        except (NetworkError, RemoteError) as error:
+            await self._report_down(step.epoch, error)
+
+    async def _link(self, successor: Successor) -> None:
+        try:
+            self._onward = await self._connect(successor)
+        except (NetworkError, RemoteError) as error:
+            await self._report_down(self._epoch, error)
+
+    async def _relink(self, relink: Relink) -> None:
+        """Another successor, brought to where the old one was; or the client, to whom what was pushed
+        returns.
+        """
+        if relink.epoch < self._epoch:
+            return
+        self._feeds_another = relink.successor is not None
+        if relink.successor is not None:
+            await self._link(relink.successor)
+        lengths = (*relink.lengths, *(0 for _ in range(self.request.rows - len(relink.lengths))))
+        for row, data in self.kept.replay(REPLAY_TOKENS, lengths):
+            if self._link_down or relink.epoch < self._epoch:
+                return
+            to_client = relink.successor is None
+            output = ALL if to_client else NONE
+            step = Step((row,), self._codec.name, relink.stop, output, relink.number, relink.epoch)
+            if to_client:
+                await self._answer(step, (HopReport(0.0, 0.0),), data)
+            else:
+                await self._push(step, (), data)
+
+    def _let_go_of_successor(self) -> None:
+        onward, self._onward = self._onward, None
+        if onward is not None:
+            onward.cancel()  # a push that is stuck there fails now
+
+    async def _report_down(self, epoch: int, error: PetaliteError) -> None:
+        if epoch >= self._epoch and not self._link_down:
+            self._link_down = True
+            await self.call.send(write(LinkDown(epoch, str(error)[:2000])))
+
+
+def _prioritize(call: Call | Onward, rows: Sequence[tuple[int, ...]]) -> None:
+    """A decode step goes before prefills on the same link."""
+    longest = max(n_tokens for _, _, n_tokens in rows)
+    call.priority = Priority.INTERACTIVE if longest <= DECODE_TOKENS else Priority.BULK
+
+
+async def first_to_end(*coroutines: Awaitable[None]) -> None:
+    """Run them together until one ends; cancel the rest, wait for them, and raise what the first raised."""
+    tasks = [asyncio.ensure_future(coroutine) for coroutine in coroutines]
+    try:
+        done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+    for task in done:
+        task.result()

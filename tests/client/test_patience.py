@@ -1,0 +1,48 @@
+"""Deadlines: generous before anything is known, then a multiple of what is usual, never below the floor."""
+
+from __future__ import annotations
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from petalite.client.patience import LEARN_STEPS, Patience, PatienceSettings
+
+
+def test_before_learning_the_settings_hold() -> None:
+    patience = Patience(PatienceSettings(step_s=30, token_s=0.5))
+    assert patience.timeout_s(1) == 30.5
+    assert patience.timeout_s(100) == 80
+
+
+def test_steady_steps_are_waited_for_a_few_times_as_long() -> None:
+    patience = Patience(PatienceSettings(least_s=0.1, factor=4))
+    for _ in range(100):
+        patience.observe(1, 0.5)
+    assert 2.0 <= patience.timeout_s(1) < 2.2, "the deviation has gone; four times the mean is left"
+    for _ in range(100):
+        patience.observe(200, 20.0)
+    assert 80 <= patience.timeout_s(200) < 90
+    patience.forget()
+    assert patience.timeout_s(1) == 30.25
+
+
+@given(
+    st.lists(st.tuples(st.sampled_from([1, 1, 1, 64]), st.floats(0, 50)), max_size=50), st.integers(1, 500)
+)
+def test_bounds(steps: list[tuple[int, float]], n_tokens: int) -> None:
+    settings = PatienceSettings()
+    patience = Patience(settings)
+    for n, seconds in steps:
+        patience.observe(n, seconds)
+    longest = settings.step_s + settings.token_s * n_tokens
+    assert min(settings.least_s, longest) <= patience.timeout_s(n_tokens) <= longest
+
+
+def test_a_usual_step_is_never_late() -> None:
+    """Of times that vary by half, none is over the deadline learnt from those before."""
+    patience = Patience(PatienceSettings(least_s=0.0))
+    for index in range(200):
+        seconds = 1.0 + 0.5 * ((index * 7919) % 100) / 100
+        if index > LEARN_STEPS:
+            assert seconds < patience.timeout_s(1)
+        patience.observe(1, seconds)
