@@ -316,7 +316,8 @@ class Lane:
             self.flush()
             return
         try:
-            if not self._transmit((record,)):
+            buffer = self._scratch.borrow()
+            if not self._send(buffer[: self._sealer.seal(record, buffer)], buffer):
                 self._await_room()
         except OSError as error:
             self._lose(f"the connection broke: {error.strerror or error}")

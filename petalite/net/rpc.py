@@ -238,12 +238,12 @@ class Call:
             self._admit_sizes(header[2])
 
     def _admit_sizes(self, sizes: list[int]) -> None:
-        if len(sizes) > self._max_buffers or sum(sizes) > self._max_bytes:
+        size = sum(sizes)
+        if len(sizes) > self._max_buffers or size > self._max_bytes:
             raise BadMessage(
-                f"a message of {len(sizes)} buffers with {sum(sizes)} bytes; {self.method or 'a call'} takes "
+                f"a message of {len(sizes)} buffers with {size} bytes; {self.method or 'a call'} takes "
                 f"{self._max_buffers} with {self._max_bytes}"
             )
-        size = sum(sizes)
         if size > UNRESERVED_BYTES:
             if not self._link.memory.reserve(size):
                 raise ResourceLimit(f"no memory for a message of {size} bytes now")
