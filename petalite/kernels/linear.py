@@ -1,8 +1,9 @@
 """Linear layers whose weights never change, and the table of kernels that run them.
 
-`pick(device, dtype)` chooses once per device and dtype: the first row of `KERNELS` that says it works there
-and whose answers agree with the plain product. A kernel may keep its weights in a layout of its own;
-`dense()` gives them back as (N, K) for the backward pass, which every kernel shares. Knows tensors only.
+`pick(device, dtype, quant)` chooses once per device, dtype and format of the weights: the first row of
+`KERNELS` that says it works there and whose answers agree with the reference. Falling back is said in one
+log line. A kernel may keep its weights in a layout of its own; `dense()` gives them back as (N, K) for the
+backward pass, which every kernel shares. Knows tensors only.
 """
 
 from __future__ import annotations
@@ -16,6 +17,11 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 from torch.nn.functional import linear
+
+from petalite.kernels.frozen import FrozenLinear
+from petalite.kernels.int8 import ExactInt8, FbgemmInt8, IntMmInt8
+from petalite.kernels.nf4 import DenseNf4, PackedNf4, nf4_on, packed_kernel_runs
+from petalite.kernels.quantized import FORMATS, NONE, Int8Weight, Nf4Weight
 
 logger = logging.getLogger(__name__)
 
@@ -53,7 +59,7 @@ class DenseLinear:
         return self._weight.nbytes + (self._bias.nbytes if self._bias is not None else 0)
 
 
-class OneDnnLinear:
+class OneDnnLinear(FrozenLinear):
     """oneDNN's product over weights reordered once into its blocked layout (CPU; float32, bfloat16).
 
     Against `DenseLinear` at decode, weights cold: 1.2 to 2 times faster at one thread, 1.5 to 2.9 at two,
@@ -64,16 +70,9 @@ class OneDnnLinear:
     MIN_ROWS = 4
 
     def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
-        self.shape = weight.shape
         self._bias = bias
         self._packed: Tensor = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), None)
-        self._dtype = weight.dtype
-
-    def __call__(self, x: Tensor) -> Tensor:
-        if x.requires_grad and torch.is_grad_enabled():
-            result: Tensor = _FrozenProduct.apply(x, self)  # type: ignore[no-untyped-call]
-            return result
-        return self.product(x)
+        self.nbytes = weight.nbytes + (bias.nbytes if bias is not None else 0)
 
     def product(self, x: Tensor) -> Tensor:
         n_rows = x.shape[0]
@@ -85,36 +84,18 @@ class OneDnnLinear:
     def dense(self) -> Tensor:
         return self._packed.to_dense()
 
-    @property
-    def nbytes(self) -> int:
-        return self.shape.numel() * self._dtype.itemsize + (
-            self._bias.nbytes if self._bias is not None else 0
-        )
-
-
-class _FrozenProduct(torch.autograd.Function):
-    """The gradient with respect to the input of any kernel: weights are constants, unpacked when needed."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, kernel: OneDnnLinear) -> Tensor:
-        ctx.kernel = kernel
-        return kernel.product(x)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return grad @ ctx.kernel.dense(), None
-
 
 @dataclass(frozen=True, slots=True)
 class LinearKernel:
     """One row of the table: how to make the linear, and where it may be tried."""
 
     name: str
-    make: Callable[[Tensor, Tensor | None], Linear]
+    make: Callable[[Any, Tensor | None], Linear]  # from a weight of its format, and a bias
     works_on: Callable[[torch.device, torch.dtype], bool]
     min_rows: int = (
         1  # fewer tokens than this cost as much; a caller that pads once spares every linear doing so
     )
+    caution: str | None = None  # what an operator should know before relying on it
 
 
 def _onednn_works_on(device: torch.device, dtype: torch.dtype) -> bool:
@@ -126,39 +107,87 @@ def _onednn_works_on(device: torch.device, dtype: torch.dtype) -> bool:
     )
 
 
-KERNELS = (  # best first
-    LinearKernel("onednn", OneDnnLinear, _onednn_works_on, OneDnnLinear.MIN_ROWS),
-    LinearKernel("dense", DenseLinear, lambda device, dtype: True),
-)
+def _on_cpu(device: torch.device, dtype: torch.dtype) -> bool:
+    return device.type == "cpu"
+
+
+def _on_wide_cpu(device: torch.device, dtype: torch.dtype) -> bool:
+    # What lies between is slower than float32: `_int_mm` is a scalar loop without AVX512.
+    return device.type == "cpu" and torch.backends.cpu.get_cpu_capability().startswith("AVX512")
+
+
+def _everywhere(device: torch.device, dtype: torch.dtype) -> bool:
+    return True
+
+
+def _packed_nf4_works_on(device: torch.device, dtype: torch.dtype) -> bool:
+    return device.type == "cpu" and packed_kernel_runs()
+
+
+_SLOW = "it is far slower than float32; serve without --quant for speed"
+_TWICE = "it takes twice the memory of nf4"
+
+# Per format of the weights, best first.
+KERNELS: dict[str, tuple[LinearKernel, ...]] = {
+    NONE: (
+        LinearKernel("onednn", OneDnnLinear, _onednn_works_on, OneDnnLinear.MIN_ROWS),
+        LinearKernel("dense", DenseLinear, _everywhere),
+    ),
+    Int8Weight.NAME: (
+        LinearKernel("fbgemm", FbgemmInt8, _on_cpu),
+        LinearKernel("_int_mm", IntMmInt8, _on_wide_cpu),
+        LinearKernel("exact", ExactInt8, _everywhere, caution=_SLOW),
+    ),
+    Nf4Weight.NAME: (
+        LinearKernel("bitsandbytes", PackedNf4, _packed_nf4_works_on),
+        LinearKernel("fbgemm, as int8", nf4_on(FbgemmInt8), _on_cpu, caution=_TWICE),
+        LinearKernel("_int_mm, as int8", nf4_on(IntMmInt8), _on_wide_cpu, caution=_TWICE),
+        LinearKernel("dense", DenseNf4, _everywhere, caution="it takes the memory of dense weights"),
+    ),
+}
 
 
 @functools.cache
-def pick(device: torch.device, dtype: torch.dtype) -> LinearKernel:
-    """The kernel for dense weights of `dtype` on `device`. Chosen and checked once; said in one log line."""
-    for kernel in KERNELS:
+def pick(device: torch.device, dtype: torch.dtype, quant: str = NONE) -> LinearKernel:
+    """The kernel for weights in the format `quant` and activations in `dtype` on `device`.
+
+    Chosen and checked once; said in one log line.
+    """
+    where = f"linear layers in {dtype if quant == NONE else quant} on {device}"
+    for kernel in KERNELS[quant]:
         if kernel.works_on(device, dtype):
-            error = _self_check(kernel, device, dtype)
+            error = _self_check(kernel, device, dtype, quant)
             if error is None:
-                logger.info("linear layers in %s on %s run on %s", dtype, device, kernel.name)
+                if kernel.caution is None:
+                    logger.info("%s run on %s", where, kernel.name)
+                else:
+                    logger.warning("%s run on %s: %s", where, kernel.name, kernel.caution)
                 return kernel
             logger.warning("linear kernel %s does not work on %s: %s", kernel.name, device, error)
-    raise AssertionError("the dense kernel works everywhere")
+    raise AssertionError("the last kernel of each format works everywhere")
 
 
-def _self_check(kernel: LinearKernel, device: torch.device, dtype: torch.dtype) -> str | None:
-    """What is wrong with `kernel` here; None if it agrees with the product in float64."""
+def _self_check(kernel: LinearKernel, device: torch.device, dtype: torch.dtype, quant: str) -> str | None:
+    """What is wrong with `kernel` here; None if it agrees with the reference of its format."""
     generator = torch.Generator().manual_seed(0)
-    weight = torch.randn(96, 64, generator=generator).to(dtype)
+    given = torch.randn(96, 64, generator=generator).to(dtype)
     bias = torch.randn(96, generator=generator).to(dtype)
-    tolerance = 8 * torch.finfo(dtype).eps
+    weight = given.to(device) if quant == NONE else FORMATS[quant].quantize(given.to(device))
+    exact = given.double() if isinstance(weight, Tensor) else weight.dense().cpu().double()
+    tolerance = 8 * max(torch.finfo(dtype).eps, _TOLERANCE[quant])
     try:
-        made = kernel.make(weight.to(device), bias.to(device))
+        made = kernel.make(weight, bias.to(device))
         for n_rows in (1, 3, 4, 40):
             x = torch.randn(n_rows, 64, generator=generator).to(dtype)
-            expected = linear(x.double(), weight.double(), bias.double())
-            difference = (made(x.to(device)).cpu().double() - expected).abs().max() / expected.abs().max()
-            if not difference < tolerance:
-                return f"off by {float(difference):.1e} at {n_rows} rows"
-    except (RuntimeError, NotImplementedError, AttributeError) as error:
-        return str(error).splitlines()[0]
+            x[0] *= 30 * x[0].sign()  # one row far from the others and all of one sign, where sums saturate
+            expected = linear(x.double(), exact, bias.double())
+            off = (made(x.to(device)).cpu().double() - expected).abs().amax(1) / expected.abs().amax(1)
+            if not float(off.max()) < tolerance:
+                return f"off by {float(off.max()):.1e} at {n_rows} rows"
+    except (RuntimeError, NotImplementedError, AttributeError, ImportError, AssertionError) as error:
+        return (str(error).splitlines() or [type(error).__name__])[0]
     return None
+
+
+# What a kernel may differ by from its weights' meaning: 15-bit activations, bfloat16 ones, int8 for nf4.
+_TOLERANCE = {NONE: 0.0, Int8Weight.NAME: 2e-4, Nf4Weight.NAME: 4e-3}

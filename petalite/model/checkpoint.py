@@ -12,13 +12,15 @@ import hashlib
 import json
 import re
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 from torch import Tensor
 
 from petalite.errors import InvalidArgument, InvalidCheckpoint, UnsupportedModel
+from petalite.kernels.quantized import FORMATS
 from petalite.model.config import ModelConfig
 from petalite.model.families import FAMILIES, Family
 from petalite.model.hub import HubFiles
@@ -59,6 +61,41 @@ class FolderFiles:
         return path if path.is_file() else None
 
 
+@dataclass(frozen=True, slots=True)
+class QuantizedFrom:
+    """What quantized.json says: the folder holds blocks [start, end) of a checkpoint in another format."""
+
+    quant: str
+    name: str  # of the checkpoint
+    version: str | None  # of its weights
+    start: int
+    end: int
+
+    FILE: ClassVar[str] = "quantized.json"
+
+    @classmethod
+    def parse(cls, value: Mapping[str, Any], *, source: str) -> QuantizedFrom:
+        """Raises InvalidCheckpoint."""
+        match value:
+            case {
+                "version": 1,
+                "quant": str(quant),
+                "name": str(name),
+                "model_version": str() | None as version,
+                "blocks": [int(start), int(end)],
+            } if quant in FORMATS and 0 <= start < end:
+                return cls(quant, name, version, start, end)
+        raise InvalidCheckpoint(
+            f"{source} is not of version 1 or names no format of {', '.join(FORMATS)}; quantize again"
+        )
+
+    def to_json(self) -> str:
+        """The text of quantized.json."""
+        blocks = [self.start, self.end]
+        about = {"quant": self.quant, "name": self.name, "model_version": self.version, "blocks": blocks}
+        return json.dumps({"version": 1} | about, indent=1)
+
+
 class Checkpoint:
     """An opened checkpoint. Reading config.json is all that opening does."""
 
@@ -92,8 +129,8 @@ class Checkpoint:
 
     @property
     def name(self) -> str:
-        """The folder's own name, or the repository's."""
-        return self._files.name
+        """The folder's or the repository's; of a quantized folder, that of what it was made from."""
+        return self.quantized.name if self.quantized else self._files.name
 
     @property
     def folder(self) -> Path:
@@ -118,9 +155,33 @@ class Checkpoint:
                 f"{name!r} cannot name a model: use letters, digits, '.', '_' and '-', as NAME or "
                 f"OWNER/NAME; give one with --name"
             )
-        version = self._manifest.digest if self._manifest else (self._files.version or "")
-        text = f"petalite-model-1\n{self.config.canonical_json()}\n{version}"
+        text = f"petalite-model-1\n{self.config.canonical_json()}\n{self.version or ''}"
         return f"{name}@{hashlib.sha256(text.encode()).hexdigest()[:_DIGEST_LETTERS]}"
+
+    @property
+    def version(self) -> str | None:
+        """Of the weights: the manifest's digest, else the hub's commit, else unknown."""
+        if self.quantized is not None:
+            return self.quantized.version
+        return self._manifest.digest if self._manifest else self._files.version
+
+    def weights_key(self) -> list[Any]:
+        """What changes when the weights do, found without reading them: the version, else every weight file's
+        name, size and time of change.
+        """
+        if self.version is not None:
+            return [self.version]
+        files = [(name, self.file(name)) for name in sorted(set(self.shard_of.values()))]
+        stats = [(name, path.stat()) for name, path in files if path is not None]
+        return [[name, stat.st_size, stat.st_mtime_ns] for name, stat in stats]
+
+    @cached_property
+    def quantized(self) -> QuantizedFrom | None:
+        """Of a folder that `quantize` wrote: what is in it; None for a checkpoint proper."""
+        found = self.read_json(QuantizedFrom.FILE) if isinstance(self._files, FolderFiles) else None
+        if found is None:
+            return None
+        return QuantizedFrom.parse(found, source=str(self.folder / QuantizedFrom.FILE))
 
     def file(self, name: str) -> Path | None:
         """The path of a file beside the weights, such as tokenizer.json; None if the checkpoint has none."""

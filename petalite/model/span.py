@@ -1,31 +1,28 @@
 """A span: consecutive blocks of a model in memory, and the one forward that serves every use of them.
 
-`load_span` reads a span's tensors and nothing else, one block at a time. `BlockSpan.forward` runs a packed
-step over a KV cache; `forward_stateless` runs whole sequences without one and can be differentiated. Knows
-no session and no network.
+`BlockSpan.forward` runs a packed step over a KV cache; `forward_stateless` runs whole sequences without one
+and can be differentiated. `load_span` makes one from a checkpoint. Knows no session and no network.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from petalite.errors import BadTensor, InvalidArgument, InvalidCheckpoint, WrongSpan
-from petalite.kernels import linear
+from petalite.errors import BadTensor, WrongSpan
 from petalite.kernels.attention import CausalMasks, attend
 from petalite.kernels.rope import RotationTable
+from petalite.model.block import Block
 from petalite.model.cache import CacheShape, KVCache, Segment
 from petalite.model.checkpoint import Checkpoint
 from petalite.model.config import ModelConfig
-from petalite.model.llama import LlamaBlock, tensor_shapes
+from petalite.model.loading import COMPUTE_DTYPES, Progress, load_blocks
 
-COMPUTE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-_IGNORED = ("rotary_emb.inv_freq",)  # old conversions stored what the config says anyway
-
-Progress = Callable[[int, int], None]  # (done, total)
+__all__ = ("COMPUTE_DTYPES", "BlockSpan", "Progress", "load_span")
 
 
 class BlockSpan:
@@ -35,11 +32,13 @@ class BlockSpan:
         self,
         config: ModelConfig,
         start: int,
-        blocks: Sequence[LlamaBlock],
+        blocks: Sequence[Block],
         *,
         dtype: torch.dtype,
         device: torch.device,
+        min_tokens: int = 1,
     ) -> None:
+        """`min_tokens`: shorter steps are padded to it, because they would cost as much."""
         attention = config.attention
         self.config = config
         self.start = start
@@ -47,6 +46,7 @@ class BlockSpan:
         self.dtype = dtype
         self.device = device
         self._blocks = blocks
+        self._min_tokens = min_tokens
         self._rotations = RotationTable(attention.rope, attention.head_dim, device)
         self._masks = CausalMasks(attention.n_heads // attention.n_kv_heads, dtype, device)
 
@@ -87,7 +87,7 @@ class BlockSpan:
         first, last = self._range(start, end)
         n_tokens = sum(segment.n_tokens for segment in segments)
         self._check(hidden, (n_tokens, self.config.hidden_size))
-        fewest = linear.pick(self.device, self.dtype).min_rows
+        fewest = self._min_tokens
         with torch.inference_mode(), cache.step(segments, first, last, min_tokens=fewest) as step:
             hidden = hidden.to(self.device, self.dtype)
             if n_tokens < fewest:
@@ -155,47 +155,18 @@ def load_span(
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
     progress: Progress | None = None,
+    quant: str | None = None,
+    cache: Path | None = None,
 ) -> BlockSpan:
     """Read the blocks [start, end) of a checkpoint, and nothing else of it. `progress` counts blocks.
 
-    Raises InvalidArgument for blocks that the model has not, InvalidCheckpoint for broken or missing tensors.
+    `quant` is the format of the linears: `none` (in `dtype`), `int8` or `nf4`; None is `none`, or what a
+    quantized folder holds. Under the folder `cache`, quantized blocks are kept for the next start.
+    Raises InvalidArgument for blocks or a format that there are not, InvalidCheckpoint for broken or missing
+    tensors.
     """
-    config, device = checkpoint.config, torch.device(device)
-    if not 0 <= start < end <= config.n_blocks:
-        raise InvalidArgument(
-            f"blocks {start}:{end} are outside the model; {checkpoint.name} has blocks 0:{config.n_blocks}"
-        )
-    if dtype not in COMPUTE_DTYPES:
-        raise InvalidArgument(
-            f"cannot compute in {dtype}; choose one of {', '.join(map(str, COMPUTE_DTYPES))}"
-        )
-    blocks = []
-    for index in range(start, end):
-        blocks.append(_load_block(checkpoint, index, dtype, device))
-        if progress is not None:
-            progress(index + 1 - start, end - start)
-    return BlockSpan(config, start, blocks, dtype=dtype, device=device)
-
-
-def _load_block(checkpoint: Checkpoint, index: int, dtype: torch.dtype, device: torch.device) -> LlamaBlock:
-    config = checkpoint.config
-    names = checkpoint.family.names
-    prefix = names.block_prefix.format(block=index)
-    shapes = tensor_shapes(config)
-    stored = {
-        part: prefix + names.block[part.rpartition(".")[0]] + "." + part.rpartition(".")[2] for part in shapes
-    }
-    unknown = [
-        name for name in set(checkpoint.names(prefix)) - set(stored.values()) if not name.endswith(_IGNORED)
-    ]
-    if unknown:
-        raise InvalidCheckpoint(
-            f"{checkpoint.folder}: block {index} has a tensor {min(unknown)!r} unknown to config.json"
-        )
-    mapped = checkpoint.read({stored[part]: shape for part, shape in shapes.items()})
-    parts = {part: mapped[name].to(device, dtype) for part, name in stored.items()}
-    for part, tensor in parts.items():
-        # The sum of finite numbers may overflow; only then is every one looked at.
-        if not torch.isfinite(tensor.sum(dtype=torch.float32)) and not torch.isfinite(tensor).all():
-            raise InvalidCheckpoint(f"{checkpoint.folder}: block {index} has NaN or Inf in {stored[part]!r}")
-    return LlamaBlock(config, index, parts, linear.pick(device, dtype).make)
+    device = torch.device(device)
+    blocks, kernel = load_blocks(
+        checkpoint, start, end, dtype=dtype, device=device, quant=quant, cache=cache, progress=progress
+    )
+    return BlockSpan(checkpoint.config, start, blocks, dtype=dtype, device=device, min_tokens=kernel.min_rows)

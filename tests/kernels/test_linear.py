@@ -9,13 +9,14 @@ import torch
 
 from petalite.kernels import linear
 from petalite.kernels.linear import KERNELS, DenseLinear, LinearKernel, pick
+from petalite.kernels.quantized import NONE
 
 CPU = torch.device("cpu")
 DTYPES = [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)]
 
 
 def usable(dtype: torch.dtype) -> list[LinearKernel]:
-    return [kernel for kernel in KERNELS if kernel.works_on(CPU, dtype)]
+    return [kernel for kernel in KERNELS[NONE] if kernel.works_on(CPU, dtype)]
 
 
 @pytest.fixture(autouse=True)
@@ -60,8 +61,8 @@ def lying(weight: torch.Tensor, bias: torch.Tensor | None) -> DenseLinear:
 
 @pytest.mark.parametrize(("make", "reason"), [(broken, "no such instruction"), (lying, "off by")])
 def test_a_kernel_that_does_not_work_is_passed_over_with_one_line(make, reason, monkeypatch, caplog) -> None:
-    table = (LinearKernel("fast", make, lambda device, dtype: True), KERNELS[-1])
-    monkeypatch.setattr(linear, "KERNELS", table)
+    table = (LinearKernel("fast", make, lambda device, dtype: True), KERNELS[NONE][-1])
+    monkeypatch.setitem(linear.KERNELS, NONE, table)
     with caplog.at_level(logging.INFO, logger="petalite.kernels.linear"):
         assert pick(CPU, torch.float32).name == "dense"
         assert pick(CPU, torch.float32).name == "dense"

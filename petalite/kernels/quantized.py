@@ -1,0 +1,195 @@
+"""Weights in 8 and 4 bits: the two formats, how they are made from dense ones, and what they stand for.
+
+`Int8Weight` is vector-wise int8 (LLM.int8(), arXiv 2208.07339 §2.1): a scale per output row. The columns
+that meet outliers get a second int8 digit, so that they carry 15 bits. They are static, and found without
+data, so that every server of a block has the same weights to the bit. Half are the columns of smallest
+norm: training keeps weights small where inputs are large (on SmolLM2, 32 of them hold three quarters of the
+energy that the best 32 of the inputs after a norm hold). Half are those with the largest single weight,
+which write the massive activations. Together they halve what int8 adds to the divergence from float32;
+columns chosen with data, a third more.
+
+`Nf4Weight` is 4-bit NormalFloat (QLoRA, arXiv 2305.14314 §3): a scale per 64 values of a row, a table of 16
+levels. Knows tensors only; how they are multiplied is the kernels' business.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, fields
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+FINE_COLUMNS = 64
+DIGIT = 254  # the second digit counts in 254ths of the first: both run from -127 to 127
+NF4_BLOCK = 64
+_CHUNK_ROWS = 1024  # dense rows in float32 at a time
+
+NF4_LEVELS = (
+    -1.0,
+    -0.6961928009986877,
+    -0.5250730514526367,
+    -0.39491748809814453,
+    -0.28444138169288635,
+    -0.18477343022823334,
+    -0.09105003625154495,
+    0.0,
+    0.07958029955625534,
+    0.16093020141124725,
+    0.24611230194568634,
+    0.33791524171829224,
+    0.44070982933044434,
+    0.5626170039176941,
+    0.7229568362236023,
+    1.0,
+)
+
+
+class _Stored:
+    """A weight made of tensors, which are its fields."""
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Its parts by name, as they are kept in a file."""
+        return {field.name: getattr(self, field.name) for field in fields(self)}  # type: ignore[arg-type]
+
+    @property
+    def nbytes(self) -> int:
+        return sum(tensor.nbytes for tensor in self.tensors().values())
+
+
+@dataclass(frozen=True, slots=True)
+class Int8Weight(_Stored):
+    """w[n, k] = scales[n] · (codes[n, k] + fine_codes[n, c] / 254 where fine_columns[c] = k)."""
+
+    codes: Tensor  # (N, K) int8, -127 to 127
+    scales: Tensor  # (N,) float32
+    fine_columns: Tensor  # (C,) int64, ascending
+    fine_codes: Tensor  # (N, C) int8
+
+    NAME: ClassVar[str] = "int8"
+
+    @classmethod
+    def quantize(cls, weight: Tensor) -> Int8Weight:
+        """From a dense weight (N, K) of finite numbers."""
+        n_rows, n_columns = weight.shape
+        columns = _outlier_columns(weight, _n_fine(n_columns))
+        codes = torch.empty_like(weight, dtype=torch.int8)
+        fine_codes = codes.new_empty(n_rows, len(columns))
+        scales = torch.empty(n_rows, dtype=torch.float32, device=weight.device)
+        for place, rows in _float_rows(weight):
+            scale = rows.abs().amax(1) / 127
+            scale[scale == 0] = 1.0
+            exact = rows / scale.unsqueeze(1)
+            coarse = exact.round()
+            scales[place], codes[place] = scale, coarse.to(torch.int8)
+            fine_codes[place] = ((exact - coarse)[:, columns] * DIGIT).round().to(torch.int8)
+        return cls(codes, scales, columns, fine_codes)
+
+    @classmethod
+    def shapes(cls, n_out: int, n_in: int) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+        """What `tensors()` of a weight (n_out, n_in) looks like."""
+        n_fine = _n_fine(n_in)
+        return {
+            "codes": (torch.int8, (n_out, n_in)),
+            "scales": (torch.float32, (n_out,)),
+            "fine_columns": (torch.int64, (n_fine,)),
+            "fine_codes": (torch.int8, (n_out, n_fine)),
+        }
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.codes.shape[0], self.codes.shape[1]
+
+    def dense(self) -> Tensor:
+        """(N, K) float32."""
+        values = self.codes.float()
+        values[:, self.fine_columns] += self.fine_codes.float() / DIGIT
+        return values.mul_(self.scales.unsqueeze(1))
+
+
+@dataclass(frozen=True, slots=True)
+class Nf4Weight(_Stored):
+    """w[n, k] = scales[n, k // 64] · NF4_LEVELS[code of n, k]; two codes a byte, the first in the upper half.
+
+    Rows are padded with zeros to whole blocks, so K here may exceed the dense weight's by up to 63.
+    """
+
+    packed: Tensor  # (N, K / 2) uint8
+    scales: Tensor  # (N, K / 64) float32, the largest absolute value of each block
+
+    NAME: ClassVar[str] = "nf4"
+
+    @classmethod
+    def quantize(cls, weight: Tensor) -> Nf4Weight:
+        """From a dense weight (N, K) of finite numbers."""
+        n_rows, n_blocks = weight.shape[0], -(-weight.shape[1] // NF4_BLOCK)
+        levels = torch.tensor(NF4_LEVELS, device=weight.device)
+        between = (levels[1:] + levels[:-1]) / 2
+        packed = torch.empty(n_rows, n_blocks * NF4_BLOCK // 2, dtype=torch.uint8, device=weight.device)
+        scales = torch.empty(n_rows, n_blocks, dtype=torch.float32, device=weight.device)
+        for place, rows in _float_rows(weight):
+            padded = torch.nn.functional.pad(rows, (0, n_blocks * NF4_BLOCK - weight.shape[1]))
+            blocks = padded.view(-1, n_blocks, NF4_BLOCK)
+            scale = blocks.abs().amax(2)
+            scales[place] = scale
+            scaled = blocks / scale.masked_fill(scale == 0, 1.0).unsqueeze(2)
+            codes = torch.bucketize(scaled, between).to(torch.uint8).view(-1, n_blocks * NF4_BLOCK // 2, 2)
+            packed[place] = codes[..., 0] << 4 | codes[..., 1]
+        return cls(packed, scales)
+
+    @classmethod
+    def shapes(cls, n_out: int, n_in: int) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+        """What `tensors()` of a weight (n_out, n_in) looks like."""
+        n_blocks = -(-n_in // NF4_BLOCK)
+        return {
+            "packed": (torch.uint8, (n_out, n_blocks * NF4_BLOCK // 2)),
+            "scales": (torch.float32, (n_out, n_blocks)),
+        }
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.packed.shape[0], self.packed.shape[1] * 2
+
+    def codes(self) -> Tensor:
+        """(N, K) uint8, 0 to 15."""
+        return torch.stack((self.packed >> 4, self.packed & 15), dim=-1).flatten(1)
+
+    def dense(self) -> Tensor:
+        """(N, K) float32."""
+        levels = torch.tensor(NF4_LEVELS, device=self.packed.device)
+        values = levels[self.codes().int()].view(*self.scales.shape, NF4_BLOCK)
+        return values.mul_(self.scales.unsqueeze(2)).flatten(1)
+
+
+QuantizedWeight = Int8Weight | Nf4Weight
+NONE = "none"
+FORMATS: Mapping[str, type[Int8Weight] | type[Nf4Weight]] = {
+    Int8Weight.NAME: Int8Weight,
+    Nf4Weight.NAME: Nf4Weight,
+}
+
+
+def _n_fine(n_columns: int) -> int:
+    return min(FINE_COLUMNS, n_columns // 8)
+
+
+def _outlier_columns(weight: Tensor, count: int) -> Tensor:
+    """(count,) ascending: half those of smallest norm, then those with the largest single weight."""
+    n_columns = weight.shape[1]
+    energy = torch.zeros(n_columns, dtype=torch.float64, device=weight.device)
+    largest = torch.zeros(n_columns, dtype=torch.float32, device=weight.device)
+    for _, rows in _float_rows(weight):
+        energy += rows.square().sum(0, dtype=torch.float64)
+        largest = torch.maximum(largest, rows.abs().amax(0))
+    small = energy.argsort(stable=True)[: count // 2]
+    largest[small] = -1.0
+    loud = largest.argsort(descending=True, stable=True)[: count - count // 2]
+    return torch.cat((small, loud)).sort().values
+
+
+def _float_rows(weight: Tensor) -> Iterator[tuple[slice, Tensor]]:
+    """The rows of a weight in float32, some at a time, so that no dense copy of all is made."""
+    for start in range(0, weight.shape[0], _CHUNK_ROWS):
+        place = slice(start, min(start + _CHUNK_ROWS, weight.shape[0]))
+        yield place, weight[place].float()
