@@ -18,6 +18,7 @@ from abc import abstractmethod
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from petalite.kernels.frozen import FrozenLinear
 from petalite.kernels.quantized import DIGIT, Int8Weight
@@ -28,7 +29,7 @@ _LIMIT = 127.0
 
 
 class Int8Linear(FrozenLinear):
-    """x (T, K) → (T, N) in the dtype of x. A kernel says how rows of whole numbers meet the weight."""
+    """x (T, K or less) → (T, N) in the dtype of x. A kernel multiplies rows of whole numbers."""
 
     def __init__(self, weight: Int8Weight, bias: Tensor | None) -> None:
         self._n_in = weight.shape[1]
@@ -46,6 +47,8 @@ class Int8Linear(FrozenLinear):
         """What it was made of."""
 
     def product(self, x: Tensor) -> Tensor:
+        if x.shape[1] < self._n_in:
+            x = pad(x, (0, self._n_in - x.shape[1]))
         if x.shape[0] <= _CHUNK_TOKENS:
             return self._some(x)
         return torch.cat([self._some(chunk) for chunk in torch.split(x, _CHUNK_TOKENS)])

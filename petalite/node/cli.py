@@ -210,6 +210,19 @@ def import_gguf(
 
 
 @app.command()
+def quantize(
+    model: Model,
+    folder: Annotated[Path, typer.Argument(metavar="OUT", help="The folder to write; must not exist.")],
+    quant: Annotated[str, typer.Option(help="int8 (half of bfloat16) or nf4 (a quarter).")] = "int8",
+    blocks: Annotated[str | None, typer.Option(help="Blocks to take, START:END. By default all.")] = None,
+) -> None:
+    """Quantize blocks of MODEL into a folder that `serve` loads without the model's own files."""
+    from petalite.node.quantizing import run
+
+    run(model, quant, blocks, folder)
+
+
+@app.command()
 def demo() -> None:
     """Start a small swarm of processes here, ask it two questions, and kill a server during the second."""
     from petalite.node.demo import run

@@ -1,0 +1,188 @@
+"""The two formats against their definitions and bitsandbytes; every kernel against the reference."""
+
+from __future__ import annotations
+
+import logging
+
+import pytest
+import torch
+from torch import Tensor
+
+from petalite.kernels import linear, nf4
+from petalite.kernels.int8 import ExactInt8, FbgemmInt8, Int8Linear, IntMmInt8
+from petalite.kernels.linear import KERNELS, LinearKernel, pick
+from petalite.kernels.nf4 import PackedNf4
+from petalite.kernels.quantized import FORMATS, NF4_LEVELS, Int8Weight, Nf4Weight
+
+CPU = torch.device("cpu")
+INT8 = [
+    kernel
+    for kernel, row in zip((FbgemmInt8, IntMmInt8, ExactInt8), KERNELS["int8"], strict=True)
+    if row.works_on(CPU, torch.float32)
+]
+needs_packed_nf4 = pytest.mark.skipif(not nf4.packed_kernel_runs(), reason="needs AVX512-BF16")
+
+
+def awkward(n_rows: int, n_columns: int, seed: int = 0) -> Tensor:
+    """Inputs with an outlier column, a row of zeros, a tiny row and a huge one."""
+    x = torch.randn(n_rows, n_columns, generator=torch.Generator().manual_seed(seed))
+    x[:, 3] *= 60
+    x[0] = 0
+    x[1:2] *= 1e-20
+    x[2:3] *= 1e6
+    return x
+
+
+@pytest.fixture(params=[(96, 64), (100, 72), (33, 200), (1500, 16)], ids=str)
+def weight(request: pytest.FixtureRequest) -> Tensor:
+    n_out, n_in = request.param
+    generator = torch.Generator().manual_seed(1)
+    weight = torch.randn(n_out, n_in, generator=generator) * torch.rand(n_in, generator=generator)
+    weight[5] = 0
+    return weight
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_int8_rounds_to_the_nearest_step(weight: Tensor, dtype: torch.dtype) -> None:
+    """Half a step of the row at most; in the fine columns half of a 254th step."""
+    weight = weight.to(dtype)
+    made = Int8Weight.quantize(weight)
+    off = (made.dense() - weight.float()).abs() / made.scales.unsqueeze(1)
+    assert float(off.max()) <= 0.5 + 1e-4
+    assert float(off[:, made.fine_columns].max()) <= 0.5 / 254 + 1e-4
+    assert made.scales[5] == 1 and not made.codes[5].any()
+
+
+def test_fine_columns_are_the_quiet_and_the_loud() -> None:
+    weight = torch.rand(64, 160, generator=torch.Generator().manual_seed(2)) + 1
+    weight[:, 7] *= 0.1  # smallest norm
+    weight[3, 90] = 40.0  # largest single weight
+    columns = Int8Weight.quantize(weight).fine_columns.tolist()
+    assert {7, 90} <= set(columns) and columns == sorted(columns) and len(columns) == 20
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_shapes_are_those_of_what_is_made(name: str, weight: Tensor) -> None:
+    tensors = FORMATS[name].quantize(weight).tensors()
+    expected = FORMATS[name].shapes(*weight.shape)
+    assert {key: (tensor.dtype, tuple(tensor.shape)) for key, tensor in tensors.items()} == expected
+
+
+def test_nf4_has_the_codes_of_bitsandbytes() -> None:
+    functional = nf4.bitsandbytes().functional
+    weight = torch.randn(48, 256, generator=torch.Generator().manual_seed(3))
+    packed, state = functional.quantize_4bit(weight, blocksize=64, quant_type="nf4")
+    made = Nf4Weight.quantize(weight)
+    assert torch.equal(made.packed, packed.view(48, -1))
+    assert torch.equal(made.scales, state.absmax.view(48, -1))
+    assert torch.equal(torch.tensor(NF4_LEVELS), state.code)
+    assert torch.equal(made.dense(), functional.dequantize_4bit(packed, state))
+
+
+# -- products --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kernel", INT8)
+@pytest.mark.parametrize("has_bias", [False, True])
+def test_int8_products_are_near_the_weights_meaning(kernel, has_bias: bool, weight: Tensor) -> None:
+    """Off by half a step of 15-bit inputs at most, and by what low digits miss of the fine codes."""
+    made = Int8Weight.quantize(weight)
+    bias = torch.randn(len(weight)) if has_bias else None
+    x = awkward(20, weight.shape[1])
+    product = x.double() @ made.dense().double().t()
+    exact = product + (bias.double() if bias is not None else 0)
+    step = x.abs().amax(1, keepdim=True) / (127 * 254)
+    missed = made.dense().abs().sum(1) + made.scales * len(made.fine_columns) * 127
+    off = (kernel(made, bias)(x) - exact).abs()
+    assert bool((off <= step * missed / 2 + 1e-6 * exact.abs().amax(1, keepdim=True)).all())
+
+
+@pytest.mark.parametrize("kernel", INT8)
+def test_int8_is_equal_to_the_bit_alone_batched_and_between_kernels(kernel, weight: Tensor) -> None:
+    made = Int8Weight.quantize(weight)
+    x = awkward(230, weight.shape[1])
+    together = kernel(made, None)(x)
+    assert torch.equal(together, torch.cat([kernel(made, None)(row) for row in x.split(1)]))
+    assert torch.equal(together, torch.cat([kernel(made, None)(rows) for rows in x.split([7, 100, 123])]))
+    assert torch.equal(together, ExactInt8(made, None)(x))
+    strangers = torch.cat((awkward(5, weight.shape[1], seed=9) * 1e4, x[4:5]))
+    assert torch.equal(kernel(made, None)(strangers)[5], together[4])
+
+
+@pytest.mark.parametrize("kernel", INT8)
+def test_int8_sums_that_would_overflow_sixteen_bits(kernel) -> None:
+    """All codes ±127 and all inputs of one sign: where a product of bytes summed in 16 bits saturates."""
+    weight = torch.ones(64, 4096)
+    weight[1::2] = -1
+    x = torch.ones(3, 4096)
+    result = kernel(Int8Weight.quantize(weight), None)(x)
+    torch.testing.assert_close(result, x @ weight.t(), rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("kernel", INT8)
+def test_int8_weights_come_back_out(kernel: type[Int8Linear], weight: Tensor) -> None:
+    made = Int8Weight.quantize(weight)
+    packed = kernel(made, None)
+    assert torch.equal(packed.dense(), made.dense())
+    assert packed.nbytes == made.nbytes
+    assert packed(awkward(4, weight.shape[1]).bfloat16()).dtype == torch.bfloat16
+
+
+@needs_packed_nf4
+@pytest.mark.parametrize("n_rows", [1, 2, 5, 40])
+def test_packed_nf4_is_near_the_weights_meaning(n_rows: int, weight: Tensor) -> None:
+    """bfloat16 inputs and scales: 0.4 % each."""
+    made, x = Nf4Weight.quantize(weight), torch.randn(n_rows, weight.shape[1])
+    bias = torch.randn(len(weight))
+    kernel = PackedNf4(made, bias)
+    dense = made.dense()[:, : weight.shape[1]]
+    expected = x @ dense.t() + bias
+    assert float((kernel(x) - expected).norm() / expected.norm()) < 8e-3
+    assert float((kernel.dense()[:, : weight.shape[1]] - dense).abs().max()) <= 4e-3 * float(
+        weight.abs().max()
+    )
+
+
+@pytest.mark.parametrize("quant", FORMATS)
+def test_every_row_of_the_table_passes_its_self_check_here(quant: str, caplog) -> None:
+    for kernel in KERNELS[quant]:
+        for dtype in (torch.float32, torch.bfloat16):
+            if kernel.works_on(CPU, dtype):
+                assert linear._self_check(kernel, CPU, dtype, quant) is None
+
+
+@pytest.mark.parametrize("quant", FORMATS)
+def test_gradients_pass_to_the_input(quant: str, weight: Tensor) -> None:
+    made = FORMATS[quant].quantize(weight)
+    for kernel in KERNELS[quant]:
+        if kernel.works_on(CPU, torch.float32):
+            x = torch.randn(5, weight.shape[1], requires_grad=True)
+            grad = torch.randn(5, len(weight))
+            kernel.make(made, None)(x).backward(grad)
+            expected = grad @ made.dense()[:, : weight.shape[1]]
+            assert x.grad is not None
+            assert float((x.grad - expected).norm() / expected.norm()) < 0.01
+
+
+class SevenBits(FbgemmInt8):
+    """Loses the lowest bit, as a product that cannot hold 16-bit sums must."""
+
+    def _product(self, rows: Tensor) -> Tensor:
+        return super()._product((rows / 2).floor() * 2)
+
+
+@pytest.mark.parametrize("quant", FORMATS)
+def test_a_kernel_that_is_off_is_passed_over_and_the_fall_back_said_once(
+    quant: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    make = SevenBits if quant == "int8" else nf4.nf4_on(SevenBits)
+    if quant == "nf4":
+        make = lambda weight, bias: PackedNf4(Nf4Weight(weight.packed, weight.scales * 1.1), bias)  # noqa: E731
+    table = (LinearKernel("fast", make, lambda device, dtype: True), KERNELS[quant][-1])
+    monkeypatch.setitem(linear.KERNELS, quant, table)
+    pick.cache_clear()
+    with caplog.at_level(logging.INFO, logger="petalite.kernels.linear"):
+        assert pick(CPU, torch.float32, quant) is pick(CPU, torch.float32, quant) is table[-1]
+    pick.cache_clear()
+    said = [record.getMessage() for record in caplog.records]
+    assert len(said) == 2 and "fast does not work" in said[0] and table[-1].caution in said[1]
