@@ -2,10 +2,11 @@
 
 Kademlia's (Maymounkov and Mazières, IPTPS 2002, §2.3), over d disjoint paths as in S/Kademlia (Baumgart and
 Mies, ICPADS 2007, §4.4): no peer is asked on two paths, so that liars capture the paths they are on and no
-other. Several keys are looked up at once, and one query to a peer carries every key it is wanted for. Where
-there are others, peers of one network prefix count only up to a bound among the nearest, which is what ids
-ground to lie next to a key run into. Who is told of at different addresses is tried at each, so that naming
-an honest peer at a wrong one does not hide it.
+other; where a read finds nothing, as many paths again begin from peers that were passed over for nearer ones.
+Several keys are looked up at once, and one query to a peer carries every key it is wanted for. Where there
+are others, peers of one network prefix count only up to a bound among the nearest, which is what ids ground
+to lie next to a key run into. Who is told of at different addresses is tried at each, so that naming an
+honest peer at a wrong one does not hide it.
 
 A query has two deadlines. Past the soft one another peer is asked in its place, but its answer still counts;
 past the hard one, the caller's, it has failed. So a dead peer costs one soft wait, not a full timeout.
