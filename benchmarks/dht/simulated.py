@@ -139,12 +139,12 @@ def collusion(n: int = 1000, share: float = 0.4, trials: int = 500) -> dict[str,
         for owner in owners:
             await announce(owner)
         results = {}
-        for paths in (1, 4):
+        for label, paths in {"1 path": 1, "4 paths": 4, "4 paths, and again": None}.items():
             found = 0
             for _ in range(trials):
                 reader, owner = sim.random.choice(honest), sim.random.choice(owners)
-                found += await finds(reader, owner, paths=None if paths == 4 else paths)
-            results[f"found, {paths} path{'s' * (paths > 1)}"] = 100 * found / trials
+                found += await finds(reader, owner, paths=paths)
+            results[f"found over {label}"] = 100 * found / trials
         await sim.close()
         return {"trials": trials, **results}
 
