@@ -12,6 +12,7 @@ the same.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from struct import Struct
 from types import MappingProxyType
 
 from petalite.errors import (
@@ -29,10 +30,21 @@ from petalite.net.frames import ALIGNED_BYTES, FIN, HEADER, HEADER_BYTES, MAX_DA
 from petalite.net.limits import TokenBucket
 from petalite.net.records import MAX_PLAINTEXT_BYTES
 from petalite.net.scheduling import Turns, gather
-from petalite.net.states import STATE_STEPS, Event, Receive, Send, State, Step
+from petalite.net.states import (
+    READABLE,
+    RECEIVING,
+    SENDING,
+    STATE_STEPS,
+    Event,
+    Receive,
+    Send,
+    State,
+    Step,
+)
 from petalite.net.streams import Priority, Stream
 
-_DATA = int(FrameType.DATA)  # plain, for the comparison that every frame goes through
+# For DATA, which most frames are, type, flags and aux are looked at as one number: nothing in it but FIN.
+_FAST_HEADER, _NOT_DATA = Struct(">III"), ~(FIN << 16)
 
 MAX_STREAM_ID = 0xFFFF_FFFF
 _EXPRESS_CONTROL = 64  # control frames that fit into a record in front of a small message
@@ -162,7 +174,7 @@ class Connection:
 
     def write(self, stream: Stream, segments: Sequence[bytes | memoryview], fin: bool = False) -> None:
         """Queue bytes, which the caller leaves alone until they are sent; with `fin`, the last ones."""
-        if stream.send is not Send.OPEN:
+        if stream.send is not SENDING:
             raise LocalProtocolError(f"write on the sending half of {stream!r}")
         for segment in segments:
             if len(segment):
@@ -178,7 +190,7 @@ class Connection:
         if (
             self._turns.waiting
             or self._control.waiting > _EXPRESS_CONTROL
-            or stream.send is not Send.OPEN
+            or stream.send is not SENDING
             or size >= ALIGNED_BYTES
             or stream.sent + size > stream.send_limit
             or self.sent + size > self.send_limit
@@ -187,7 +199,7 @@ class Connection:
         ):
             return None
         small = self._control.take() if self._control.waiting else []
-        small.append(HEADER.pack(_DATA, FIN if fin else 0, 0, stream.id, size))
+        small.append(_FAST_HEADER.pack(FIN << 16 if fin else 0, stream.id, size))
         stream.sent += size
         self.sent += size
         if fin:
@@ -289,7 +301,7 @@ class Connection:
 
     def stop(self, stream: Stream, code: int) -> None:
         """Read no more: what is buffered and what still comes is dropped, and the peer is told."""
-        if stream.receive is Receive.OPEN:
+        if stream.receive is RECEIVING:
             stream.step_receive(Step.STOP)
             self._control.send(FrameType.STOP_SENDING, stream.id, frames.U32.pack(code))
         self._consumed(stream, stream.drop_unread())
@@ -298,7 +310,7 @@ class Connection:
     def _consumed(self, stream: Stream, size: int) -> None:
         stream.consumed += size
         self.consumed += size
-        if stream.receive is Receive.OPEN:
+        if stream.receive is RECEIVING:
             read = stream.consumed if stream.target is None else stream.consumed + stream.missing
             if read >= stream.window.due_at:
                 limit = stream.window.grant(read, self.now, self.rtt_s)
@@ -353,7 +365,7 @@ class Connection:
         if stream.target is not None:
             filled = stream.filled
             return stream.target[filled : filled + size] if stream.missing >= size else None
-        if stream.receive is not Receive.OPEN:
+        if stream.receive is not RECEIVING:
             return None
         self._payload_chunk = bytearray(size)
         return memoryview(self._payload_chunk)
@@ -379,17 +391,19 @@ class Connection:
         end = len(plain)
         if not end:
             raise RemoteProtocolError("an empty record")
-        position = min(self._payload_left, end)
-        if position:
+        position = 0
+        if self._payload_left:
+            position = min(self._payload_left, end)
             self._continue_payload(plain[:position])
         while position < end and not self.closed:
             if end - position < HEADER_BYTES:
                 raise RemoteProtocolError("a record ends inside a frame header")
-            kind, flags, aux, stream_id, length = HEADER.unpack_from(plain, position)
+            head, stream_id, length = _FAST_HEADER.unpack_from(plain, position)
             position += HEADER_BYTES
-            if kind == _DATA and not aux and flags <= FIN and stream_id and length <= MAX_DATA_BYTES:
-                position += self._on_data(stream_id, flags, length, plain[position : position + length])
+            if not head & _NOT_DATA and stream_id and length <= MAX_DATA_BYTES:
+                position += self._on_data(stream_id, head, length, plain[position : position + length])
                 continue
+            kind, flags, aux = head >> 24, head >> 16 & 0xFF, head & 0xFFFF
             handle = frames.check(kind, flags, aux, stream_id, length)
             if length > end - position:
                 raise RemoteProtocolError(f"a record ends inside a frame of type {kind:#04x}")
@@ -413,7 +427,9 @@ class Connection:
                 f"{self.received} bytes on all streams; their credit was {self.window.limit}"
             )
         size = len(data)
-        if size:
+        if stream.target is None and size and stream.receive is RECEIVING:
+            stream.append(data)
+        elif size:
             self._take_payload(stream, data)
         if size == length:
             self._end_data(stream, flags)
@@ -431,7 +447,7 @@ class Connection:
             self._end_data(stream, self._payload_flags)
 
     def _take_payload(self, stream: Stream, data: memoryview) -> None:
-        if stream.receive is not Receive.OPEN:
+        if stream.receive is not RECEIVING:
             self._consumed(stream, len(data))
             return
         if stream.target is not None:
@@ -463,7 +479,7 @@ class Connection:
     def _announce(self, stream: Stream) -> None:
         if not stream.announced:
             stream.announced = True
-            self.events.append((Event.READABLE, stream))
+            self.events.append((READABLE, stream))
 
     def _known(self, stream_id: int) -> Stream | None:
         """The stream, or None if it is over. Raises for one that never was."""

@@ -186,7 +186,7 @@ class Lane:
         if leftover:
             # Never more than one read's worth; behind it the socket speaks for itself.
             self._scratch.receive[: len(leftover)] = leftover
-            self._handle(len(leftover))
+            self._work_on(self._scratch.receive[: len(leftover)])
 
     # -- receiving ---------------------------------------------------------------------------------
 
@@ -204,7 +204,11 @@ class Lane:
         if size < 0:
             self._lose("the peer closed the connection")
         elif not self._ending:
-            self._handle(size)
+            if self._partial is None:
+                self._work_on(self._scratch.receive[:size])
+            elif not self._partial_rest:
+                whole, self._partial = self._partial, None
+                self._work_on(whole, self._scratch.receive[:size])
 
     def _receive_on(self) -> int:
         """Read on where a record was cut: how many bytes stand in the shared buffer; -1 at the end.
@@ -222,15 +226,6 @@ class Lane:
         size = self._sock.recv_into(buffer[carried:])
         self._carry = b""
         return size + carried if size else -1
-
-    def _handle(self, size: int) -> None:
-        """Work on what stands in the front of the shared buffer, behind the record that was cut, if any."""
-        data = self._scratch.receive[:size]
-        if self._partial is None:
-            self._work_on(data)
-        elif not self._partial_rest:
-            whole, self._partial = self._partial, None
-            self._work_on(whole, data)
 
     def _resume(self) -> None:
         """Go on with what was set aside, before anything more is read."""

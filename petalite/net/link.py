@@ -23,7 +23,7 @@ from petalite.net.limits import Budget, TokenBucket
 from petalite.net.messages import Buffer, Message
 from petalite.net.multiaddr import Multiaddr
 from petalite.net.rpc import Body, Call
-from petalite.net.states import Event
+from petalite.net.states import READABLE, Event
 from petalite.net.streams import Priority, Stream
 
 MAX_LANES = 4
@@ -188,12 +188,12 @@ class Link:
                 if event is Event.ROOM or event is Event.GOAWAY:
                     self._wake_room()
                 continue
-            if event is Event.OPENED:
+            if event is READABLE:
+                stream.announced = False
+            elif event is Event.OPENED:
                 self._last_call = monotonic()
                 self._owner.on_call(Call(self, lane, stream))
                 continue
-            if event is Event.READABLE:
-                stream.announced = False
             if stream.owner is not None:
                 stream.owner.on_event(event)
 

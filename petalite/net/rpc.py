@@ -32,7 +32,7 @@ from petalite.net import messages, schema
 from petalite.net.limits import TokenBucket
 from petalite.net.messages import FAILURE, MESSAGE, REQUEST, Buffer, Message, MessageReader, Progress
 from petalite.net.multiaddr import Multiaddr
-from petalite.net.states import Event, Receive, Send
+from petalite.net.states import READABLE, RECEIVING, SENDING, Event, Receive, Send
 from petalite.net.streams import Priority, Stream
 
 if TYPE_CHECKING:
@@ -202,7 +202,7 @@ class Call:
 
     def on_event(self, event: Event) -> None:
         """What happened to the call's stream."""
-        if event is Event.READABLE:
+        if event is READABLE:
             if self._waiter is not None and not self._waiter.done():
                 self._waiter.set_result(None)
         elif event is Event.DRAINED:
@@ -257,7 +257,7 @@ class Call:
     def _write(self, header: list[Any], buffers: Sequence[Buffer], fin: bool) -> None:
         if self._error is not None:
             raise self._error
-        if self._stream.send is not Send.OPEN:
+        if self._stream.send is not SENDING:
             if self._stream.stop_code:
                 raise from_wire(self._stream.stop_code, self._by_peer("no longer reads"))
             raise LocalProtocolError(f"send on a call to {self.method!r} that has finished")
@@ -268,7 +268,7 @@ class Call:
         """The next header and its buffers; None when the peer has finished."""
         connection, stream = self._lane.connection, self._stream
         while True:
-            if stream.buffered or stream.receive is not Receive.OPEN or self._reader.midway:
+            if stream.buffered or stream.receive is not RECEIVING or self._reader.midway:
                 polled = self._reader.poll()
                 if connection.wants_write:
                     self._lane.flush()  # what was read is credit for the peer

@@ -68,6 +68,10 @@ class Event(IntEnum):
     CLOSED = auto()  # the peer ended the connection: `close_code`, `close_reason`
 
 
+# Names for what every message passes: to find a member in its enum costs as much as a call.
+SENDING, RECEIVING, READABLE = Send.OPEN, Receive.OPEN, Event.READABLE
+
+
 class State(IntEnum):
     OPEN = auto()
     LEAVING = auto()  # GOAWAY went out: streams end, none begin
