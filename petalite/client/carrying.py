@@ -25,6 +25,7 @@ from petalite.errors import (
     PetaliteError,
     RemoteError,
 )
+from petalite.model.compute import is_finite
 from petalite.swarm.codecs import Codec, codec_named
 from petalite.swarm.kept import Row
 from petalite.swarm.messages import ALL, LAST, NONE, FromClient, Progress, Step
@@ -54,18 +55,20 @@ class Carried:
     timing: StepTiming
 
 
-class _Turns:
-    """Keeps parts in order on every leg, whoever of them gets there first."""
+class _Turn:
+    """Of one part at one leg: parts go in order, whoever of them is there first."""
 
-    def __init__(self, n_parts: int, n_legs: int) -> None:
-        self._sent = [[asyncio.Event() for _ in range(n_legs)] for _ in range(n_parts)]
+    def __init__(self, before: _Turn | None) -> None:
+        self._before = before
+        self._gone = asyncio.Event()
 
-    async def wait(self, part: int, leg: int) -> None:
-        if part > 0:
-            await self._sent[part - 1][leg].wait()
+    async def come(self) -> None:
+        if self._before is not None:
+            await self._before._gone.wait()
+            self._before = None
 
-    def done(self, part: int, leg: int) -> None:
-        self._sent[part][leg].set()
+    def gone(self) -> None:
+        self._gone.set()
 
 
 class Carrier:
@@ -79,10 +82,10 @@ class Carrier:
         self._in_flight = 0  # tokens sent into legs and not answered
 
     async def carry(
-        self, legs: Sequence[Leg], part: Part, turns: _Turns | None = None, index: int = 0, skip: int = 0
+        self, legs: Sequence[Leg], part: Part, turns: Sequence[_Turn] = (), *, replaying: bool = False
     ) -> Carried:
-        """One part through all legs; what goes into a leg is kept once it has answered, but for the first
-        `skip` legs. Raises StageFailed.
+        """One part through all legs, each leg's input kept once it has answered; but what `replaying` feeds
+        into the first leg is not kept again. Raises StageFailed.
         """
         began_s = time.perf_counter()
         data, codec, hidden = part.data, part.codec, None
@@ -90,17 +93,15 @@ class Carrier:
         for number, leg in enumerate(legs):
             output = part.output if leg is legs[-1] else ALL
             data = recode(data, codec, leg.kept.codec, self._hidden_size)
+            turn = turns[number] if turns else _Turn(None)
             with self.answers.awaiting(leg.stages) as awaited:
-                if turns is not None:
-                    await turns.wait(index, number)
-                await self._send(awaited, leg, part, data, output)
-                if turns is not None:
-                    turns.done(index, number)
-                answer = await self._answer(awaited, part.n_tokens)
+                stop = leg.last.span.end
+                step = Step(part.rows, leg.kept.codec.name, stop, output, awaited.number, self.epoch)
+                answer = await self._ask(awaited, step, data, part.n_tokens, turn)
             codec = self._checked(leg, part, output, answer)
             if output != NONE:
                 hidden = self._finite(leg, codec.decode(answer.data, self._hidden_size))
-            if number >= skip:
+            if number > 0 or not replaying:
                 self._keep(leg, part, data)
             data = answer.data
             hops += [
@@ -114,38 +115,35 @@ class Carrier:
     ) -> None:
         """Many parts, in order, each on its way before the ones before it have arrived, so that a chain of
         servers computes on several at once. `done` grows with what has arrived.
-
-        What `replaying` feeds into the first leg is not kept again.
         """
-        turns = _Turns(len(parts), len(legs))
         window = asyncio.Semaphore(sum(len(leg.stages) for leg in legs) + 1)
+        turns = [_Turn(None) for _ in legs]
 
-        async def one(index: int) -> None:
+        async def one(part: Part, turns: Sequence[_Turn]) -> None:
             async with window:
-                done.append(await self.carry(legs, parts[index], turns, index, skip=int(replaying)))
+                done.append(await self.carry(legs, part, turns, replaying=replaying))
 
         try:
             async with asyncio.TaskGroup() as group:
-                for index in range(len(parts)):
-                    group.create_task(one(index))
+                for part in parts:
+                    group.create_task(one(part, turns))
+                    turns = [_Turn(before) for before in turns]
         except BaseExceptionGroup as failures:
             raise _first_of(failures) from None
 
     # -- one stage, one message --------------------------------------------------------------------------
 
-    async def tell(self, stage: Stage, message: FromClient, data: memoryview | None = None) -> None:
+    async def tell(self, stage: Stage, message: FromClient) -> None:
         """Raises StageFailed where the message cannot be sent in time."""
         try:
             async with asyncio.timeout(self.patience.timeout_s(self._in_flight + 1)):
-                await stage.opened.send(message, data)
-        except (NetworkError, RemoteError) as error:
-            raise self._failed(stage, error) from error
+                await self._send(stage, message, None)
         except TimeoutError:
             late = DeadlineExceeded(f"{stage.peer.short()} takes no more messages")
             raise self._failed(stage, late) from None
 
     async def next(self, awaited: Awaited, n_tokens: int) -> Answer:
-        """The next answer, of at least one token. Raises StageFailed of whoever kept it back for too long."""
+        """The next of many answers, of at least one token. Raises StageFailed of whoever kept it back."""
         timeout_s = self.patience.timeout_s(n_tokens)
         try:
             async with asyncio.timeout(timeout_s):
@@ -156,21 +154,32 @@ class Carrier:
             raise self._failed(awaited.stages[-1], BadMessage("an answer to no tokens"))
         return answer
 
-    async def _send(self, awaited: Awaited, leg: Leg, part: Part, data: memoryview, output: str) -> None:
-        stop = leg.last.span.end
-        step = Step(part.rows, leg.kept.codec.name, stop, output, awaited.number, self.epoch)
-        await self.tell(leg.first, step, data)
-
-    async def _answer(self, awaited: Awaited, n_tokens: int) -> Answer:
+    async def _ask(
+        self, awaited: Awaited, step: Step, data: memoryview, n_tokens: int, turn: _Turn
+    ) -> Answer:
+        """Send a step into a leg and wait for its answer."""
         self._in_flight += n_tokens
+        timeout_s = self.patience.timeout_s(self._in_flight)
         clock = asyncio.get_running_loop().time
         began_s = clock()
         try:
-            answer = await self.next(awaited, self._in_flight)
+            async with asyncio.timeout(timeout_s):
+                await turn.come()
+                await self._send(awaited.stages[0], step, data)
+                turn.gone()
+                answer = await awaited.next()
+        except TimeoutError:
+            raise await self._late(awaited, timeout_s) from None
         finally:
             self._in_flight -= n_tokens
         self.patience.observe(n_tokens, clock() - began_s)
         return answer
+
+    async def _send(self, stage: Stage, message: FromClient, data: memoryview | None) -> None:
+        try:
+            await stage.opened.send(message, data)
+        except (NetworkError, RemoteError) as error:
+            raise self._failed(stage, error) from error
 
     # -- judging -----------------------------------------------------------------------------------------
 
@@ -196,7 +205,7 @@ class Carrier:
         return codec
 
     def _finite(self, leg: Leg, hidden: torch.Tensor) -> torch.Tensor:
-        if not torch.isfinite(hidden).all():
+        if not is_finite(hidden):
             raise self._failed(leg.last, NotFinite(f"{leg.last.peer.short()} answered with NaN or Inf"))
         return hidden
 

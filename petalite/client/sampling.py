@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 import torch
 
 from petalite.errors import InvalidArgument, NotFinite
+from petalite.model.compute import is_finite
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,7 +46,7 @@ class Choice:
 
 def choose(logits: torch.Tensor, sampling: Sampling, position: int) -> Choice:
     """logits (V,) float32 -> the token for `position`. Raises NotFinite where the model gave no numbers."""
-    if not torch.isfinite(logits).all():
+    if not is_finite(logits):
         raise NotFinite(f"the logits for position {position} have NaN or Inf; some server computes wrongly")
     token_id = int(logits.argmax()) if sampling.temperature == 0 else _sample(logits, sampling, position)
     return Choice(token_id, float(logits[token_id] - logits.logsumexp(0)))

@@ -120,8 +120,7 @@ class Session:
         ]
         carried = await self._survive(parts)
         self.trace.steps.extend(one.timing for one in carried)
-        nothing = torch.zeros(0, self._hidden_size)
-        return [nothing if one.hidden is None else one.hidden for one in carried]
+        return [torch.zeros(0, self._hidden_size) if one.hidden is None else one.hidden for one in carried]
 
     async def _survive(self, parts: Sequence[Part]) -> list[Carried]:
         """Carry, mend, carry on: as long as there is progress, or time for it."""

@@ -3,27 +3,37 @@
 Work runs in the order it was asked for, one piece at a time; what only this thread touches needs no lock. One
 thread also means one pool of intra-op threads: torch keeps a pool per calling thread, and two would fight for
 the same cores. Knows nothing of blocks or sessions.
+
+An executor of `concurrent.futures` does the same through two futures, a lock and a condition more, which a
+decode step of a few milliseconds feels.
 """
 
 from __future__ import annotations
 
 import asyncio
+import threading
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
-from typing import ParamSpec, TypeVar
+from contextlib import suppress
+from functools import partial
+from queue import Empty, SimpleQueue
+from typing import Any, ParamSpec, TypeVar
+
+import torch
 
 from petalite.errors import ShuttingDown
 
 P = ParamSpec("P")
 R = TypeVar("R")
+_Work = tuple[asyncio.Future[Any], Callable[[], Any]]
 
 
 class ComputeThread:
-    """Runs functions on its thread for coroutines of any one loop. Close it when its owner goes."""
+    """Runs functions on its thread for coroutines of any loop. Close it when its owner goes."""
 
     def __init__(self, name: str = "petalite-compute") -> None:
-        self._executor = ThreadPoolExecutor(1, thread_name_prefix=name)
+        self._queue: SimpleQueue[_Work | None] = SimpleQueue()
         self.closed = False
+        threading.Thread(target=_serve, args=(self._queue,), name=name, daemon=True).start()
 
     def run(self, function: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> asyncio.Future[R]:
         """Queue `function` and await its result. Cancelling the wait also unqueues it, if it has not begun.
@@ -32,9 +42,51 @@ class ComputeThread:
         """
         if self.closed:
             raise ShuttingDown("what computed this was closed")
-        return asyncio.wrap_future(self._executor.submit(function, *args, **kwargs))
+        future: asyncio.Future[R] = asyncio.get_running_loop().create_future()
+        self._queue.put((future, partial(function, *args, **kwargs)))
+        return future
 
     def close(self) -> None:
-        """Refuse new work and let go; what runs now finishes by itself."""
+        """Refuse new work, cancel what waits, and let go; what runs now finishes by itself."""
         self.closed = True
-        self._executor.shutdown(wait=False, cancel_futures=True)
+        with suppress(Empty):
+            while True:
+                if (work := self._queue.get_nowait()) is not None:
+                    _tell(work[0], _cancel)
+        self._queue.put(None)
+
+
+def _serve(queue: SimpleQueue[_Work | None]) -> None:
+    while (work := queue.get()) is not None:
+        future, function = work
+        if not future.cancelled():
+            try:
+                settle = partial(_set_result, result=function())
+            except BaseException as error:
+                settle = partial(_set_exception, error=error)
+            _tell(future, settle)
+        del work, future, function  # what was computed with lives no longer than it must
+
+
+def _tell(future: asyncio.Future[Any], settle: Callable[[asyncio.Future[Any]], None]) -> None:
+    with suppress(RuntimeError):  # its loop is closed: nobody waits
+        future.get_loop().call_soon_threadsafe(settle, future)
+
+
+def _set_result(future: asyncio.Future[Any], result: object) -> None:
+    if not future.done():
+        future.set_result(result)
+
+
+def _set_exception(future: asyncio.Future[Any], error: BaseException) -> None:
+    if not future.done():
+        future.set_exception(error)
+
+
+def _cancel(future: asyncio.Future[Any]) -> None:
+    future.cancel()
+
+
+def is_finite(tensor: torch.Tensor) -> bool:
+    """Whether no element is NaN or Inf. A sum is one pass; only one that overflows needs the slow look."""
+    return bool(torch.isfinite(tensor.sum(dtype=torch.float32))) or bool(torch.isfinite(tensor).all())

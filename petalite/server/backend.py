@@ -18,7 +18,7 @@ import torch
 
 from petalite.errors import DeadlineExceeded, NotFinite, ShuttingDown
 from petalite.model.cache import Segment
-from petalite.model.compute import ComputeThread
+from petalite.model.compute import ComputeThread, is_finite
 from petalite.model.span import BlockSpan
 from petalite.server.budget import Budget
 from petalite.server.scheduler import Kind, Part, Request, Scheduler, SchedulerSettings
@@ -255,8 +255,8 @@ def cut(segments: Sequence[Segment], skip: int, take: int) -> list[Segment]:
 
 def check_finite(given: torch.Tensor, computed: torch.Tensor) -> None:
     """Raises NotFinite, saying whether the numbers came in broken or broke here."""
-    if not torch.isfinite(computed).all():
-        if torch.isfinite(given).all():
+    if not is_finite(computed):
+        if is_finite(given):
             raise NotFinite("these blocks made NaN or Inf of hidden states that had none")
         raise NotFinite("the hidden states that came in have NaN or Inf; whoever sent them computes wrongly")
 

@@ -1,0 +1,76 @@
+"""The compute thread: in order, off the loop, and nobody waits for ever."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+
+import pytest
+import torch
+
+from petalite.errors import ShuttingDown
+from petalite.model.compute import ComputeThread, is_finite
+
+
+async def test_work_runs_in_order_on_one_other_thread() -> None:
+    thread = ComputeThread("of its own")
+    seen: list[tuple[int, str]] = []
+    await asyncio.gather(
+        *(thread.run(lambda i=i: seen.append((i, threading.current_thread().name))) for i in range(50))
+    )
+    assert seen == [(i, "of its own") for i in range(50)]
+    thread.close()
+
+
+async def test_an_error_is_raised_where_the_work_is_awaited() -> None:
+    thread = ComputeThread()
+    with pytest.raises(ZeroDivisionError):
+        await thread.run(lambda: 1 // 0)
+    assert await thread.run(int, "7") == 7
+    thread.close()
+
+
+async def test_cancelled_work_that_has_not_begun_never_runs() -> None:
+    thread = ComputeThread()
+    gate = threading.Event()
+    first = thread.run(gate.wait)
+    ran: list[int] = []
+    second = thread.run(ran.append, 1)
+    second.cancel()
+    gate.set()
+    await first
+    await thread.run(lambda: None)
+    assert not ran
+    thread.close()
+
+
+async def test_closing_cancels_what_waits_and_lets_the_running_end() -> None:
+    thread = ComputeThread()
+    gate, begun = threading.Event(), threading.Event()
+
+    def running() -> str:
+        begun.set()
+        gate.wait()
+        return "ended"
+
+    first, second = thread.run(running), thread.run(lambda: None)
+    await asyncio.to_thread(begun.wait)
+    thread.close()
+    with pytest.raises(asyncio.CancelledError):
+        await second
+    with pytest.raises(ShuttingDown):
+        thread.run(lambda: None)
+    gate.set()
+    assert await first == "ended"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_finite(dtype: torch.dtype) -> None:
+    """Sums that overflow are looked at twice; NaN and Inf anywhere are found."""
+    fine = torch.full((3, 50), torch.finfo(dtype).max, dtype=dtype)
+    assert is_finite(fine)
+    assert is_finite(torch.zeros(0, 4, dtype=dtype))
+    for bad in (float("nan"), float("inf"), -float("inf")):
+        broken = torch.ones(3, 50, dtype=dtype)
+        broken[1, 7] = bad
+        assert not is_finite(broken)
