@@ -32,11 +32,12 @@ from petalite.net.records import MAX_PLAINTEXT_BYTES
 from petalite.net.scheduling import Turns, gather
 from petalite.net.states import (
     READABLE,
+    RECEIVED,
     RECEIVING,
     SENDING,
+    SENT,
     STATE_STEPS,
     Event,
-    Receive,
     Send,
     State,
     Step,
@@ -219,7 +220,7 @@ class Connection:
 
     def reset(self, stream: Stream, code: int) -> None:
         """Give up sending; what was queued is dropped. No effect once the last byte is sent."""
-        if stream.send >= Send.FINISHED:
+        if stream.send >= SENT:
             return
         self._turns.leave(stream)
         stream.give_up_sending()
@@ -315,7 +316,7 @@ class Connection:
             if read >= stream.window.due_at:
                 limit = stream.window.grant(read, self.now, self.rtt_s)
                 self._control.grant(FrameType.MAX_STREAM_DATA, stream.id, limit)
-        elif stream.receive is Receive.FINISHED:
+        elif stream.receive is RECEIVED:
             self._forget_if_over(stream)
         if self.received >= self.window.due_at:
             self._grant_connection()
@@ -414,7 +415,7 @@ class Connection:
     def _on_data(self, stream_id: int, flags: int, length: int, data: memoryview) -> int:
         """A frame of `length` bytes of which this record has `data`; how many bytes that is."""
         stream = self.streams.get(stream_id)
-        if stream is None or stream.receive >= Receive.FINISHED:
+        if stream is None or stream.receive >= RECEIVED:
             raise RemoteProtocolError(f"DATA on stream {stream_id}, which is not open for it")
         stream.received += length
         self.received += length
@@ -526,7 +527,7 @@ class Connection:
 
     def _on_reset(self, stream_id: int, _aux: int, payload: memoryview) -> None:
         stream = self._known(stream_id)
-        if stream is None or stream.receive >= Receive.FINISHED:
+        if stream is None or stream.receive >= RECEIVED:
             raise RemoteProtocolError(
                 f"RESET_STREAM on stream {stream_id}, whose sender had already ended it"
             )
@@ -539,7 +540,7 @@ class Connection:
 
     def _on_stop(self, stream_id: int, _aux: int, payload: memoryview) -> None:
         stream = self._known(stream_id)
-        if stream is None or stream.send >= Send.FINISHED:
+        if stream is None or stream.send >= SENT:
             return
         self._count_given_up(stream)
         (stream.stop_code,) = frames.U32.unpack(payload)

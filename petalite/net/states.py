@@ -70,6 +70,7 @@ class Event(IntEnum):
 
 # Names for what every message passes: to find a member in its enum costs as much as a call.
 SENDING, RECEIVING, READABLE = Send.OPEN, Receive.OPEN, Event.READABLE
+SENT, RECEIVED = Send.FINISHED, Receive.FINISHED
 
 
 class State(IntEnum):

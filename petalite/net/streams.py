@@ -12,7 +12,7 @@ from typing import Any
 
 from petalite.errors import LocalProtocolError
 from petalite.net.credit import Window
-from petalite.net.states import RECEIVE_STEPS, SEND_STEPS, Receive, Send, Step
+from petalite.net.states import RECEIVE_STEPS, RECEIVED, SEND_STEPS, SENT, Receive, Send, Step
 
 SMALL_CHUNK_BYTES = (
     4096  # received pieces below this are gathered, so that one-byte frames cost no more than bytes
@@ -89,7 +89,7 @@ class Stream:
     @property
     def over(self) -> bool:
         """Whether nothing can come or go any more."""
-        return self.send >= Send.FINISHED and self.receive >= Receive.FINISHED and not self.buffered
+        return self.send >= SENT and self.receive >= RECEIVED and not self.buffered
 
     def append(self, data: memoryview) -> None:
         """Keep a copy of what came until it is read."""
