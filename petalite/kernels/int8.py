@@ -5,7 +5,7 @@ rest leaves the rest 9 bits, where plain per-token int8 leaves 2. Of a token's s
 
     coarse = Σ codes · high        fine = Σ codes · low + Σ fine_codes · high[fine_columns]
 
-the result is (254 · coarse + fine) · scale of the row · scale of the token. Both sums are whole numbers;
+the result is (254 · coarse + fine) · scale of the row / 254 · scale of the token. Both sums are whole numbers;
 the few float operations after them are elementwise. So a token gives the same bits alone and batched, at
 one thread and many, and from every kernel of this file, which lets one server check another. Both digits
 are rows of one product: at decode the weights are read once for both.
@@ -32,15 +32,20 @@ class Int8Linear(FrozenLinear):
     """x (T, K or less) → (T, N) in the dtype of x. A kernel multiplies rows of whole numbers."""
 
     def __init__(self, weight: Int8Weight, bias: Tensor | None) -> None:
+        device = weight.codes.device
         self._n_in = weight.shape[1]
         self._columns = weight.fine_columns
+        self._scales = weight.scales
         self._bias = bias
         self.nbytes = weight.nbytes + (bias.nbytes if bias is not None else 0)
-        self._one_token = self._rows(1, weight.codes.device)
+        self._one_token = self._rows(1, device)
+        # As tensors of the right dtype: from a Python number torch makes one each time, which costs as much again.
+        self._digit = torch.tensor(float(DIGIT), device=device)
+        self._smallest = torch.tensor(_SMALLEST, device=device)
 
     @abstractmethod
     def _product(self, rows: Tensor) -> Tensor:
-        """Rows (R, K + C) of whole numbers, -128 to 127, in float32 → (R, N) float32: sum times row scale."""
+        """Rows (R, K + C) of whole numbers, -128 to 127, in float32 → (R, N) float32: the sums, times the row's scale / 254."""
 
     @abstractmethod
     def weight(self) -> Int8Weight:
@@ -67,19 +72,24 @@ class Int8Linear(FrozenLinear):
 
     def _some(self, x: Tensor) -> Tensor:
         n_tokens, n_in = x.shape
-        largest = x.abs().amax(1, keepdim=True).float().add_(_SMALLEST)
+        n_fine = len(self._columns)
+        width = n_in + n_fine
         rows = self._one_token.clone() if n_tokens == 1 else self._rows(n_tokens, x.device)
-        scaled = x * (_LIMIT / largest)
-        high, low = rows[:n_tokens, :n_in], rows[n_tokens:-1, :n_in]
+        high = rows.as_strided((n_tokens, n_in), (width, 1))
+        low = rows.as_strided((n_tokens, n_in), (width, 1), n_tokens * width)
+        step = torch.add(self._smallest, x.abs().amax(1, keepdim=True), alpha=1 / _LIMIT)
+        scaled = x / step
         torch.round(scaled, out=high)
-        torch.round(scaled.sub_(high).mul_(DIGIT), out=low)
-        if len(self._columns):
-            rows[n_tokens:-1, n_in:] = high.index_select(1, self._columns)
+        torch.round(scaled.sub_(high).mul_(self._digit), out=low)
+        if n_fine:
+            of_fine = rows.as_strided((n_tokens, n_fine), (width, 1), n_tokens * width + n_in)
+            torch.index_select(high, 1, self._columns, out=of_fine)
         sums = self._product(rows)
-        fine = sums[n_tokens:-1].add_(sums[:n_tokens], alpha=DIGIT).mul_(largest.mul_(1 / (_LIMIT * DIGIT)))
+        coarse, fine = sums.narrow(0, 0, n_tokens), sums.narrow(0, n_tokens, n_tokens)
+        result = fine.add_(coarse, alpha=DIGIT).mul_(step)
         if self._bias is not None:
-            fine = fine.add_(self._bias)
-        return fine.to(x.dtype)
+            result = result.add_(self._bias)
+        return result.to(x.dtype)
 
 
 class FbgemmInt8(Int8Linear):
@@ -95,7 +105,7 @@ class FbgemmInt8(Int8Linear):
         zeros = torch.zeros(codes.shape[0], dtype=torch.int64)
         with warnings.catch_warnings():  # torch means to take these away; until then they are the fastest
             warnings.simplefilter("ignore")
-            quantized = torch._make_per_channel_quantized_tensor(codes, weight.scales.double(), zeros, 0)
+            quantized = torch._make_per_channel_quantized_tensor(codes, (weight.scales / DIGIT).double(), zeros, 0)
             self._packed = torch.ops.quantized.linear_prepack(quantized, None)
         self._run = torch.ops.quantized.linear_dynamic
 
@@ -108,8 +118,8 @@ class FbgemmInt8(Int8Linear):
             warnings.simplefilter("ignore")
             quantized, _ = torch.ops.quantized.linear_unpack(self._packed)
         codes, n_in = quantized.int_repr(), self._n_in
-        scales = quantized.q_per_channel_scales().float()
-        return Int8Weight(codes[:, :n_in].contiguous(), scales, self._columns, codes[:, n_in:].contiguous())
+        coarse, fine = codes[:, :n_in].contiguous(), codes[:, n_in:].contiguous()
+        return Int8Weight(coarse, self._scales, self._columns, fine)
 
 
 class _PlainInt8(Int8Linear):
@@ -118,7 +128,7 @@ class _PlainInt8(Int8Linear):
     def __init__(self, weight: Int8Weight, bias: Tensor | None) -> None:
         super().__init__(weight, bias)
         self._codes = torch.cat((weight.codes, weight.fine_codes), dim=1)
-        self._scales = weight.scales
+        self._steps = weight.scales / DIGIT
 
     def weight(self) -> Int8Weight:
         coarse, fine = self._codes[:, : self._n_in], self._codes[:, self._n_in :]
@@ -129,7 +139,7 @@ class IntMmInt8(_PlainInt8):
     """`torch._int_mm`. On a CPU without AVX512 it is a scalar loop."""
 
     def _product(self, rows: Tensor) -> Tensor:
-        return torch._int_mm(rows.to(torch.int8), self._codes.t()).float().mul_(self._scales)
+        return torch._int_mm(rows.to(torch.int8), self._codes.t()).float().mul_(self._steps)
 
 
 class ExactInt8(_PlainInt8):
@@ -140,4 +150,4 @@ class ExactInt8(_PlainInt8):
     def _product(self, rows: Tensor) -> Tensor:
         exact = rows.double()
         sums = [exact @ part.double().t() for part in torch.split(self._codes, self._CHUNK_ROWS)]
-        return torch.cat(sums, dim=1).float().mul_(self._scales)
+        return torch.cat(sums, dim=1).float().mul_(self._steps)
