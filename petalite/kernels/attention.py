@@ -16,33 +16,62 @@ from torch.nn.functional import scaled_dot_product_attention
 
 _FOLDED_ROWS = 256  # query rows of one attention call: tokens × heads that share a key head
 _MIN_COLUMNS = 512
+_SLOPED_TOKENS = 64  # tokens of one attention call where every head has its own mask
+
+
+def alibi_slopes(n_heads: int) -> Tensor:
+    """(H,) float32: how much each head's logits fall per token of distance (arXiv 2108.12409 §3).
+
+    The paper gives powers of two; other counts take every other slope of the next power, as BLOOM does.
+    """
+    power = 1 << (n_heads.bit_length() - 1)
+    base = 2.0 ** (-8.0 / power)
+    slopes = [base**i for i in range(1, power + 1)]
+    between = 2.0 ** (-4.0 / power)
+    slopes += [between**i for i in range(1, 2 * (n_heads - power), 2)]
+    return torch.tensor(slopes, dtype=torch.float32)
 
 
 class CausalMasks:
     """Additive masks for query blocks whose last query is the last key: views of one table per window.
 
     Column distances count from the block's own end, so one table serves every row at every position, and
-    grows with the longest row seen: 256 × S values.
+    grows with the longest row seen: 256 × S values. With `slopes` (H,) of ALiBi, distances also count
+    against a token: in float32 and from the block's end, where bfloat16 positions would be off by half of a
+    head's attention.
     """
 
-    def __init__(self, group: int, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(
+        self, group: int, dtype: torch.dtype, device: torch.device, slopes: Tensor | None = None
+    ) -> None:
+        assert slopes is None or group == 1
         self._group = group
         self._dtype = dtype
         self._device = device
         self._tables: dict[int | None, Tensor] = {}
-        self.block_tokens = max(1, _FOLDED_ROWS // group)
+        self.block_tokens = max(1, _FOLDED_ROWS // group) if slopes is None else _SLOPED_TOKENS
+        self._slopes = slopes
+        self._bias = torch.empty(0, 1, 0)  # (H, 1, columns)
 
     def view(self, n_tokens: int, n_keys: int, window: int | None) -> Tensor | None:
-        """(n_tokens · G, n_keys) for the block of the last `n_tokens` of `n_keys`; None where all is
-        visible.
+        """(n_tokens · G, n_keys), with slopes (H, n_tokens, n_keys), for the block of the last `n_tokens` of
+        `n_keys`; None where all is visible.
         """
         assert 0 < n_tokens <= min(self.block_tokens, n_keys)
+        causal = self._causal(n_tokens, n_keys, window)
+        if self._slopes is None:
+            return causal
+        if self._bias.shape[2] < n_keys:
+            self._bias = self._build_bias(self._slopes, _columns(n_keys))
+        bias = self._bias[:, :, -n_keys:]
+        return bias if causal is None else bias + causal
+
+    def _causal(self, n_tokens: int, n_keys: int, window: int | None) -> Tensor | None:
         if n_tokens == 1 and (window is None or n_keys <= window):
             return None
         table = self._tables.get(window)
         if table is None or table.shape[1] < n_keys:
-            columns = max(_MIN_COLUMNS, 1 << (n_keys - 1).bit_length())
-            table = self._tables[window] = self._build(columns, window)
+            table = self._tables[window] = self._build(_columns(n_keys), window)
         return table[-n_tokens * self._group :, -n_keys:]
 
     @torch.inference_mode(False)  # autograd may not save what inference mode made
@@ -54,6 +83,15 @@ class CausalMasks:
             hidden |= distance >= window
         table = torch.zeros(hidden.shape, dtype=self._dtype, device=self._device)
         return table.masked_fill_(hidden, -torch.inf)
+
+    @torch.inference_mode(False)
+    def _build_bias(self, slopes: Tensor, columns: int) -> Tensor:
+        distance = torch.arange(1 - columns, 1, dtype=torch.float32, device=self._device)
+        return (slopes.to(self._device).unsqueeze(1) * distance).unsqueeze(1)
+
+
+def _columns(n_keys: int) -> int:
+    return max(_MIN_COLUMNS, 1 << (n_keys - 1).bit_length())
 
 
 def attend(queries: Tensor, keys: Tensor, values: Tensor, masks: CausalMasks, window: int | None) -> Tensor:
@@ -67,7 +105,9 @@ def attend(queries: Tensor, keys: Tensor, values: Tensor, masks: CausalMasks, wi
         if window is not None and window < n_keys:
             keys, values = keys[:, :, -window:], values[:, :, -window:]
         folded = queries.view(1, n_kv_heads, n_heads // n_kv_heads, head_dim)
-        return scaled_dot_product_attention(folded, keys, values).view(1, n_heads * head_dim)
+        mask = masks.view(1, keys.shape[2], None)
+        output = scaled_dot_product_attention(folded, keys, values, attn_mask=mask)
+        return output.view(1, n_heads * head_dim)
     grouped = queries.view(n_tokens, n_kv_heads, -1, head_dim).transpose(0, 1)  # (K, T, G, D)
     outputs = []
     for start in range(0, n_tokens, masks.block_tokens):

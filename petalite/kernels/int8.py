@@ -5,10 +5,10 @@ rest leaves the rest 9 bits, where plain per-token int8 leaves 2. Of a token's s
 
     coarse = Σ codes · high        fine = Σ codes · low + Σ fine_codes · high[fine_columns]
 
-the result is (254 · coarse + fine) · scale of the row / 254 · scale of the token. Both sums are whole numbers;
-the few float operations after them are elementwise. So a token gives the same bits alone and batched, at
-one thread and many, and from every kernel of this file, which lets one server check another. Both digits
-are rows of one product: at decode the weights are read once for both.
+the result is (254 · coarse + fine) · scale of the row / 254 · scale of the token. Both sums are whole
+numbers; the few float operations after them are elementwise. So a token gives the same bits alone and
+batched, at one thread and many, and from every kernel of this file, which lets one server check another.
+Both digits are rows of one product: at decode the weights are read once for both.
 """
 
 from __future__ import annotations
@@ -39,13 +39,16 @@ class Int8Linear(FrozenLinear):
         self._bias = bias
         self.nbytes = weight.nbytes + (bias.nbytes if bias is not None else 0)
         self._one_token = self._rows(1, device)
-        # As tensors of the right dtype: from a Python number torch makes one each time, which costs as much again.
+        # As tensors of the right dtype: from a Python number torch makes one each time, which costs as much
+        # again.
         self._digit = torch.tensor(float(DIGIT), device=device)
         self._smallest = torch.tensor(_SMALLEST, device=device)
 
     @abstractmethod
     def _product(self, rows: Tensor) -> Tensor:
-        """Rows (R, K + C) of whole numbers, -128 to 127, in float32 → (R, N) float32: the sums, times the row's scale / 254."""
+        """Rows (R, K + C) of whole numbers, -128 to 127, in float32 → (R, N) float32: the sums, times the
+        row's scale / 254.
+        """
 
     @abstractmethod
     def weight(self) -> Int8Weight:
@@ -105,7 +108,9 @@ class FbgemmInt8(Int8Linear):
         zeros = torch.zeros(codes.shape[0], dtype=torch.int64)
         with warnings.catch_warnings():  # torch means to take these away; until then they are the fastest
             warnings.simplefilter("ignore")
-            quantized = torch._make_per_channel_quantized_tensor(codes, (weight.scales / DIGIT).double(), zeros, 0)
+            quantized = torch._make_per_channel_quantized_tensor(
+                codes, (weight.scales / DIGIT).double(), zeros, 0
+            )
             self._packed = torch.ops.quantized.linear_prepack(quantized, None)
         self._run = torch.ops.quantized.linear_dynamic
 

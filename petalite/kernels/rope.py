@@ -113,6 +113,16 @@ class YarnRope:
         return head_dim * math.log(position) / (2 * math.log(self.theta))
 
 
+@dataclass(frozen=True, slots=True)
+class NoRope:
+    """For models that know positions by other means; no pair is turned."""
+
+    attention_factor: ClassVar[float] = 1.0
+
+    def inverse_frequencies(self, head_dim: int) -> Tensor:
+        return torch.empty(0)
+
+
 ROPES: dict[str, type[DefaultRope | LinearRope | Llama3Rope | YarnRope]] = {
     "default": DefaultRope,
     "linear": LinearRope,
@@ -155,7 +165,7 @@ class RotationTable:
         self._rope = rope
         self._head_dim = head_dim
         self._device = device
-        self._table = torch.empty(0, 1, head_dim // 2, dtype=torch.complex64, device=device)
+        self._table = rotations(rope, head_dim, 0, 0, device)
 
     @torch.inference_mode(False)  # autograd may not save what inference mode made
     def rows(self, start: int, end: int) -> Tensor:

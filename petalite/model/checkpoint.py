@@ -215,6 +215,12 @@ class Checkpoint:
                 )
         return weight_map
 
+    @cached_property
+    def outer(self) -> str:
+        """What this checkpoint puts before the names of its family: checkpoints saved with their head do."""
+        names = self.family.names
+        return names.outer if names.outer + names.embedding in self.shard_of else ""
+
     def names(self, prefix: str = "") -> list[str]:
         """The names of all tensors that begin with `prefix`."""
         return [name for name in self.shard_of if name.startswith(prefix)]

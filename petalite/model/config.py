@@ -15,11 +15,12 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from petalite.errors import InvalidCheckpoint, UnsupportedModel
-from petalite.kernels.rope import ROPES, DefaultRope, LinearRope, Llama3Rope, YarnRope
+from petalite.kernels.rope import ROPES, DefaultRope, LinearRope, Llama3Rope, NoRope, YarnRope
 from petalite.model.families import FAMILIES, WINDOWS, Family, block_has_rope
 
 _ACTIVATIONS = ("silu", "swish")  # two names of one function
 _MAX_BLOCKS = 4096
+_MAX_EXPERTS = 1024
 _MAX_SIZE = 1 << 24  # of any one dimension
 _MAX_POSITIONS = 1 << 30
 _CONFIG_LIMIT_BYTES = 4 << 20
@@ -32,15 +33,24 @@ class AttentionConfig:
     n_heads: int  # H, query heads
     n_kv_heads: int  # K, key/value heads; divides H
     head_dim: int  # D
-    rope: DefaultRope | LinearRope | Llama3Rope | YarnRope
+    rope: DefaultRope | LinearRope | Llama3Rope | YarnRope | NoRope
     qkv_bias: bool
     output_bias: bool
     qk_norm: bool  # RMSNorm over each query and key head, before rope
+    alibi: bool = False  # logits fall with distance, by a slope per head
+
+
+@dataclass(frozen=True, slots=True)
+class ExpertsConfig:
+    """An MLP of several, of which a router takes some for each token."""
+
+    n_experts: int
+    n_chosen: int  # per token
 
 
 @dataclass(frozen=True, slots=True)
 class ModelConfig:
-    """A Llama-shaped model's dimensions and flags."""
+    """A model's dimensions and flags."""
 
     family: str  # a key of FAMILIES
     n_blocks: int  # L
@@ -54,6 +64,8 @@ class ModelConfig:
     attention: AttentionConfig
     windows: tuple[int | None, ...]  # per block: how many tokens back it sees, itself included; None: all
     rope_blocks: tuple[bool, ...]  # per block: whether queries and keys are rotated
+    experts: ExpertsConfig | None = None  # None: one MLP for all tokens
+    residual_after_norm: bool = False  # what a norm gave is added to what its branch gives (BLOOM's option)
 
     @classmethod
     def parse(cls, text: str | bytes, *, source: str = "config.json") -> ModelConfig:
@@ -105,22 +117,23 @@ class _Reader:
     """Typed access to one config.json with its family's defaults underneath."""
 
     def __init__(self, config: Mapping[str, Any], family: Family, source: str) -> None:
-        self._values = {**family.defaults, **config}
+        known = {**config, **{new: config[old] for old, new in family.aliases.items() if old in config}}
+        self._values = {**family.defaults, **known}
         self._family = family
         self._source = source
 
     def model(self, family_name: str) -> ModelConfig:
         n_blocks = self._integer("num_hidden_layers", _MAX_BLOCKS)
         hidden_size = self._integer("hidden_size", _MAX_SIZE)
-        activation = self._values.get("hidden_act", "silu")
-        if activation not in _ACTIVATIONS:
-            raise UnsupportedModel(f"{self._source}: hidden_act {activation!r} is not supported; silu is")
         flags = self._family.flags
+        activation = self._values.get("hidden_act", "silu")
+        if not flags.alibi and activation not in _ACTIVATIONS:
+            raise UnsupportedModel(f"{self._source}: hidden_act {activation!r} is not supported; silu is")
         return ModelConfig(
             family=family_name,
             n_blocks=n_blocks,
             hidden_size=hidden_size,
-            inner_size=self._integer("intermediate_size", _MAX_SIZE),
+            inner_size=4 * hidden_size if flags.alibi else self._integer("intermediate_size", _MAX_SIZE),
             vocab_size=self._integer("vocab_size", _MAX_SIZE),
             norm_eps=self._number("rms_norm_eps", default=1e-6),
             max_position_embeddings=self._integer("max_position_embeddings", _MAX_POSITIONS, default=2048),
@@ -129,9 +142,16 @@ class _Reader:
             attention=self._attention(hidden_size),
             windows=self._windows(n_blocks),
             rope_blocks=tuple(
-                not flags.rope_off or block_has_rope(self._values, block) for block in range(n_blocks)
+                not flags.alibi and (not flags.rope_off or block_has_rope(self._values, block))
+                for block in range(n_blocks)
             ),
+            experts=self._experts() if self._family.block == "mixtral" else None,
+            residual_after_norm=self._flag("apply_residual_connection_post_layernorm"),
         )
+
+    def _experts(self) -> ExpertsConfig:
+        n_experts = self._integer("num_local_experts", _MAX_EXPERTS)
+        return ExpertsConfig(n_experts, self._integer("num_experts_per_tok", n_experts))
 
     def _attention(self, hidden_size: int) -> AttentionConfig:
         n_heads = self._integer("num_attention_heads", _MAX_SIZE)
@@ -147,17 +167,18 @@ class _Reader:
                 f"num_attention_heads {n_heads}"
             )
         head_dim = self._integer("head_dim", _MAX_SIZE, default=hidden_size // n_heads)
-        if head_dim % 2:
+        if head_dim % 2 and not self._family.flags.alibi:
             raise InvalidCheckpoint(f"{self._source}: head_dim {head_dim} is odd; rope turns pairs")
         flags = self._family.flags
         return AttentionConfig(
             n_heads=n_heads,
             n_kv_heads=n_kv_heads,
             head_dim=head_dim,
-            rope=self._rope(),
+            rope=NoRope() if flags.alibi else self._rope(),
             qkv_bias=self._flag(flags.qkv_bias),
             output_bias=self._flag(flags.output_bias),
             qk_norm=flags.qk_norm,
+            alibi=flags.alibi,
         )
 
     def _windows(self, n_blocks: int) -> tuple[int | None, ...]:

@@ -10,24 +10,28 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from torch.nn.functional import rms_norm
+from torch.nn.functional import layer_norm, rms_norm
 
 from petalite.errors import InvalidArgument, InvalidCheckpoint
 from petalite.kernels import linear
+from petalite.kernels.quantized import FORMATS, NONE
 from petalite.model.checkpoint import Checkpoint
 from petalite.model.config import ModelConfig
 
+Norm = tuple[Tensor, Tensor | None]  # weight (E,), and bias (E,) where it is a LayerNorm
+
 
 class Edges:
-    """Embedding, final norm and head."""
+    """Embedding (and its norm, where the model has one), final norm and head."""
 
     def __init__(
         self,
         config: ModelConfig,
         embedding: Tensor,
-        norm: Tensor,
+        norm: Norm,
         head: linear.Linear,
         *,
+        embedding_norm: Norm | None = None,
         dtype: torch.dtype,
         device: torch.device,
     ) -> None:
@@ -37,11 +41,14 @@ class Edges:
         self._embedding = embedding
         self._norm = norm
         self._head = head
+        self._embedding_norm = embedding_norm
 
     @property
     def nbytes(self) -> int:
         """Bytes of its weights in memory; the embedding stays in its file."""
-        return self._norm.nbytes + self._head.nbytes
+        norms = (*self._norm, *(self._embedding_norm or ()))
+        total: int = sum(part.nbytes for part in norms if part is not None)
+        return total + self._head.nbytes
 
     def embed(self, ids: Sequence[int] | Tensor) -> Tensor:
         """Token ids (T,) → hidden states (T, E)."""
@@ -53,36 +60,67 @@ class Edges:
                 f"token ids must be a list of numbers from 0 to {len(self._embedding) - 1}, "
                 f"the model's vocabulary; found {index.flatten()[:8].tolist()}…"
             )
-        return self._embedding[index].to(self.device, self.dtype)
+        hidden = self._embedding[index].to(self.device, self.dtype)
+        return hidden if self._embedding_norm is None else self._normed(hidden, self._embedding_norm)
 
     def head(self, hidden: Tensor) -> Tensor:
         """Hidden states (T, E) → logits (T, V) in float32, the final norm included."""
         hidden = hidden.to(self.device, self.dtype)
-        normed = rms_norm(hidden, hidden.shape[-1:], self._norm, self.config.norm_eps)
-        return self._head(normed).float()
+        return self._head(self._normed(hidden, self._norm)).float()
+
+    def _normed(self, hidden: Tensor, norm: Norm) -> Tensor:
+        weight, bias = norm
+        if bias is None:
+            return rms_norm(hidden, hidden.shape[-1:], weight, self.config.norm_eps)
+        return layer_norm(hidden, hidden.shape[-1:], weight, bias, self.config.norm_eps)
 
 
 def load_edges(
-    checkpoint: Checkpoint, *, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
+    checkpoint: Checkpoint,
+    *,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+    quant: str = NONE,
 ) -> Edges:
-    """Read the embedding, norm and head of a checkpoint, and nothing else of it. Raises InvalidCheckpoint."""
+    """Read the embedding, norm and head of a checkpoint, and nothing else of it. `quant` is the format of
+    the head.
+
+    Raises InvalidCheckpoint.
+    """
     config, names, device = checkpoint.config, checkpoint.family.names, torch.device(device)
-    table = (config.vocab_size, config.hidden_size)
-    shapes = {names.embedding: table, names.norm: (config.hidden_size,)}
-    tied = config.tied_embeddings or names.head not in checkpoint.shard_of
-    if not tied:
-        shapes[names.head] = table
+    embedding, norm = checkpoint.outer + names.embedding, checkpoint.outer + names.norm
+    table, vector = (config.vocab_size, config.hidden_size), (config.hidden_size,)
+    shapes: dict[str, tuple[int, ...]] = {embedding: table, norm: vector}
+    embedding_norm = None
+    if names.embedding_norm is not None:  # a family of LayerNorms, which have biases
+        embedding_norm = checkpoint.outer + names.embedding_norm
+        shapes |= dict.fromkeys((embedding_norm, _bias(embedding_norm), _bias(norm)), vector)
+    head = embedding if config.tied_embeddings or names.head not in checkpoint.shard_of else names.head
+    shapes[head] = table
     tensors = checkpoint.read(shapes)
-    head = tensors[names.embedding if tied else names.head].to(device, dtype)
-    norm = tensors[names.norm].to(device, dtype)
-    for name, tensor in ((names.norm, norm), (names.embedding if tied else names.head, head)):
-        if not torch.isfinite(tensor.sum(dtype=torch.float32)) and not torch.isfinite(tensor).all():
-            raise InvalidCheckpoint(f"{checkpoint.folder}: there are NaN or Inf in {name!r}")
+    in_memory = shapes.keys() - ({embedding} - {head})  # the embedding stays in its file, but as a head
+    parts = {name: tensors[name].to(device, dtype) for name in in_memory}
+    for name, tensor in parts.items():
+        _check_finite(checkpoint, name, tensor)
+    weight = parts[head] if quant == NONE else FORMATS[quant].quantize(parts[head])
     return Edges(
         config,
-        tensors[names.embedding],
-        norm,
-        linear.pick(device, dtype).make(head, None),
+        tensors[embedding],
+        (parts[norm], parts.get(_bias(norm))),
+        linear.pick(device, dtype, quant).make(weight, None),
+        embedding_norm=None
+        if embedding_norm is None
+        else (parts[embedding_norm], parts[_bias(embedding_norm)]),
         dtype=dtype,
         device=device,
     )
+
+
+def _bias(weight: str) -> str:
+    return weight.removesuffix("weight") + "bias"
+
+
+def _check_finite(checkpoint: Checkpoint, name: str, tensor: Tensor) -> None:
+    # The sum of finite numbers may overflow; only then is every one looked at.
+    if not torch.isfinite(tensor.sum(dtype=torch.float32)) and not torch.isfinite(tensor).all():
+        raise InvalidCheckpoint(f"{checkpoint.folder}: there are NaN or Inf in {name!r}")

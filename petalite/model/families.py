@@ -19,6 +19,8 @@ class TensorNames:
     embedding: str = "model.embed_tokens.weight"
     norm: str = "model.norm.weight"
     head: str = "lm_head.weight"  # absent where the embedding serves as the head
+    embedding_norm: str | None = None  # a LayerNorm after the embedding
+    outer: str = ""  # what some checkpoints put before every name but the head's
     block_prefix: str = "model.layers.{block}."
     block: Mapping[str, str] = field(
         default_factory=lambda: {
@@ -36,6 +38,13 @@ class TensorNames:
         }
     )
 
+    def of(self, role: str) -> str:
+        """The name of a part's role within its block; the role of an expert's part is `experts.N.ROLE`."""
+        if role.startswith("experts."):
+            _, expert, part = role.split(".")
+            return self.block[f"experts.{part}"].format(expert=expert)
+        return self.block[role]
+
 
 @dataclass(frozen=True, slots=True)
 class Flags:
@@ -46,6 +55,7 @@ class Flags:
     mlp_bias: bool | str = False
     qk_norm: bool = False  # RMSNorm over each query and key head, before rope
     rope_off: bool = False  # `no_rope_layers` turns rope off in some blocks
+    alibi: bool = False  # positions by ALiBi, not rope
     window: str | None = None  # the WINDOWS row that reads the sliding window
 
 
@@ -58,6 +68,8 @@ class Family:
     flags: Flags
     defaults: Mapping[str, object] = field(default_factory=dict)
     names: TensorNames = field(default_factory=TensorNames)
+    block: str = "llama"  # the class of its blocks, by name
+    aliases: Mapping[str, str] = field(default_factory=dict)  # keys by the names other families have for them
 
 
 def _everywhere(config: Mapping[str, object], block: int) -> bool:
@@ -135,6 +147,54 @@ FAMILIES: dict[str, Family] = {
             "rope_theta": 2_000_000.0,
             "tie_word_embeddings": True,
             "no_rope_layer_interval": 4,
+        },
+    ),
+    "mixtral": Family(
+        Flags(window="everywhere"),
+        {
+            "num_key_value_heads": 8,
+            "rope_theta": 1_000_000.0,
+            "rms_norm_eps": 1e-5,
+            "num_local_experts": 8,
+            "num_experts_per_tok": 2,
+            "max_position_embeddings": 131072,
+        },
+        TensorNames(
+            block={
+                **{role: name for role, name in TensorNames().block.items() if not name.startswith("mlp.")},
+                "router": "block_sparse_moe.gate",
+                "experts.gate": "block_sparse_moe.experts.{expert}.w1",
+                "experts.up": "block_sparse_moe.experts.{expert}.w3",
+                "experts.down": "block_sparse_moe.experts.{expert}.w2",
+            }
+        ),
+        block="mixtral",
+    ),
+    "bloom": Family(
+        Flags(qkv_bias=True, output_bias=True, mlp_bias=True, alibi=True),
+        {"rms_norm_eps": 1e-5, "tie_word_embeddings": True},
+        TensorNames(
+            embedding="word_embeddings.weight",
+            norm="ln_f.weight",
+            embedding_norm="word_embeddings_layernorm.weight",
+            outer="transformer.",
+            block_prefix="h.{block}.",
+            block={
+                "attention_norm": "input_layernorm",
+                "qkv": "self_attention.query_key_value",
+                "output": "self_attention.dense",
+                "mlp_norm": "post_attention_layernorm",
+                "up": "mlp.dense_h_to_4h",
+                "down": "mlp.dense_4h_to_h",
+            },
+        ),
+        block="bloom",
+        aliases={
+            "n_embed": "hidden_size",
+            "n_layer": "num_hidden_layers",
+            "n_head": "num_attention_heads",
+            "layer_norm_epsilon": "rms_norm_eps",
+            "seq_length": "max_position_embeddings",
         },
     ),
 }

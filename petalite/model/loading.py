@@ -17,8 +17,10 @@ from petalite.errors import InvalidArgument, InvalidCheckpoint
 from petalite.kernels import linear
 from petalite.kernels.quantized import FORMATS, NONE
 from petalite.model.block import Block, stacked, vector_shapes
+from petalite.model.bloom import BloomBlock
 from petalite.model.checkpoint import Checkpoint
 from petalite.model.llama import LlamaBlock
+from petalite.model.mixtral import MixtralBlock
 from petalite.model.quantfolder import (
     QuantizedBlock,
     QuantizedBlocks,
@@ -30,12 +32,14 @@ from petalite.model.quantfolder import (
 COMPUTE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _IGNORED = ("rotary_emb.inv_freq",)  # old conversions stored what the config says anyway
 
+BLOCKS: Mapping[str, type[Block]] = {"llama": LlamaBlock, "mixtral": MixtralBlock, "bloom": BloomBlock}
+
 Progress = Callable[[int, int], None]  # (done, total)
 
 
 def block_kind(checkpoint: Checkpoint) -> type[Block]:
     """The class of the checkpoint's blocks."""
-    return LlamaBlock
+    return BLOCKS[checkpoint.family.block]
 
 
 def load_blocks(
@@ -185,12 +189,12 @@ def _vectors(
 def _read_parts(checkpoint: Checkpoint, kind: type[Block], index: int) -> dict[str, Tensor]:
     """A block's tensors by part, mapped, as they are stored; no other name may stand under its prefix."""
     names = checkpoint.family.names
-    prefix = names.block_prefix.format(block=index)
+    prefix = checkpoint.outer + names.block_prefix.format(block=index)
     shapes = kind.tensor_shapes(checkpoint.config)
     stored = {}
     for part in shapes:
         role, _, what = part.rpartition(".")
-        stored[part] = f"{prefix}{names.block[role]}.{what}"
+        stored[part] = f"{prefix}{names.of(role)}.{what}"
     unknown = [
         name for name in set(checkpoint.names(prefix)) - set(stored.values()) if not name.endswith(_IGNORED)
     ]

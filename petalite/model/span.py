@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from petalite.errors import BadTensor, WrongSpan
-from petalite.kernels.attention import CausalMasks, attend
+from petalite.kernels.attention import CausalMasks, alibi_slopes, attend
 from petalite.kernels.rope import RotationTable
 from petalite.model.block import Block
 from petalite.model.cache import CacheShape, KVCache, Segment
@@ -48,7 +48,8 @@ class BlockSpan:
         self._blocks = blocks
         self._min_tokens = min_tokens
         self._rotations = RotationTable(attention.rope, attention.head_dim, device)
-        self._masks = CausalMasks(attention.n_heads // attention.n_kv_heads, dtype, device)
+        slopes = alibi_slopes(attention.n_heads) if attention.alibi else None
+        self._masks = CausalMasks(attention.n_heads // attention.n_kv_heads, dtype, device, slopes)
 
     @property
     def nbytes(self) -> int:

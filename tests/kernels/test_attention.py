@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from petalite.kernels.attention import CausalMasks, attend
+from petalite.kernels.attention import CausalMasks, alibi_slopes, attend
 
 CPU = torch.device("cpu")
 
@@ -81,3 +81,28 @@ def test_is_differentiable_in_the_queries(window) -> None:
     exact = queries.detach().double().requires_grad_()
     (reference(exact, keys[0], values[0], window) * weight).sum().backward()
     torch.testing.assert_close(queries.grad.double(), exact.grad, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("n_heads", [1, 8, 12, 71, 112])
+def test_alibi_slopes_are_those_of_transformers(n_heads: int) -> None:
+    """Which multiplies them by positions; the second position's row is the slopes."""
+    from transformers.models.bloom.modeling_bloom import build_alibi_tensor
+
+    theirs = build_alibi_tensor(torch.ones(1, 2), n_heads, torch.float32)[:, 0, 1]
+    torch.testing.assert_close(alibi_slopes(n_heads), theirs, rtol=0, atol=1e-7)
+
+
+@pytest.mark.parametrize("n_tokens", [1, 5, 64, 150])
+def test_alibi_counts_distance(n_tokens: int) -> None:
+    """Against the formula softmax(qk/√D - slope · (i - j)) in float64."""
+    n_keys, n_heads, head_dim = 200, 6, 8
+    q, k, v = (torch.randn(n, n_heads, head_dim, dtype=torch.float64) for n in (n_tokens, n_keys, n_keys))
+    slopes = alibi_slopes(n_heads)
+    masks = CausalMasks(1, torch.float32, torch.device("cpu"), slopes)
+    keys, values = (each.transpose(0, 1).unsqueeze(0).float() for each in (k, v))
+    result = attend(q.float(), keys, values, masks, None)
+    distance = torch.arange(n_keys - n_tokens, n_keys).unsqueeze(1) - torch.arange(n_keys)
+    logits = torch.einsum("thd,shd->hts", q, k) / head_dim**0.5 - slopes.double().view(-1, 1, 1) * distance
+    weights = logits.masked_fill(distance < 0, -torch.inf).softmax(-1)
+    expected = torch.einsum("hts,shd->thd", weights, v).flatten(1)
+    torch.testing.assert_close(result.double(), expected, rtol=0, atol=1e-5)
