@@ -172,9 +172,10 @@ async def test_out_of_descriptors(host: Host, monkeypatch: pytest.MonkeyPatch) -
         for sock in socks:
             sock.setblocking(False)
             await asyncio.get_running_loop().sock_connect(sock, ("127.0.0.1", host.addresses[0].port))
+        began_s = time.monotonic()
         await asyncio.sleep(0.5)
         assert host.is_connected(good)
-        assert 1 <= len(rests) <= 4
+        assert 1 <= len(rests) <= 2 + (time.monotonic() - began_s) / 0.2
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
     await eventually(lambda: host.journal.counts["handshake:failed", "PROTOCOL"] == len(socks))
