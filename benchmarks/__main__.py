@@ -9,6 +9,10 @@ import importlib
 BENCHMARKS = {
     "net": "messages and tensors between two processes: loopback, and the lab's slow and lossy links",
     "hop": "what a hop over loopback adds to a decode step",
+    "wan": "steps and prefills over three servers on long links, ring and star",
+    "recovery": "from SIGKILL to the next token",
+    "table1": "steps/s over servers that fail, by policy, as in the paper's Table 1",
+    "serve": "many sessions on one server, and one beside a long prefill",
     "decode": "SmolLM2 tokens/s in one process, beside transformers",
     "dht": "the DHT: simulated swarms of up to 10,000 nodes, 32 real nodes, beside `kademlia`",
     "footprint": "start time and memory of a bootstrap node, bytes a server reads from disk",

@@ -1,5 +1,5 @@
 """The net room between two processes on loopback, beside uvloop's plain TCP, unencrypted, in the same run;
-and over long, narrow and lossy links (`benchmarks.wan`), where there is a lab.
+and over long, narrow and lossy links (`benchmarks.net_wan`), where there is a lab.
 
 The two take turns, round by round, and of each figure the best round counts: what else the machine does can
 only add. The two processes are started apart, not forked: forked ones share their address layout, so that
@@ -23,7 +23,7 @@ from multiprocessing.connection import Connection as Pipe
 from pathlib import Path
 from typing import Any
 
-from benchmarks import wan
+from benchmarks import net_wan
 from benchmarks.lab import LabUnavailable
 from benchmarks.report import Check, Report
 from petalite.net import Call, Host, HostSettings, Identity, Message, MethodPolicy, Multiaddr
@@ -67,13 +67,13 @@ def run() -> Report:
     report = _report(results)
     try:
         with asyncio.Runner(loop_factory=new_event_loop) as runner:
-            far = runner.run(wan.measure())
+            far = runner.run(net_wan.measure())
     except LabUnavailable as reason:
         results["wan"] = f"skipped: {reason}"
         report.rows.append(("over the lab's links", "skipped", "", str(reason)))
     else:
         results |= far
-        wan.show(report, far)
+        net_wan.show(report, far)
     return report
 
 

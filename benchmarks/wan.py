@@ -1,232 +1,154 @@
-"""The net room over long, narrow and lossy links: the WAN rows of `benchmarks.net`, on the lab.
+"""Sessions over long links: a client and three servers, each on a host of its own of the lab.
 
-A sender and a receiver, each on a lab host of its own, in turns with plain TCP between the same two. Both see
-one clock, so a message's way is timed one way, from the call to the receiver's handler.
-
-    python -m benchmarks.wan receive ADDRESS             a host's part: prints where it listens
-    python -m benchmarks.wan send ADDRESS SECONDS BULK   a host's part: prints what was measured, as JSON
+A tiny random Llama of 8 blocks shows what the network costs, SmolLM2 what a user sees. Without the lab (it
+takes root) the same on loopback, and the rows say so. Then a prefill of 2,048 tokens, its chunks one after
+another and pipelined.
 """
 
 from __future__ import annotations
 
-import array
 import asyncio
 import json
-import os
 import sys
-from asyncio.subprocess import PIPE, Process
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+import tempfile
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
-from time import monotonic
 from typing import Any
 
-from benchmarks.lab import HostSpec, Lab
-from benchmarks.report import Check, Report, quantiles
-from petalite.net import Call, Host, Identity, Message, Multiaddr, Priority
-from petalite.net.loop import new_event_loop
+from benchmarks.lab import HostSpec, Lab, LabUnavailable
+from benchmarks.report import Check, Report
+from petalite.client.settings import ROUTES
+from petalite.node.processes import NodeProcess, serve_node
+from petalite.node.smollm2 import smollm2_folder
+from tests.helpers.checkpoints import tiny_llama
 
 RATE_BITS_S = 100e6
-MESSAGE_BYTES = 16 * 1024
-MESSAGE_EVERY_S = 0.05
-TENSOR_BYTES = 32 * 1024 * 1024
-STREAM_BYTES = 60_000_000  # of the one stream at 100 ms
-ROUNDS = 3
-WARM_UP_S = 2.0
-PORT = "7007"
-# One-way delays of each of the two hosts: a quarter of the round trip.
-NEAR = (HostSpec("a", 0.001, rate_bits_s=RATE_BITS_S), HostSpec("b", 0.001, rate_bits_s=RATE_BITS_S))
-FAR = (HostSpec("a", 0.025, rate_bits_s=RATE_BITS_S), HostSpec("b", 0.025, rate_bits_s=RATE_BITS_S))
-LOSSY = (
-    HostSpec("a", 0.015, rate_bits_s=RATE_BITS_S, loss=0.01),
-    HostSpec("b", 0.015, rate_bits_s=RATE_BITS_S),
-)
+RTTS_MS = (5, 20, 100)
+SERVERS = ("s1", "s2", "s3")
+TINY_SPANS = ("0:3", "3:6", "6:8")
+SMOLLM2_SPANS = ("0:10", "10:20", "20:30")
+PROMPT = "The history of the city begins with"
+NEW_TOKENS = 40
+PREFILL_TOKENS, CHUNK_TOKENS = 2048, 128
+LOOPBACK = "loopback"
+PARTS = (*(f"{rtt_ms} ms" for rtt_ms in RTTS_MS), "prefill")
+# Milliseconds per step over such a lab, by round trip.
+PETALS_MS = {5: 38.8, 20: 83.3, 100: 323.7}  # Petals itself, a tiny model, three servers
+LLAMA_CPP_MS = {5: 49.0, 20: 93.0, 100: 370.0}  # llama.cpp's RPC, SmolLM2, three servers
+
+Wrap = Callable[[str, Sequence[str]], list[str]]
 
 
-async def measure() -> dict[str, Any]:
-    """All rows. Raises LabUnavailable."""
-    results: dict[str, Any] = {"wan_congestion_control": _congestion_control()}
-    async with _peers(NEAR) as (lab, address):
-        results |= await _beside_bulk(lab, address, "near", seconds=8.0)
-        plain = await _plain(lab, 30_000_000)
-        results["near_plain_mbit_s"] = plain
-    async with _peers(FAR) as (lab, address):
-        ours, plains = [], []
-        for _ in range(ROUNDS):
-            plains.append(await _plain(lab, STREAM_BYTES))
-            ours.append((await _send(lab, address, "stream", 0))["mbit_s"])
-        results |= {"far_stream_mbit_s": sorted(ours)[1], "far_plain_mbit_s": sorted(plains)[1]}
-    async with _peers(LOSSY) as (lab, address):
-        results |= await _beside_bulk(lab, address, "lossy", seconds=12.0)
-        results["lossy_plain_mbit_s"] = await _plain(lab, 10_000_000)
-    return results
+def run(only: str = "") -> Report:
+    """All parts, or those whose names contain `only`."""
+    return asyncio.run(_measure(only))
 
 
-def show(report: Report, results: dict[str, Any]) -> None:
-    """The rows and checks of what `measure` returned."""
-    bulk_share = results["near_bulk_mbit_s"] / results["near_plain_mbit_s"]
-    stream_share = results["far_stream_mbit_s"] / results["far_plain_mbit_s"]
-    behind = results["lossy_beside_bulk_p90_ms"] / results["lossy_idle_p90_ms"]
-    for name, key, unit in (
-        ("4 ms, 100 Mbit/s: 16 KiB one way, p90", "near_idle_p90_ms", "ms"),
-        ("  the same behind endless 32 MiB", "near_beside_bulk_p90_ms", "ms"),
-        ("  bulk meanwhile", "near_bulk_mbit_s", "Mbit/s"),
-        ("100 ms, 100 Mbit/s: one stream", "far_stream_mbit_s", "Mbit/s"),
-        ("60 ms, 1 % loss: 16 KiB one way, p90", "lossy_idle_p90_ms", "ms"),
-        ("  the same beside endless 32 MiB", "lossy_beside_bulk_p90_ms", "ms"),
-        ("  bulk meanwhile", "lossy_bulk_mbit_s", "Mbit/s"),
-    ):
-        plain = results[key.split("_")[0] + "_plain_mbit_s"] if unit == "Mbit/s" else ""
-        report.rows.append((name, float(results[key]), plain, unit))
-    report.checks += [
-        Check("16 KiB behind bulk at 100 Mbit/s, p90", results["near_beside_bulk_p90_ms"], "ms", 30.0),
-        Check("bulk meanwhile, beside plain TCP", bulk_share, "times", 0.9, "at least"),
-        Check("one stream at 100 ms, beside plain TCP", stream_share, "times", 0.85, "at least"),
+async def _measure(only: str) -> Report:
+    report = Report("wan", ("where", "what", "route", "ms", "of it computing", "tokens/s"))
+    with tempfile.TemporaryDirectory() as folder:
+        sizes = {"num_hidden_layers": 8, "hidden_size": 256, "intermediate_size": 512}
+        tiny = str(tiny_llama(Path(folder) / "tiny", **sizes))
+        for rtt_ms in RTTS_MS:
+            if only in f"{rtt_ms} ms":
+                await _steps(report, rtt_ms, "tiny", tiny, TINY_SPANS, ["steps", {}])
+                text = ["generate", {"prompt": PROMPT, "new_tokens": NEW_TOKENS}]
+                await _steps(report, rtt_ms, "SmolLM2", str(smollm2_folder()), SMOLLM2_SPANS, text)
+        if only in "prefill":
+            await _prefill(report)
+    return report
+
+
+async def _steps(
+    report: Report, rtt_ms: int, name: str, model: str, spans: Sequence[str], deed: list[Any]
+) -> None:
+    where, rows = await _at(rtt_ms, model, spans, {route: [deed] for route in ROUTES})
+    for route, (result,) in rows.items():
+        _row(report, where, name, route, result)
+    if where != LOOPBACK:
+        _check(report, rtt_ms, name, rows["ring"][0])
+
+
+async def _prefill(report: Report) -> None:
+    """2,048 tokens of SmolLM2 at 20 ms."""
+    deeds = [
+        ["prefill", {"tokens": PREFILL_TOKENS, "chunk": CHUNK_TOKENS, "pipelined": pipelined}]
+        for pipelined in (False, True)
     ]
-    if results["wan_congestion_control"] == "bbr":
-        report.checks.append(Check("16 KiB beside bulk at 1 % loss, beside idle, p90", behind, "times", 2.0))
+    where, rows = await _at(20, str(smollm2_folder()), SMOLLM2_SPANS, {"ring": deeds})
+    one_by_one, pipelined = (result["seconds"] for result in rows["ring"])
+    for what, seconds in (("one by one", one_by_one), ("pipelined", pipelined)):
+        name = f"prefill of {PREFILL_TOKENS}, {what}"
+        report.rows.append((where, name, "ring", seconds * 1e3, "", PREFILL_TOKENS / seconds))
+        report.results[f"{where} prefill {what}"] = {"seconds": seconds}
+    gain = one_by_one / pipelined
+    report.checks.append(Check(f"{where}: pipelined prefill against one by one", gain, "×", 1.4, "at least"))
 
 
-async def _beside_bulk(lab: Lab, address: str, name: str, seconds: float) -> dict[str, Any]:
-    idle = await _send(lab, address, str(seconds / 2), 0)
-    busy = await _send(lab, address, str(seconds), 1)
-    return {
-        f"{name}_idle_p90_ms": idle["p90_ms"],
-        f"{name}_beside_bulk_p50_ms": busy["p50_ms"],
-        f"{name}_beside_bulk_p90_ms": busy["p90_ms"],
-        f"{name}_bulk_mbit_s": busy["bulk_mbit_s"],
-    }
+def _row(report: Report, where: str, name: str, route: str, result: dict[str, Any]) -> None:
+    step_ms = result["step_ms"]
+    report.rows.append((where, f"{name}, a step", route, step_ms, result["compute_ms"], 1e3 / step_ms))
+    report.results[f"{where} {name} {route}"] = result
 
 
-def _congestion_control() -> str:
-    """What petalite's sockets get here: BBR if it may be asked for."""
-    allowed = Path("/proc/sys/net/ipv4/tcp_available_congestion_control").read_text().split()
-    return "bbr" if "bbr" in allowed else allowed[0]
+def _check(report: Report, rtt_ms: int, name: str, ring: dict[str, Any]) -> None:
+    bound = ring["compute_ms"] + 4 * rtt_ms / 2 + len(SERVERS)
+    report.checks.append(Check(f"{rtt_ms} ms, {name}: a step over the ring", ring["step_ms"], "ms", bound))
+    rival, rival_ms = ("Petals", PETALS_MS) if name == "tiny" else ("llama.cpp's RPC", LLAMA_CPP_MS)
+    faster = rival_ms[rtt_ms] / ring["step_ms"]
+    report.checks.append(Check(f"{rtt_ms} ms, {name}: tokens/s beside {rival}", faster, "×", 1.0, "at least"))
 
 
-# -- processes on the lab's hosts ------------------------------------------------------------------
+Deeds = dict[str, list[list[Any]]]
+"""By route, what `benchmarks.driver` is to do."""
+
+
+async def _at(
+    rtt_ms: int, model: str, spans: Sequence[str], deeds: Deeds
+) -> tuple[str, dict[str, list[dict[str, Any]]]]:
+    """Where it was measured, and the results by route."""
+    hosts = [HostSpec(host, rtt_ms / 4e3, rate_bits_s=RATE_BITS_S) for host in ("client", *SERVERS)]
+    try:
+        async with Lab(hosts) as lab, _swarm(model, spans, lab) as peers:
+            return f"{rtt_ms} ms", await drive(model, peers, deeds, lab.command)
+    except LabUnavailable as error:
+        print(f"no lab, so on loopback: {error}", file=sys.stderr)
+    async with _swarm(model, spans, None) as peers:
+        return LOOPBACK, await drive(model, peers, deeds, lambda host, command: list(command))
 
 
 @asynccontextmanager
-async def _peers(links: tuple[HostSpec, ...]) -> AsyncIterator[tuple[Lab, str]]:
-    """The lab with both receivers, petalite's and plain TCP's, on `b`; the former's address."""
-    async with Lab(links) as lab:
-        receiver = await _start(lab, "b", "benchmarks.wan", "receive", f"/ip4/{lab.address('b')}/tcp/0")
-        plain = await _start(lab, "b", "benchmarks.lab.probe", "echo", PORT)
-        assert receiver.stdout is not None and plain.stdout is not None
-        address = (await receiver.stdout.readline()).decode().strip()
-        await plain.stdout.readline()
-        yield lab, address
-        for process in (receiver, plain):
-            process.kill()
-            await process.wait()
+async def _swarm(model: str, spans: Sequence[str], lab: Lab | None) -> AsyncIterator[list[str]]:
+    """Servers of `spans`, each on its host; the first one's address."""
+    async with AsyncExitStack() as stack:
+        nodes: list[NodeProcess] = []
+        for host, span in zip(SERVERS, spans, strict=True):
+            peers = [await asyncio.to_thread(lambda: nodes[0].address)] if nodes else []
+            if lab is None:
+                node = serve_node(model, span, peers)
+            else:
+                listen = f"/ip4/{lab.address(host)}/tcp/31330"
+                node = serve_node(model, span, peers, listen=listen, wrap=_on(lab, host))
+            nodes.append(stack.enter_context(node))
+        for node in nodes:
+            await asyncio.to_thread(lambda node=node: node.address)
+        yield [str(nodes[0].address)]
 
 
-async def _start(lab: Lab, host: str, module: str, *arguments: str) -> Process:
-    command = lab.command(host, [sys.executable, "-m", module, *arguments])
-    return await asyncio.create_subprocess_exec(*command, stdout=PIPE)
+def _on(lab: Lab, host: str) -> Callable[[list[str]], list[str]]:
+    return lambda command: lab.command(host, command)
 
 
-async def _send(lab: Lab, address: str, seconds: str, bulk: int) -> dict[str, Any]:
-    process = await _start(lab, "a", "benchmarks.wan", "send", address, seconds, str(bulk))
-    output, _ = await process.communicate()
-    result: dict[str, Any] = json.loads(output)
-    return result
-
-
-async def _plain(lab: Lab, size: int) -> float:
-    """Mbit/s of one plain TCP connection."""
-    process = await _start(lab, "a", "benchmarks.lab.probe", "flood", lab.address("b"), PORT, str(size))
-    output, _ = await process.communicate()
-    return size * 8 / float(output) / 1e6
-
-
-# -- what they run ---------------------------------------------------------------------------------
-
-
-async def receive(listen: str) -> None:
-    async with Host(Identity.generate()) as host:
-
-        async def messages(call: Call) -> Message:
-            """Times each message's way, from the clock in its body."""
-            late_s = array.array("d")
-            while (message := await call.receive()) is not None:
-                late_s.append(monotonic() - message.body["sent_s"])
-            return Message({}, [late_s])
-
-        async def swallow(call: Call) -> dict[str, Any]:
-            while await call.receive() is not None:
-                pass
-            return {}
-
-        async def received(_call: Call) -> dict[str, Any]:
-            return {"bytes": host.metrics()["petalite_net_received_bytes_total"]}
-
-        for method in (messages, swallow, received):
-            host.serve(method.__name__, method)
-        [address] = await host.listen([Multiaddr.parse(listen)])
-        print(address, flush=True)
-        await asyncio.Event().wait()
-
-
-async def send(to: str, seconds: str, bulk: str) -> None:
-    address = Multiaddr.parse(to)
-    async with Host(Identity.generate()) as host:
-        await host.connect(address)
-        result = await (
-            _one_stream(host, address)
-            if seconds == "stream"
-            else _talk(host, address, float(seconds), bulk == "1")
-        )
-    print(json.dumps(result), flush=True)
-
-
-async def _one_stream(host: Host, address: Multiaddr) -> dict[str, float]:
-    data = os.urandom(STREAM_BYTES // 4)
-    began_s = monotonic()
-    async with host.stream(address, "swallow") as call:
-        for _ in range(4):
-            await call.send({}, [data])
-        await call.finish()
-        await call.receive()
-    return {"mbit_s": STREAM_BYTES * 8 / (monotonic() - began_s) / 1e6}
-
-
-async def _talk(host: Host, address: Multiaddr, seconds: float, bulk: bool) -> dict[str, float]:
-    """Messages for so long, beside bulk or not."""
-    flood = asyncio.create_task(_flood(host, address)) if bulk else None
-    await asyncio.sleep(WARM_UP_S)
-
-    async def received() -> float:
-        count: float = (await host.call(address, "received", timeout_s=30)).body["bytes"]
-        return count
-
-    before, began_s, sent = await received(), monotonic(), 0
-    async with host.stream(address, "messages", priority=Priority.INTERACTIVE) as call:
-        data = os.urandom(MESSAGE_BYTES)
-        while monotonic() - began_s < seconds:
-            sent += 1
-            await asyncio.sleep(max(0.0, began_s + sent * MESSAGE_EVERY_S - monotonic()))
-            await call.send({"sent_s": monotonic()}, [data])
-        await call.finish()
-        reply = await call.receive()
-    took_bytes = await received() - before - sent * MESSAGE_BYTES
-    elapsed_s = monotonic() - began_s
-    if flood is not None:
-        flood.cancel()
-    assert reply is not None
-    late_ms = [1e3 * late_s for late_s in memoryview(reply.buffers[0]).cast("d")]
-    found = quantiles(late_ms)
-    return {"p50_ms": found["p50"], "p90_ms": found["p90"], "bulk_mbit_s": took_bytes * 8 / elapsed_s / 1e6}
-
-
-async def _flood(host: Host, address: Multiaddr) -> None:
-    data = os.urandom(TENSOR_BYTES)
-    async with host.stream(address, "swallow", priority=Priority.BULK) as call:
-        while True:
-            await call.send({}, [data])
-
-
-if __name__ == "__main__":
-    with asyncio.Runner(loop_factory=new_event_loop) as runner:
-        runner.run({"receive": receive, "send": send}[sys.argv[1]](*sys.argv[2:]))
+async def drive(model: str, peers: list[str], deeds: Deeds, wrap: Wrap) -> dict[str, list[dict[str, Any]]]:
+    """What the deeds give from the host `client`."""
+    results = {}
+    for route, todo in deeds.items():
+        order = json.dumps({"model": model, "peers": peers, "route": route, "do": todo})
+        command = wrap("client", [sys.executable, "-m", "benchmarks.driver", order])
+        process = await asyncio.create_subprocess_exec(*command, stdout=asyncio.subprocess.PIPE)
+        output, _ = await process.communicate()
+        if process.returncode:
+            raise RuntimeError(f"the client ended with code {process.returncode}")
+        results[route] = json.loads(output)
+    return results

@@ -13,7 +13,7 @@ import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from petalite.errors import PetaliteError
@@ -25,19 +25,25 @@ START_S = 60.0
 STOP_S = 15.0
 KEPT_LINES = 200
 
+Wrap = Callable[[list[str]], list[str]]
+
 
 class NodeProcess:
     """A context manager: leaving it stops the node with SIGTERM, or SIGKILL if it does not listen."""
 
-    def __init__(self, *arguments: str, environment: dict[str, str] | None = None) -> None:
+    def __init__(
+        self, *arguments: str, environment: dict[str, str] | None = None, wrap: Wrap | None = None
+    ) -> None:
+        """`wrap` makes another command line of the node's, say to run it elsewhere."""
         self.arguments = arguments
         self.lines: deque[str] = deque(maxlen=KEPT_LINES)
         self._ready = threading.Event()
         self._address: Multiaddr | None = None
         self._started_s = time.monotonic()
         self.ready_s: float | None = None  # from start to the printed address
+        command = [sys.executable, "-m", "petalite.node", *arguments]
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "petalite.node", *arguments],
+            command if wrap is None else wrap(command),
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
@@ -108,8 +114,15 @@ def bootstrap_node() -> NodeProcess:
     return NodeProcess("bootstrap", "--listen", "/ip4/127.0.0.1/tcp/0")
 
 
-def serve_node(model: str, blocks: str, peers: Sequence[Multiaddr], *more: str) -> NodeProcess:
+def serve_node(
+    model: str,
+    blocks: str,
+    peers: Sequence[Multiaddr],
+    *more: str,
+    listen: str = "/ip4/127.0.0.1/tcp/0",
+    wrap: Wrap | None = None,
+) -> NodeProcess:
     """A server of `blocks`, one thread, joined through `peers`; without peers the first of a new swarm."""
     joining = [part for peer in peers for part in ("--peers", str(peer))] or ["--new-swarm"]
-    listen = ("--listen", "/ip4/127.0.0.1/tcp/0")
-    return NodeProcess("serve", model, "--blocks", blocks, *joining, *listen, "--threads", "1", *more)
+    command = ("serve", model, "--blocks", blocks, *joining, "--listen", listen, "--threads", "1", *more)
+    return NodeProcess(*command, wrap=wrap)

@@ -1,0 +1,125 @@
+"""A client in a process of its own, for benchmarks that put it on a host of the lab.
+
+    python -m benchmarks.driver '{"model": …, "peers": […], "route": "ring", "do": [["steps", {…}], …]}'
+
+Prints one line of JSON: what each of `do` gave.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import statistics
+import sys
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from typing import Any
+
+import torch
+
+import petalite
+from petalite.client.servers import SwarmServers
+from petalite.client.session import Session, StepInput
+from petalite.client.settings import RING, SessionSettings
+from petalite.model.checkpoint import Checkpoint
+from petalite.net.identity import Identity
+from petalite.net.loop import new_event_loop
+from petalite.net.multiaddr import Multiaddr
+from petalite.swarm.directory import Directory
+from petalite.swarm.messages import LAST, NONE
+from petalite.swarm.peer import PeerSettings, SwarmPeer
+from petalite.swarm.spans import Span
+
+
+@asynccontextmanager
+async def hidden_session(
+    model: str, peers: list[str], max_length: int, route: str = RING, span: Span | None = None
+) -> AsyncIterator[Session]:
+    """A session of hidden states over a swarm; over all blocks, or `span`."""
+    checkpoint = Checkpoint.open(model)
+    span = span or Span(0, checkpoint.config.n_blocks)
+    settings = PeerSettings(bootstrap=tuple(map(Multiaddr.parse, peers)))
+    async with SwarmPeer(Identity.generate(), settings) as peer:
+        directory = Directory(peer.dht, checkpoint.model_id(), span)
+        servers = SwarmServers(peer.host, directory, pushing=route == RING)
+        hidden_size = checkpoint.config.hidden_size
+        limits = SessionSettings(route=route)
+        async with Session(servers, span, hidden_size, max_length=max_length, settings=limits) as session:
+            yield session
+
+
+async def steps(
+    model: str, peers: list[str], route: str, *, prefix: int = 16, count: int = 40
+) -> dict[str, Any]:
+    """Decode steps of random states: medians in milliseconds."""
+    width = Checkpoint.open(model).config.hidden_size
+    async with hidden_session(model, peers, prefix + count, route) as session:
+        await session.step(torch.randn(prefix, width), [(0, 0, prefix)], NONE)
+        for offset in range(count):
+            await session.step(torch.randn(1, width), [(0, prefix + offset, 1)])
+        timings = list(session.trace.steps)[-count:]
+        return {
+            "step_ms": statistics.median(timing.total_s for timing in timings) * 1e3,
+            "compute_ms": statistics.median(
+                sum(hop.compute_s + hop.queue_s for hop in timing.hops) for timing in timings
+            )
+            * 1e3,
+            "hops": len(session.chain),
+        }
+
+
+async def prefill(
+    model: str, peers: list[str], route: str, *, tokens: int, chunk: int, pipelined: bool
+) -> dict[str, Any]:
+    """Seconds until the last of `tokens` random states has come out."""
+    width = Checkpoint.open(model).config.hidden_size
+    async with hidden_session(model, peers, tokens + 1, route) as session:
+        await session.step(torch.randn(1, width), [(0, 0, 1)])  # links are up, kernels warm
+        parts = [
+            StepInput(torch.randn(min(chunk, tokens - at), width), [(0, at, min(chunk, tokens - at))], LAST)
+            for at in range(0, tokens, chunk)
+        ]
+        began_s = time.perf_counter()
+        if pipelined:
+            await session.steps(parts)
+        else:
+            for part in parts:
+                await session.steps([part])
+        return {"seconds": time.perf_counter() - began_s}
+
+
+async def generate(
+    model: str, peers: list[str], route: str, *, prompt: str, new_tokens: int
+) -> dict[str, Any]:
+    """Tokens/s of a text, the prompt's own step left out."""
+    async with petalite.Swarm(peers) as swarm:
+        opened = await swarm.model(model, settings=SessionSettings(route=route))
+        result = await opened.generate(prompt, max_new_tokens=new_tokens)
+        timings = [timing for timing in result.trace.steps if timing.n_tokens == 1]
+        return {
+            "step_ms": statistics.median(timing.total_s for timing in timings) * 1e3,
+            "compute_ms": statistics.median(sum(hop.compute_s for hop in timing.hops) for timing in timings)
+            * 1e3,
+            "tokens": len(result.token_ids),
+        }
+
+
+DEEDS: dict[str, Callable[..., Awaitable[dict[str, Any]]]] = {
+    "steps": steps,
+    "prefill": prefill,
+    "generate": generate,
+}
+
+
+async def _run(order: dict[str, Any]) -> list[dict[str, Any]]:
+    return [
+        await DEEDS[deed](order["model"], order["peers"], order["route"], **options)
+        for deed, options in order["do"]
+    ]
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    with asyncio.Runner(loop_factory=new_event_loop) as runner:
+        print(json.dumps(runner.run(_run(json.loads(sys.argv[1])))))

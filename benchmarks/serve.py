@@ -1,0 +1,119 @@
+"""Many sessions on one server: what a pass over the weights is shared for.
+
+A random Llama whose weights fit no cache. Clients decode at once, each in a session of its own over real
+links; then one decodes while another's prefill of 2,048 tokens runs.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import statistics
+import tempfile
+import time
+from contextlib import AsyncExitStack
+from pathlib import Path
+
+import torch
+
+from benchmarks.driver import hidden_session
+from benchmarks.report import Check, Report
+from petalite.net.loop import new_event_loop
+from petalite.node.processes import serve_node
+from petalite.server.scheduler import SchedulerSettings
+from petalite.swarm.messages import NONE
+from tests.helpers.checkpoints import tiny_llama
+
+SIZES = {
+    "num_hidden_layers": 12,
+    "hidden_size": 1024,
+    "intermediate_size": 4096,
+    "num_attention_heads": 16,
+    "num_key_value_heads": 16,
+    "vocab_size": 256,
+}  # 201 M weights in the blocks
+FORMATS = {"bf16": ("--dtype", "bfloat16"), "int8": ("--dtype", "bfloat16", "--quant", "int8")}
+SESSIONS = (1, 2, 4, 8, 16)
+PREFIX = 16
+STEPS = 20
+LONG = 2048
+
+
+def run() -> Report:
+    torch.set_num_threads(1)
+    report = Report("serve", ("format", "sessions", "tokens/s", "of one", "step p50 ms", "step p95 ms"))
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        asyncio.Runner(loop_factory=new_event_loop) as runner,
+    ):
+        model = str(tiny_llama(Path(folder) / "model", **SIZES))
+        for name, options in FORMATS.items():
+            runner.run(_measure(report, model, name, options))
+    return report
+
+
+async def _measure(report: Report, model: str, name: str, options: tuple[str, ...]) -> None:
+    async with AsyncExitStack() as stack:
+        node = stack.enter_context(serve_node(model, "0:12", [], *options))
+        peers = [str(await asyncio.to_thread(lambda: node.address))]
+        alone_tokens_s = alone_p50 = 0.0
+        for count in SESSIONS:
+            tokens_s, steps = await _together(model, peers, count)
+            p50, p95 = _quantiles_ms(steps)
+            alone_tokens_s, alone_p50 = alone_tokens_s or tokens_s, alone_p50 or p50
+            gain = tokens_s / alone_tokens_s
+            report.rows.append((name, count, tokens_s, gain, p50, p95))
+            report.results[f"{name} {count}"] = {"tokens_s": tokens_s, "p50_ms": p50, "p95_ms": p95}
+            if count == 8:
+                report.checks.append(Check(f"{name}: 8 sessions against 1", gain, "×", 3.0, "at least"))
+                report.checks.append(Check(f"{name}: p95 of 8 against one's step", p95 / alone_p50, "×", 2.5))
+        beside = await _beside_a_prefill(model, peers)
+        report.rows.append((name, "1, beside a prefill", "", "", *beside))
+        report.results[f"{name} beside a prefill"] = {"p50_ms": beside[0], "p95_ms": beside[1]}
+        bound = SchedulerSettings().target_s * 1e3 + alone_p50
+        report.checks.append(Check(f"{name}: p95 beside a prefill of {LONG}", beside[1], "ms", bound))
+
+
+async def _together(model: str, peers: list[str], count: int) -> tuple[float, list[float]]:
+    """Tokens/s of all, and every step's seconds."""
+    ready, go = asyncio.Semaphore(0), asyncio.Event()
+
+    async def one() -> list[float]:
+        async with hidden_session(model, peers, PREFIX + STEPS + 1) as session:
+            await session.step(torch.randn(PREFIX, SIZES["hidden_size"]), [(0, 0, PREFIX)], NONE)
+            ready.release()
+            await go.wait()
+            for offset in range(STEPS):
+                await session.step(torch.randn(1, SIZES["hidden_size"]), [(0, PREFIX + offset, 1)])
+            return [timing.total_s for timing in list(session.trace.steps)[-STEPS:]]
+
+    tasks = [asyncio.create_task(one()) for _ in range(count)]
+    for _ in tasks:
+        await ready.acquire()
+    began_s = time.perf_counter()
+    go.set()
+    steps = [seconds for task in tasks for seconds in await task]
+    return count * STEPS / (time.perf_counter() - began_s), steps
+
+
+async def _beside_a_prefill(model: str, peers: list[str]) -> tuple[float, float]:
+    """p50 and p95 in milliseconds of decode steps while a long prefill goes on."""
+    async with (
+        hidden_session(model, peers, LONG) as long,
+        hidden_session(model, peers, 1024) as short,
+    ):
+        await short.step(torch.randn(PREFIX, SIZES["hidden_size"]), [(0, 0, PREFIX)], NONE)
+        prefill = asyncio.create_task(
+            long.step(torch.randn(LONG, SIZES["hidden_size"]), [(0, 0, LONG)], NONE)
+        )
+        seconds: list[float] = []
+        while not prefill.done() and len(seconds) < 1000:
+            began_s = time.perf_counter()
+            await short.step(torch.randn(1, SIZES["hidden_size"]), [(0, PREFIX + len(seconds), 1)])
+            seconds.append(time.perf_counter() - began_s)
+        await prefill
+    return _quantiles_ms(seconds)
+
+
+def _quantiles_ms(seconds: list[float]) -> tuple[float, float]:
+    """The median and the 95th percentile, in milliseconds."""
+    return statistics.median(seconds) * 1e3, statistics.quantiles(seconds, n=20)[-1] * 1e3
