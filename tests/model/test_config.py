@@ -13,7 +13,7 @@ from transformers import AutoConfig
 
 from petalite.errors import InvalidCheckpoint, UnsupportedModel
 from petalite.kernels.rope import DefaultRope, LinearRope, Llama3Rope, YarnRope
-from petalite.model.config import ModelConfig
+from petalite.model.config import ExpertsConfig, ModelConfig
 from petalite.model.families import FAMILIES
 from tests.helpers.checkpoints import TINY
 
@@ -71,8 +71,15 @@ def test_defaults_equal_those_of_transformers(family: str) -> None:
     reference = AutoConfig.for_model(**sizes)
     config = ModelConfig.from_dict(sizes)
     assert config.tied_embeddings == reference.tie_word_embeddings
+    if family == "bloom":  # no rope, no window, and other names
+        assert config.norm_eps == reference.layer_norm_epsilon
+        assert config.residual_after_norm == reference.apply_residual_connection_post_layernorm
+        return
     assert config.norm_eps == reference.rms_norm_eps
     assert config.attention.rope == DefaultRope(reference.rope_parameters["rope_theta"])
+    if family == "mixtral":
+        experts = (reference.num_local_experts, reference.num_experts_per_tok)
+        assert config.experts == ExpertsConfig(*experts)
     assert config.attention.head_dim == (getattr(reference, "head_dim", None) or 64)
     window = getattr(reference, "sliding_window", None)
     kinds = getattr(reference, "layer_types", None) or ["sliding_attention"] * 8
@@ -154,3 +161,32 @@ def test_canonical_text_tells_arithmetic_apart() -> None:
     other += [parse(rope_scaling={"type": "linear", "factor": 1.0})]
     assert len({config.canonical_json() for config in [parse(), *other]}) == 5
     json.loads(parse().canonical_json())
+
+
+def test_bloom_in_its_own_spelling() -> None:
+    """As the hub's config.json of BLOOM says it."""
+    given = {
+        "model_type": "bloom",
+        "n_embed": 14336,
+        "n_layer": 70,
+        "num_attention_heads": 112,
+        "vocab_size": 250880,
+        "layer_norm_epsilon": 1e-5,
+        "seq_length": 2048,
+        "apply_residual_connection_post_layernorm": False,
+    }
+    config = ModelConfig.from_dict(given)
+    assert (config.hidden_size, config.n_blocks, config.inner_size) == (14336, 70, 57344)
+    assert (config.attention.n_heads, config.attention.head_dim) == (112, 128)
+    assert config.tied_embeddings and config.attention.alibi and config.max_position_embeddings == 2048
+
+
+@pytest.mark.parametrize("changes", [{"num_experts_per_tok": 9}, {"num_local_experts": 0}])
+def test_mixtral_with_experts_it_has_not(changes: dict[str, Any]) -> None:
+    with pytest.raises(InvalidCheckpoint, match=next(iter(changes))):
+        parse(model_type="mixtral", **changes)
+
+
+def test_falcon_is_refused_by_name() -> None:
+    with pytest.raises(UnsupportedModel, match=r"'falcon'.*bloom"):
+        parse(model_type="falcon")
