@@ -14,6 +14,7 @@ BENCHMARKS = {
     "table1": "steps/s over servers that fail, by policy, as in the paper's Table 1",
     "serve": "many sessions on one server, and one beside a long prefill",
     "decode": "SmolLM2 tokens/s in one process, beside transformers",
+    "codec": "the wire codec q8: rate, and error on real hidden states, beside bitsandbytes and absmax int8",
     "dht": "the DHT: simulated swarms of up to 10,000 nodes, 32 real nodes, beside `kademlia`",
     "footprint": "start time and memory of a bootstrap node, bytes a server reads from disk",
 }

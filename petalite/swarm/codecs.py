@@ -1,8 +1,9 @@
 """How hidden states travel: the table of wire codecs, each a name and a pair of pure functions.
 
-A codec turns hidden states (T, E) into bytes and back. The bytes' length follows from the codec, T and E,
-so a reader checks it before it takes memory. Encoding makes the one copy of a send; decoding makes none
-where the wire's dtype is the wanted one. What was encoded is what a sender keeps for replay.
+A codec turns hidden states (T, E) into bytes and back, token by token: every token takes the same number of
+bytes, and what is one after another may be cut and joined between tokens. So a reader knows the length
+before it takes memory, and what was encoded is what a sender keeps for replay. Encoding makes the one copy
+of a send; decoding a raw codec makes none. `compress` and `decompress` go around a whole message.
 """
 
 from __future__ import annotations
@@ -11,11 +12,16 @@ import sys
 from dataclasses import dataclass
 
 import torch
+import zstandard
 
 from petalite.errors import BadTensor, InvalidArgument
+from petalite.kernels import dynamic8
 from petalite.net.messages import Buffer
 
 assert sys.byteorder == "little", "the wire is little-endian and tensors are sent from memory"
+
+_ZSTD_LEVEL = 1
+_ZSTD_WINDOW_BYTES = 1 << 27  # what a frame may ask a reader to keep; zstd's own default for strangers
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,33 +29,72 @@ class Codec:
     """`raw` in one of the float dtypes. The name is what travels."""
 
     name: str
-    dtype: torch.dtype
+    dtype: torch.dtype  # that decoding gives
 
     def nbytes(self, n_tokens: int, hidden_size: int) -> int:
         return n_tokens * hidden_size * self.dtype.itemsize
 
     def encode(self, hidden: torch.Tensor) -> bytearray:
         """hidden (T, E), any float dtype and device -> the wire's bytes."""
-        out = bytearray(hidden.numel() * self.dtype.itemsize)
+        out = bytearray(self.nbytes(*hidden.shape))
         if out:
-            torch.frombuffer(out, dtype=self.dtype).view(hidden.shape).copy_(hidden)
+            self.encode_into(hidden, memoryview(out))
         return out
 
+    def encode_into(self, hidden: torch.Tensor, out: memoryview) -> None:
+        """The same into memory of `nbytes(T, E)` bytes."""
+        torch.frombuffer(out, dtype=self.dtype).view(hidden.shape).copy_(hidden)
+
     def decode(self, data: Buffer, hidden_size: int) -> torch.Tensor:
-        """The wire's bytes -> (T, E) in the wire's dtype, sharing their memory. T is what the length says."""
+        """The wire's bytes -> (T, E) in `dtype`; raw ones share their memory. T is what the length says."""
+        self._n_tokens(data, hidden_size)
+        return torch.frombuffer(data, dtype=self.dtype).view(-1, hidden_size)
+
+    def _n_tokens(self, data: Buffer, hidden_size: int) -> int:
         row_bytes = self.nbytes(1, hidden_size)
         if len(data) == 0 or len(data) % row_bytes:
             raise BadTensor(
                 f"found {len(data)} bytes of hidden states, expected a multiple of {row_bytes} "
                 f"(hidden size {hidden_size}, {self.name})"
             )
-        return torch.frombuffer(data, dtype=self.dtype).view(-1, hidden_size)
+        return len(data) // row_bytes
 
 
-CODECS = {
-    codec.name: codec
-    for codec in (Codec("f32", torch.float32), Codec("bf16", torch.bfloat16), Codec("f16", torch.float16))
-}
+class Dynamic8Codec(Codec):
+    """`q8`: a token's codes, a byte each, then its scales, a float16 for every 64 values. See
+    docs/protocol.md.
+    """
+
+    __slots__ = ()
+
+    def nbytes(self, n_tokens: int, hidden_size: int) -> int:
+        return n_tokens * (hidden_size + 2 * dynamic8.n_blocks(hidden_size))
+
+    def encode_into(self, hidden: torch.Tensor, out: memoryview) -> None:
+        n_tokens, width = hidden.shape
+        rows = torch.frombuffer(out, dtype=torch.uint8).view(n_tokens, -1)
+        scales = torch.empty(n_tokens, dynamic8.n_blocks(width), dtype=torch.float16)
+        if hidden.device.type == "cpu":
+            dynamic8.encode(hidden, rows[:, :width], scales)
+        else:  # computed there, so that a quarter of the bytes crosses over
+            codes, there = hidden.new_empty(hidden.shape, dtype=torch.uint8), scales.to(hidden.device)
+            dynamic8.encode(hidden, codes, there)
+            rows[:, :width] = codes.cpu()
+            scales = there.cpu()
+        rows[:, width:] = scales.view(torch.uint8)
+
+    def decode(self, data: Buffer, hidden_size: int) -> torch.Tensor:
+        n_tokens = self._n_tokens(data, hidden_size)
+        rows = torch.frombuffer(data, dtype=torch.uint8).view(n_tokens, -1)
+        scales = rows[:, hidden_size:].contiguous().view(torch.float16)
+        out = torch.empty(n_tokens, hidden_size, dtype=self.dtype)
+        dynamic8.decode(rows[:, :hidden_size], scales, out)
+        return out
+
+
+_RAW = (Codec("f32", torch.float32), Codec("bf16", torch.bfloat16), Codec("f16", torch.float16))
+Q8 = Dynamic8Codec("q8", torch.float32)
+CODECS = {codec.name: codec for codec in (*_RAW, Q8)}
 
 
 def codec_named(name: str) -> Codec:
@@ -62,7 +107,41 @@ def codec_named(name: str) -> Codec:
 
 def raw_codec(dtype: torch.dtype) -> Codec:
     """The codec that loses nothing of `dtype`."""
-    for codec in CODECS.values():
+    for codec in _RAW:
         if codec.dtype == dtype:
             return codec
-    raise InvalidArgument(f"hidden states of {dtype} have no wire codec; known are {', '.join(CODECS)}")
+    known = ", ".join(codec.name for codec in _RAW)
+    raise InvalidArgument(f"hidden states of {dtype} have no wire codec; known are {known}")
+
+
+def compress(codec: Codec, data: Buffer) -> bytes:
+    """A zstd frame of what `codec` encoded. Of raw floats the first bytes come first, then the second, and
+    so on: exponents are alike, and compress well where they stand together.
+    """
+    planes = _planes(codec)
+    if planes > 1:
+        values = torch.frombuffer(data, dtype=torch.uint8).view(-1, planes)
+        data = memoryview(values.t().contiguous().view(-1).numpy())  # type: ignore[arg-type]
+    return zstandard.ZstdCompressor(level=_ZSTD_LEVEL).compress(data)
+
+
+def decompress(codec: Codec, frame: Buffer, nbytes: int) -> Buffer:
+    """What `compress` was given: the `nbytes` that the message's header makes it. Raises BadTensor."""
+    try:
+        said = zstandard.frame_content_size(frame)
+        if said != nbytes:
+            raise BadTensor(f"a compressed tensor says it holds {said} bytes, expected {nbytes}")
+        reader = zstandard.ZstdDecompressor(max_window_size=_ZSTD_WINDOW_BYTES)
+        data = bytearray(reader.decompress(frame, max_output_size=nbytes, allow_extra_data=False))
+    except zstandard.ZstdError as error:
+        raise BadTensor(f"a compressed tensor cannot be read: {error}") from error
+    if len(data) != nbytes or nbytes % _planes(codec):
+        raise BadTensor(f"a compressed tensor holds {len(data)} bytes, expected {nbytes}")
+    if _planes(codec) == 1 or not data:
+        return data
+    values = torch.frombuffer(data, dtype=torch.uint8).view(_planes(codec), -1)
+    return memoryview(values.t().contiguous().view(-1).numpy())  # type: ignore[arg-type]
+
+
+def _planes(codec: Codec) -> int:
+    return 1 if codec is Q8 else codec.dtype.itemsize

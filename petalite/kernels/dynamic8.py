@@ -1,0 +1,125 @@
+"""Dynamic 8-bit quantization of activations (arXiv 2110.02861 §2.1), in blocks of 64 inside the last axis.
+
+A code is one of 256 levels from -0.993 to 1, dense towards zero by a factor of ten seven times over; a
+block has one float16 scale. Blocks never cross tokens, so what a token becomes does not depend on its
+neighbours. Work goes through buffers that fit a core's cache, whatever the message's size: encoding is a
+product and a table look-up of 65,536 entries, decoding a look-up of 256 and a product. Knows tensors only;
+the wire is `swarm.codecs`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import cache
+
+import torch
+from torch import Tensor
+
+BLOCK = 64
+_STEPS = 32767  # the encoder's resolution: 1/32767 of the scale
+_MIDDLE = 32768.5  # step 32768 is zero, and a half rounds what truncates
+_CHUNK_VALUES = 1 << 17
+_LARGEST_SCALE = 65504.0  # float16's
+_SMALLEST_NORMAL = 2.0**-14  # float16's, below which it rounds by more than a thousandth
+_ROUND_UP = 1 + 2.0**-10  # so that the nearest float16 is no smaller than the block's largest value
+
+
+@cache
+def levels() -> tuple[float, ...]:
+    """The 256 levels, ascending; each to be rounded to float32.
+
+    Decade i of seven, from 10^(i-6) down to a tenth of it, has 2^i levels of either sign: the middles of
+    equal parts of [0.1, 1]. With them go 0 and 1.
+    """
+    found = [0.0, 1.0]
+    for decade in range(7):
+        parts = 1 << decade
+        for part in range(parts):
+            middle = 0.1 + 0.9 * (part + 0.5) / parts
+            found += [middle * 10.0 ** (decade - 6), -middle * 10.0 ** (decade - 6)]
+    return tuple(sorted(found))
+
+
+def n_blocks(hidden_size: int) -> int:
+    """Scales of one token."""
+    return -(-hidden_size // BLOCK)
+
+
+@cache
+@torch.inference_mode(False)
+def _tables(device: torch.device) -> tuple[Tensor, Tensor]:
+    """Level by code, (256,) float32; nearest code by step, (65536,) uint8, step 32768 being zero."""
+    table = torch.tensor(levels(), dtype=torch.float64)
+    between = (table[1:] + table[:-1]) / 2
+    steps = (torch.arange(65536, dtype=torch.float64) - int(_MIDDLE)) / _STEPS
+    nearest = torch.bucketize(steps, between).to(torch.uint8)
+    return table.float().to(device), nearest.to(device)
+
+
+def encode(hidden: Tensor, codes: Tensor, scales: Tensor) -> None:
+    """hidden (T, E), any float dtype → codes (T, E) uint8 and scales (T, ceil(E / 64)) float16, both given.
+
+    A block with NaN or Inf gets a scale of NaN. Values beyond float16's range saturate.
+    """
+    _, nearest = _tables(hidden.device)
+    width = hidden.shape[1]
+    for place, scratch, steps in _chunks(*hidden.shape, hidden.device):
+        blocks = scratch.view(scratch.shape[0], -1, BLOCK)
+        inverse = _scale(hidden[place], scratch, blocks, scales[place])
+        _fill(scratch, hidden[place])
+        if inverse is None:  # rare, and slower
+            torch.nan_to_num(blocks, 0.0, 0.0, 0.0, out=blocks)
+            inverse = _inverse(scales[place])
+        blocks.mul_(inverse)
+        smallest, largest = torch.aminmax(inverse)
+        if smallest <= _STEPS / _LARGEST_SCALE or largest >= _STEPS / _SMALLEST_NORMAL:
+            blocks.clamp_(-_STEPS, _STEPS)  # the scale may be less than the block's largest value
+        steps.copy_(scratch.add_(_MIDDLE))
+        chosen = nearest.index_select(0, steps.view(-1)).view(steps.shape)
+        codes[place] = chosen[:, :width]
+
+
+def _scale(values: Tensor, scratch: Tensor, blocks: Tensor, scales: Tensor) -> Tensor | None:
+    """Write the scales; give what to multiply by, or None where a block is not finite."""
+    torch.abs(_fill(scratch, values), out=scratch)
+    largest = blocks.amax(2)
+    scales.copy_((largest * _ROUND_UP).clamp_(max=_LARGEST_SCALE))
+    if bool(torch.isfinite(largest).all()):
+        return _inverse(scales)
+    scales.masked_fill_(~torch.isfinite(largest), torch.nan)
+    return None
+
+
+def _inverse(scales: Tensor) -> Tensor:
+    inverse = _STEPS / scales.float()
+    return inverse.nan_to_num_(0.0, 0.0).unsqueeze(2)
+
+
+def decode(codes: Tensor, scales: Tensor, out: Tensor) -> None:
+    """codes (T, E) uint8 and scales (T, ceil(E / 64)) float16 → out (T, E) float32, given."""
+    table, _ = _tables(codes.device)
+    width = codes.shape[1]
+    for place, scratch, steps in _chunks(*codes.shape, codes.device):
+        _fill(steps, codes[place])
+        torch.index_select(table, 0, steps.view(-1), out=scratch.view(-1))
+        scratch.view(scratch.shape[0], -1, BLOCK).mul_(scales[place].float().unsqueeze(2))
+        out[place] = scratch[:, :width]
+
+
+def _fill(scratch: Tensor, values: Tensor) -> Tensor:
+    """Values (T, E) into (T, E rounded up to whole blocks), zero beyond."""
+    scratch[:, : values.shape[1]] = values
+    if scratch.shape[1] > values.shape[1]:
+        scratch[:, values.shape[1] :] = 0
+    return scratch
+
+
+def _chunks(n_rows: int, width: int, device: torch.device) -> Iterator[tuple[slice, Tensor, Tensor]]:
+    """Some rows at a time, with room for them in whole blocks: float32 and int32, the same memory for all."""
+    padded = n_blocks(width) * BLOCK
+    some = min(n_rows, max(1, _CHUNK_VALUES // padded))
+    values = torch.empty(some, padded, dtype=torch.float32, device=device)
+    steps = torch.empty(some, padded, dtype=torch.int32, device=device)
+    for start in range(0, n_rows, some):
+        end = min(start + some, n_rows)
+        yield slice(start, end), values[: end - start], steps[: end - start]

@@ -1,0 +1,142 @@
+"""Every codec: sizes known beforehand, tokens that can be cut and joined, strange bytes refused; and the
+spec.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+import zstandard
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from petalite.errors import BadTensor, InvalidArgument
+from petalite.kernels import dynamic8
+from petalite.swarm.codecs import CODECS, Codec, codec_named, compress, decompress, raw_codec
+
+ALL = list(CODECS.values())
+BOUNDS = {"f32": 0.0, "bf16": 4e-3, "f16": 5e-4, "q8": 0.02}
+
+
+@pytest.mark.parametrize("codec", ALL, ids=CODECS)
+@pytest.mark.parametrize("width", [1, 63, 64, 100, 576])
+def test_there_and_back(codec: Codec, width: int) -> None:
+    hidden = torch.randn(7, width)
+    data = codec.encode(hidden)
+    assert len(data) == codec.nbytes(7, width) == 7 * codec.nbytes(1, width)
+    back = codec.decode(data, width)
+    assert back.shape == (7, width) and back.dtype == codec.dtype
+    assert float((back.float() - hidden).norm() / hidden.norm()) <= BOUNDS[codec.name]
+
+
+@pytest.mark.parametrize("codec", ALL, ids=CODECS)
+def test_messages_are_cut_and_joined_between_tokens(codec: Codec) -> None:
+    hidden = torch.randn(6, 100)
+    whole = bytes(codec.encode(hidden))
+    assert whole == b"".join(bytes(codec.encode(part)) for part in hidden.split([1, 3, 2]))
+    size = codec.nbytes(1, 100)
+    assert torch.equal(codec.decode(whole[2 * size : 5 * size], 100), codec.decode(whole, 100)[2:5])
+
+
+@pytest.mark.parametrize("codec", ALL, ids=CODECS)
+def test_into_given_memory_and_nothing_beyond(codec: Codec) -> None:
+    size = codec.nbytes(3, 100)
+    memory = bytearray(b"\xaa" * (size + 16))
+    hidden = torch.randn(3, 100)
+    codec.encode_into(hidden, memoryview(memory)[8:-8])
+    assert memory[8:-8] == codec.encode(hidden)
+    assert memory[:8] == memory[-8:] == b"\xaa" * 8
+
+
+@pytest.mark.parametrize("codec", ALL, ids=CODECS)
+def test_lengths_that_hold_no_tokens(codec: Codec) -> None:
+    for size in (0, 1, codec.nbytes(1, 100) + 1, codec.nbytes(2, 100) - 1):
+        with pytest.raises(BadTensor, match=f"found {size} bytes"):
+            codec.decode(bytes(size), 100)
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.binary(min_size=68, max_size=68 * 3), st.integers(1, 200))
+def test_any_bytes_decode_or_are_refused(data: bytes, width: int) -> None:
+    codec = codec_named("q8")
+    try:
+        assert codec.decode(data, width).shape[1] == width
+    except BadTensor:
+        assert len(data) % codec.nbytes(1, width)
+
+
+def test_names() -> None:
+    with pytest.raises(BadTensor, match="known are f32, bf16, f16, q8"):
+        codec_named("q9")
+    assert [raw_codec(codec.dtype).name for codec in ALL[:3]] == ["f32", "bf16", "f16"]
+    with pytest.raises(InvalidArgument):
+        raw_codec(torch.float64)
+
+
+# -- zstd ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("codec", ALL, ids=CODECS)
+def test_compressed_and_back(codec: Codec) -> None:
+    data = codec.encode(torch.randn(40, 576))
+    frame = compress(codec, data)
+    assert len(frame) < len(data) * 1.01
+    assert bytes(decompress(codec, frame, len(data))) == bytes(data)
+
+
+def test_planes_help_floats() -> None:
+    """Exponents together; gaussian float32 loses a tenth of its bytes, and less where they stand apart."""
+    data = codec_named("f32").encode(torch.randn(64, 576, generator=torch.Generator().manual_seed(0)))
+    smaller = len(compress(codec_named("f32"), data))
+    assert smaller < 0.91 * len(data)
+    assert smaller < 0.98 * len(zstandard.compress(bytes(data), 1))
+
+
+@pytest.mark.parametrize("codec", ALL, ids=CODECS)
+def test_frames_that_lie(codec: Codec) -> None:
+    data = codec.encode(torch.zeros(64, 576))
+    frame = compress(codec, data)
+    bomb = zstandard.ZstdCompressor().compress(bytes(1 << 24))
+    nameless = zstandard.ZstdCompressor(write_content_size=False).compress(bytes(data))
+    for bad in (frame[:-1], frame + b"x", b"", b"no frame", bomb, nameless, bytes([*frame[:-4], 9, 9, 9, 9])):
+        if bad[:-4] == frame[:-4] and len(bad) == len(frame):
+            continue
+        with pytest.raises(BadTensor):
+            decompress(codec, bad, len(data))
+    for size in (0, len(data) - 1, len(data) + 1):
+        with pytest.raises(BadTensor):
+            decompress(codec, frame, size)
+
+
+# -- the specification -----------------------------------------------------------------------------------
+
+
+def spec() -> str:
+    text = (Path(__file__).parents[2] / "docs" / "protocol.md").read_text()
+    return text[text.index("### q8") :]
+
+
+def test_the_example_of_the_specification_holds() -> None:
+    """A token of 66 values: i/65 - 0.5 times 3."""
+    example = re.search(r"```text\n(.*?)```", spec(), re.S)
+    assert example is not None
+    expected = bytes.fromhex("".join(example[1].split()))
+    hidden = torch.tensor([[3.0 * (i / 65 - 0.5) for i in range(66)]])
+    assert bytes(codec_named("q8").encode(hidden)) == expected
+    assert len(expected) == 66 + 2 * 2
+
+
+def test_the_levels_of_the_specification_hold() -> None:
+    """Its table of decades, recomputed."""
+    rows = re.findall(r"^\| (\d) \| (\d+) \| ([\d.e+-]+) \| ([\d.e+-]+) \|$", spec(), re.M)
+    assert len(rows) == 7
+    positive = [level for level in dynamic8.levels() if level > 0]
+    for row, count, low, high in rows:
+        first = (1 << int(row)) - 1
+        decade = positive[first : first + int(count)]
+        assert len(decade) == 1 << int(row)
+        assert float(low) == pytest.approx(decade[0], rel=1e-5)
+        assert float(high) == pytest.approx(decade[-1], rel=1e-5)
