@@ -14,6 +14,7 @@ from functools import cache
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 BLOCK = 64
 _STEPS = 32767  # the encoder's resolution: 1/32767 of the scale
@@ -62,15 +63,17 @@ def encode(hidden: Tensor, codes: Tensor, scales: Tensor) -> None:
     A block with NaN or Inf gets a scale of NaN. Values beyond float16's range saturate.
     """
     _, nearest = _tables(hidden.device)
-    width = hidden.shape[1]
-    for place, scratch, steps in _chunks(*hidden.shape, hidden.device):
+    n_rows, width = hidden.shape
+    for place, scratch, steps in _chunks(n_rows, width, hidden.device):
         blocks = scratch.view(scratch.shape[0], -1, BLOCK)
-        inverse = _scale(hidden[place], scratch, blocks, scales[place])
-        _fill(scratch, hidden[place])
-        if inverse is None:  # rare, and slower
-            torch.nan_to_num(blocks, 0.0, 0.0, 0.0, out=blocks)
-            inverse = _inverse(scales[place])
-        blocks.mul_(inverse)
+        values = _whole_blocks(hidden[place])
+        largest = torch.abs(values, out=blocks).amax(2)
+        scales[place] = (largest * _ROUND_UP).clamp_(max=_LARGEST_SCALE)
+        if not torch.isfinite(largest).all():
+            scales[place].masked_fill_(~torch.isfinite(largest), torch.nan)
+            values = torch.nan_to_num(values, 0.0, 0.0, 0.0)
+        inverse = (_STEPS / scales[place].float()).nan_to_num_(0.0, 0.0).unsqueeze(2)
+        torch.mul(values, inverse, out=blocks)
         smallest, largest = torch.aminmax(inverse)
         if smallest <= _STEPS / _LARGEST_SCALE or largest >= _STEPS / _SMALLEST_NORMAL:
             blocks.clamp_(-_STEPS, _STEPS)  # the scale may be less than the block's largest value
@@ -79,39 +82,24 @@ def encode(hidden: Tensor, codes: Tensor, scales: Tensor) -> None:
         codes[place] = chosen[:, :width]
 
 
-def _scale(values: Tensor, scratch: Tensor, blocks: Tensor, scales: Tensor) -> Tensor | None:
-    """Write the scales; give what to multiply by, or None where a block is not finite."""
-    torch.abs(_fill(scratch, values), out=scratch)
-    largest = blocks.amax(2)
-    scales.copy_((largest * _ROUND_UP).clamp_(max=_LARGEST_SCALE))
-    if bool(torch.isfinite(largest).all()):
-        return _inverse(scales)
-    scales.masked_fill_(~torch.isfinite(largest), torch.nan)
-    return None
-
-
-def _inverse(scales: Tensor) -> Tensor:
-    inverse = _STEPS / scales.float()
-    return inverse.nan_to_num_(0.0, 0.0).unsqueeze(2)
+def _whole_blocks(values: Tensor) -> Tensor:
+    """(T, E) → (T, blocks, 64) float32, zero beyond E."""
+    values = values.float()
+    if values.shape[1] % BLOCK:
+        values = pad(values, (0, -values.shape[1] % BLOCK))
+    return values.reshape(values.shape[0], -1, BLOCK)
 
 
 def decode(codes: Tensor, scales: Tensor, out: Tensor) -> None:
     """codes (T, E) uint8 and scales (T, ceil(E / 64)) float16 → out (T, E) float32, given."""
     table, _ = _tables(codes.device)
-    width = codes.shape[1]
-    for place, scratch, steps in _chunks(*codes.shape, codes.device):
-        _fill(steps, codes[place])
+    n_rows, width = codes.shape
+    for place, scratch, steps in _chunks(n_rows, width, codes.device):
+        steps[:, :width] = codes[place]
+        steps[:, width:] = 0
         torch.index_select(table, 0, steps.view(-1), out=scratch.view(-1))
         scratch.view(scratch.shape[0], -1, BLOCK).mul_(scales[place].float().unsqueeze(2))
         out[place] = scratch[:, :width]
-
-
-def _fill(scratch: Tensor, values: Tensor) -> Tensor:
-    """Values (T, E) into (T, E rounded up to whole blocks), zero beyond."""
-    scratch[:, : values.shape[1]] = values
-    if scratch.shape[1] > values.shape[1]:
-        scratch[:, values.shape[1] :] = 0
-    return scratch
 
 
 def _chunks(n_rows: int, width: int, device: torch.device) -> Iterator[tuple[slice, Tensor, Tensor]]:
