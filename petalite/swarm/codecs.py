@@ -86,7 +86,8 @@ class Dynamic8Codec(Codec):
     def decode(self, data: Buffer, hidden_size: int) -> torch.Tensor:
         n_tokens = self._n_tokens(data, hidden_size)
         rows = torch.frombuffer(data, dtype=torch.uint8).view(n_tokens, -1)
-        scales = rows[:, hidden_size:].contiguous().view(torch.float16)
+        scales = torch.empty(n_tokens, dynamic8.n_blocks(hidden_size), dtype=torch.float16)
+        scales.view(torch.uint8).copy_(rows[:, hidden_size:])  # aligned, wherever they lay
         out = torch.empty(n_tokens, hidden_size, dtype=self.dtype)
         dynamic8.decode(rows[:, :hidden_size], scales, out)
         return out
