@@ -21,7 +21,7 @@ import torch
 import petalite
 from petalite.client.servers import SwarmServers
 from petalite.client.session import Session, StepInput
-from petalite.client.settings import RING, SessionSettings
+from petalite.client.settings import RING, Routing
 from petalite.model.checkpoint import Checkpoint
 from petalite.net.identity import Identity
 from petalite.net.loop import new_event_loop
@@ -42,10 +42,9 @@ async def hidden_session(
     settings = PeerSettings(bootstrap=tuple(map(Multiaddr.parse, peers)))
     async with SwarmPeer(Identity.generate(), settings) as peer:
         directory = Directory(peer.dht, checkpoint.model_id(), span)
-        servers = SwarmServers(peer.host, directory, pushing=route == RING)
+        servers = SwarmServers(peer.host, directory, routing=Routing(route))
         hidden_size = checkpoint.config.hidden_size
-        limits = SessionSettings(route=route)
-        async with Session(servers, span, hidden_size, max_length=max_length, settings=limits) as session:
+        async with Session(servers, span, hidden_size, max_length=max_length) as session:
             yield session
 
 
@@ -94,7 +93,7 @@ async def generate(
 ) -> dict[str, Any]:
     """Tokens/s of a text, the prompt's own step left out."""
     async with petalite.Swarm(peers) as swarm:
-        opened = await swarm.model(model, settings=SessionSettings(route=route))
+        opened = await swarm.model(model, routing=Routing(route))
         result = await opened.generate(prompt, max_new_tokens=new_tokens)
         timings = [timing for timing in result.trace.steps if timing.n_tokens == 1]
         return {

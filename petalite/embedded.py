@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 
 from petalite.client.hops import Answer, Listener, Opening
@@ -35,6 +36,9 @@ class EmbeddedServers:
 
     async def plan(self, span: Span, *, fresh: bool, timeout_s: float) -> list[Hop]:
         return [Hop(HERE, span)]
+
+    async def is_much_better_than(self, chain: Sequence[Hop]) -> bool:
+        return False
 
     async def open(self, hop: Hop, opening: Opening, listener: Listener) -> EmbeddedHop:
         span = hop.span

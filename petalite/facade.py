@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from contextlib import AsyncExitStack
 
 from petalite.client.model import AsyncDistributedModel
-from petalite.client.settings import SessionSettings
+from petalite.client.settings import Routing, SessionSettings
 from petalite.client.swarm import Swarm
 from petalite.client.sync import DistributedModel, LoopThread
 from petalite.embedded import open_embedded
@@ -26,14 +26,15 @@ def load(
     identity: Identity | None = None,
     name: str | None = None,
     settings: SessionSettings = SessionSettings(),
+    routing: Routing = Routing(),
 ) -> DistributedModel:
     """A model from a folder or hub repository, its blocks served by the swarm that `peers` belong to.
 
-    `peers` are addresses as nodes print them; `lan` looks for peers on the local network (it needs the extra
-    `lan`); with neither, every block runs in this process. `dtype` is what is computed here ("float32",
-    "bfloat16"), by default what the checkpoint was saved in. `name` is the model's name in the swarm where it
-    is not the folder's. Raises UserError's kinds for what cannot be loaded and Unreachable, naming every
-    address, when no peer answers.
+    `peers` are addresses as nodes print them; `lan` looks for peers on the local network (it needs the
+    extra `lan`); with neither, every block runs in this process. `dtype` is what is computed here
+    ("float32", "bfloat16"), by default what the checkpoint was saved in. `name` is the model's name in the
+    swarm where it is not the folder's. `routing` chooses ring or star, and whom to use. Raises UserError's
+    kinds for what cannot be loaded and Unreachable, naming every address, when no peer answers.
     """
     alone = peers is None and not lan
     if alone and (swarm_key is not None or identity is not None or name is not None):
@@ -41,7 +42,7 @@ def load(
     swarm = None if alone else Swarm(peers or (), identity=identity, swarm_key=swarm_key, lan=lan)
     loop = LoopThread()
     try:
-        model, closing = loop.run(_open(path_or_repo, swarm, dtype or AUTO, name, settings))
+        model, closing = loop.run(_open(path_or_repo, swarm, dtype or AUTO, name, settings, routing))
     except BaseException:
         loop.close()
         raise
@@ -49,7 +50,12 @@ def load(
 
 
 async def _open(
-    path_or_repo: str, swarm: Swarm | None, dtype: str, name: str | None, settings: SessionSettings
+    path_or_repo: str,
+    swarm: Swarm | None,
+    dtype: str,
+    name: str | None,
+    settings: SessionSettings,
+    routing: Routing,
 ) -> tuple[AsyncDistributedModel, AsyncExitStack]:
     async with AsyncExitStack() as stack:
         if swarm is None:
@@ -57,5 +63,7 @@ async def _open(
             await stack.enter_async_context(model)
         else:
             await stack.enter_async_context(swarm)
-            model = await swarm.model(path_or_repo, name=name, dtype=dtype, settings=settings)
+            model = await swarm.model(
+                path_or_repo, name=name, dtype=dtype, settings=settings, routing=routing
+            )
         return model, stack.pop_all()

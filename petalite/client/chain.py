@@ -27,6 +27,7 @@ from petalite.errors import (
     DeadlineExceeded,
     NetworkError,
     NotFinite,
+    PetaliteError,
     RemoteError,
     SessionGap,
     SessionLimit,
@@ -205,6 +206,12 @@ class Chain:
     @property
     def _lengths(self) -> tuple[int, ...]:
         return tuple(self.length(row) for row in range(self._rows))
+
+    def abandon(self, why: str) -> None:
+        """Every stage is given up, through no fault of its own; mending finds others."""
+        for stage in self.stages:
+            stage.is_reported = True
+            stage.lost(PetaliteError(why))
 
     def blame(self, failure: StageFailed) -> None:
         """A stage was refused what it was fed, or broke on it: whoever pushed that to it may be the liar."""

@@ -6,6 +6,7 @@ this very process (`petalite.embedded`). A session does not know which.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -81,6 +82,10 @@ class Servers(Protocol):
 
     async def plan(self, span: Span, *, fresh: bool, timeout_s: float) -> list[Hop]:
         """A chain over `span`. Raises MissingBlocks if none exists until the time is up."""
+        ...
+
+    async def is_much_better_than(self, chain: Sequence[Hop]) -> bool:
+        """Whether to change to another chain, at the price of a replay."""
         ...
 
     async def open(self, hop: Hop, opening: Opening, listener: Listener) -> OpenHop: ...

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import random
+from collections.abc import Sequence
 
 from petalite.client.hops import Answer, Listener, Opening
+from petalite.client.settings import RING, THROUGHPUT, Routing
 from petalite.errors import BadMessage, ConnectionLost, IdleClosed, MissingBlocks, PetaliteError
 from petalite.net.host import Host
 from petalite.net.identity import PeerId
@@ -32,10 +34,22 @@ from petalite.swarm.messages import (
     read,
     write,
 )
-from petalite.swarm.routing import Candidate, Hop, LinkCost, find_chain, ring_link, star_link
+from petalite.swarm.routing import (
+    Candidate,
+    Hop,
+    LinkCost,
+    chain_cost,
+    find_chain,
+    ring_link,
+    sample_chain,
+    star_link,
+)
 from petalite.swarm.spans import Span
 
 FRESH_S = 10.0  # a directory read so recently serves a new session
+KNOWN_S = 120.0  # one read so recently serves to replace a server; whoever left since is found out
+LOOK_S = 5.0  # for a look at whether there is a better chain
+MUCH_BETTER = 0.6  # of the present chain's time: what a change has to bring to be worth a replay
 UNKNOWN_RTT_S = 0.1  # of a server never connected to
 HOP_S = 0.001  # what software costs per hop, beside the link
 POLL_S = 0.5  # between looks for a server of missing blocks; grows to POLL_MOST_S
@@ -46,18 +60,34 @@ class SwarmServers:
     """Implements `hops.Servers` over a host and a directory."""
 
     def __init__(
-        self, host: Host, directory: Directory, bans: Bans | None = None, *, pushing: bool = True
+        self,
+        host: Host,
+        directory: Directory,
+        bans: Bans | None = None,
+        routing: Routing = Routing(),
     ) -> None:
-        """`pushing`: servers push to each other (the ring); else every edge passes the client (the star)."""
-        self.pushing = pushing
+        self.routing = routing
         self._host = host
         self._directory = directory
         self._bans = bans or Bans()
 
+    @property
+    def pushing(self) -> bool:
+        return self.routing.route == RING
+
     async def plan(self, span: Span, *, fresh: bool, timeout_s: float) -> list[Hop]:
-        """The cheapest chain over `span` now; waits for missing blocks until the time is up."""
+        """A chain over `span`; waits for missing blocks until the time is up.
+
+        `fresh` asks for another chain than the last: from what is known, if that has servers that did not
+        fail lately, else from a new look at the DHT.
+        """
         deadline_s = asyncio.get_running_loop().time() + timeout_s
         pause_s = POLL_S
+        if fresh and self._directory.age_s <= KNOWN_S:
+            try:
+                return self._chain(span, banned=False)
+            except MissingBlocks:
+                pass  # nobody is left whom we know
         if fresh or self._directory.age_s > FRESH_S:
             await self._directory.refresh(timeout_s=max(timeout_s, 1.0))
         while True:
@@ -100,11 +130,30 @@ class SwarmServers:
     def succeeded(self, peer: PeerId) -> None:
         self._bans.succeeded(peer)
 
-    def _chain(self, span: Span) -> list[Hop]:
-        candidates = [self._candidate(entry) for entry in self._directory.servers]
+    async def is_much_better_than(self, chain: Sequence[Hop]) -> bool:
+        """Whether a chain over the same blocks would take a fraction of the time, as far as is known."""
+        span = Span(chain[0].span.start, chain[-1].span.end)
+        if self._directory.age_s > FRESH_S:
+            await self._directory.refresh(timeout_s=LOOK_S)
+        candidates = self._candidates()
+        now_s = chain_cost(candidates, chain, self._link)
+        best_s = chain_cost(candidates, find_chain(candidates, span, self._link), self._link)
+        return best_s < MUCH_BETTER * now_s
+
+    def _chain(self, span: Span, *, banned: bool = True) -> list[Hop]:
+        """Without servers that failed lately, if not `banned`."""
+        candidates = [one for one in self._candidates() if banned or not one.penalty_s]
+        if self.routing.aim == THROUGHPUT:
+            return sample_chain(candidates, span, random)
         random.shuffle(candidates)  # equal clients spread over equal servers
-        link: LinkCost = (ring_link if self.pushing else star_link)(self._one_way_s, HOP_S)
-        return find_chain(candidates, span, link)
+        return find_chain(candidates, span, self._link)
+
+    @property
+    def _link(self) -> LinkCost:
+        return (ring_link if self.pushing else star_link)(self._one_way_s, HOP_S)
+
+    def _candidates(self) -> list[Candidate]:
+        return [self._candidate(one) for one in self._directory.servers if self.routing.permits(one.peer)]
 
     def _candidate(self, entry: ServerEntry) -> Candidate:
         self._host.book.add(entry.peer, entry.addresses)

@@ -20,7 +20,7 @@ from petalite.client.patience import Patience, PatienceSettings
 from petalite.client.settings import SessionSettings
 from petalite.client.stages import Answers, StageFailed
 from petalite.client.trace import Trace
-from petalite.errors import InvalidArgument, SessionGap, SessionLimit
+from petalite.errors import InvalidArgument, NetworkError, RemoteError, SessionGap, SessionLimit
 from petalite.swarm.kept import Row
 from petalite.swarm.messages import ALL
 from petalite.swarm.routing import Hop
@@ -121,6 +121,21 @@ class Session:
         carried = await self._survive(parts)
         self.trace.steps.extend(one.timing for one in carried)
         return [torch.zeros(0, self._hidden_size) if one.hidden is None else one.hidden for one in carried]
+
+    async def reconsider(self) -> bool:
+        """Change to a much better chain, if one has appeared; the next step then pays for a replay.
+
+        For moments when nobody waits for a token, such as between two turns of a chat.
+        """
+        if not self._is_open or self._chain.gap is not None:
+            return False
+        try:
+            if not await self._servers.is_much_better_than(self.chain):
+                return False
+        except (NetworkError, RemoteError):
+            return False  # whoever cannot look around goes on with what it has
+        self._chain.abandon("a much better chain is there")
+        return True
 
     async def _survive(self, parts: Sequence[Part]) -> list[Carried]:
         """Carry, mend, carry on: as long as there is progress, or time for it."""

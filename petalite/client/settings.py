@@ -5,8 +5,28 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from petalite.errors import InvalidArgument
+from petalite.net.identity import PeerId
 
 RING, STAR = ROUTES = ("ring", "star")
+LATENCY, THROUGHPUT = AIMS = ("latency", "throughput")
+
+
+@dataclass(frozen=True, slots=True)
+class Routing:
+    """How chains are chosen."""
+
+    route: str = RING  # servers push to each other; STAR: every edge passes the client, who keeps all inputs
+    aim: str = LATENCY  # the fastest chain for a step; THROUGHPUT: any, the faster ones more often
+    allowed: frozenset[PeerId] | None = None  # no other servers; None: all
+    blocked: frozenset[PeerId] = frozenset()
+
+    def __post_init__(self) -> None:
+        for name, value, known in (("route", self.route, ROUTES), ("aim", self.aim, AIMS)):
+            if value not in known:
+                raise InvalidArgument(f"{name} is one of {', '.join(known)}, found {value!r}")
+
+    def permits(self, peer: PeerId) -> bool:
+        return peer not in self.blocked and (self.allowed is None or peer in self.allowed)
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,8 +38,3 @@ class SessionSettings:
     recovery_s: float = 60.0  # to find and fill a replacement, in all, before the step fails
     chunk_tokens: int = 512  # a longer prefill, or replay, goes in steps of this many
     retry_s: float = 0.05  # pause before a third attempt to open hops; doubles up to two seconds
-    route: str = RING  # servers push to each other; STAR: every edge passes the client, who keeps all inputs
-
-    def __post_init__(self) -> None:
-        if self.route not in ROUTES:
-            raise InvalidArgument(f"route is one of {', '.join(ROUTES)}, found {self.route!r}")

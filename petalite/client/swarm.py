@@ -7,7 +7,7 @@ from contextlib import AsyncExitStack
 
 from petalite.client.model import AsyncDistributedModel, open_model
 from petalite.client.servers import SwarmServers
-from petalite.client.settings import RING, SessionSettings
+from petalite.client.settings import Routing, SessionSettings
 from petalite.errors import InvalidArgument
 from petalite.model.checkpoint import Checkpoint
 from petalite.model.compute import ComputeThread
@@ -60,6 +60,7 @@ class Swarm:
         name: str | None = None,
         dtype: str = AUTO,
         settings: SessionSettings = SessionSettings(),
+        routing: Routing = Routing(),
     ) -> AsyncDistributedModel:
         """A model of this swarm: its edges are loaded here, its blocks are found when they are needed.
 
@@ -70,8 +71,7 @@ class Swarm:
         async def servers(checkpoint: Checkpoint, thread: ComputeThread) -> SwarmServers:
             span = Span(0, checkpoint.config.n_blocks)
             directory = Directory(self._peer.dht, checkpoint.model_id(name), span)
-            pushing = settings.route == RING
-            return SwarmServers(self._peer.host, directory, self._bans, pushing=pushing)
+            return SwarmServers(self._peer.host, directory, self._bans, routing)
 
         model = await open_model(path_or_repo, servers, dtype=dtype, settings=settings)
         self._models.push_async_callback(model.close)

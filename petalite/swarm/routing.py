@@ -11,6 +11,8 @@ from __future__ import annotations
 import heapq
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from random import Random
+from types import ModuleType
 
 from petalite.errors import MissingBlocks
 from petalite.net.identity import PeerId
@@ -104,6 +106,40 @@ def _chain(
         node = before
     assert end == first_block
     return hops[::-1]
+
+
+def chain_cost(candidates: Sequence[Candidate], chain: Sequence[Hop], link_s: LinkCost) -> float:
+    """Seconds of one token through a chain, as `find_chain` counts them; infinite where a hop is unknown."""
+    known = {candidate.peer: candidate for candidate in candidates}
+    total_s = link_s(chain[-1].peer, None)
+    for before, hop in zip([None, *chain], chain, strict=False):
+        candidate = known.get(hop.peer)
+        if candidate is None or hop.span not in candidate.span:
+            return float("inf")
+        total_s += link_s(before.peer if before else None, hop.peer)
+        total_s += candidate.penalty_s + candidate.block_s * len(hop.span)
+    return total_s
+
+
+def sample_chain(candidates: Sequence[Candidate], span: Span, chance: Random | ModuleType) -> list[Hop]:
+    """A chain for throughput: each hop drawn with a probability in proportion to its server's speed.
+
+    So many clients load servers in that proportion (arXiv 2312.08361, appendix). A server is used to the end
+    of its span. Raises MissingBlocks like `find_chain`; servers with a penalty are drawn only where no other
+    holds the block.
+    """
+    find_chain(candidates, span, lambda source, target: 0.0)  # raises for what nobody holds
+    hops: list[Hop] = []
+    block = span.start
+    while block < span.end:
+        holders = [candidate for candidate in candidates if block in candidate.span]
+        able = [candidate for candidate in holders if not candidate.penalty_s] or holders
+        speeds = [1.0 / max(candidate.block_s, 1e-9) for candidate in able]
+        (drawn,) = chance.choices(able, speeds)
+        end = min(drawn.span.end, span.end)
+        hops.append(Hop(drawn.peer, Span(block, end)))
+        block = end
+    return hops
 
 
 def star_link(to_client_s: Callable[[PeerId], float], per_hop_s: float) -> LinkCost:

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from petalite.client.servers import SwarmServers
+from petalite.client.settings import RING, STAR, Routing
 from petalite.errors import NotFinite, SessionGap
 from petalite.model.cache import Segment
 from petalite.net.identity import PeerId
@@ -107,7 +108,7 @@ class FakeSwarm(SwarmServers):
         self.model_id = MODEL_ID
         self.servers: list[ServerEntry] = []
         self.age_s = 0.0
-        super().__init__(self.net.host(CLIENT), self, pushing=pushing)  # type: ignore[arg-type]
+        super().__init__(self.net.host(CLIENT), self, None, Routing(RING if pushing else STAR))  # type: ignore[arg-type]
         for number, span in spans.items():
             self.add(number, span, (dtypes or {}).get(number, torch.float32))
 

@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from petalite.client.session import Session, StepInput
-from petalite.client.settings import SessionSettings
+from petalite.client.settings import Routing, SessionSettings
 from petalite.errors import InvalidArgument, MissingBlocks, NotFinite, SessionGap, SessionLimit, Unreachable
 from petalite.net.identity import PeerId
 from petalite.sim import loop
@@ -470,3 +470,39 @@ def test_a_cancelled_step_leaves_the_session_able_to_go_on(pushing: bool) -> Non
     while not run(main(turns)):
         turns += 1
     assert turns > 10
+
+
+@BOTH
+def test_a_much_better_chain_is_changed_to_when_the_time_is_good(pushing: bool) -> None:
+    """One server of everything appears beside three slow ones; the history goes over by a replay."""
+
+    async def main() -> None:
+        swarm = FakeSwarm(CHAIN, net=MemoryNet(latency_s=0.2), pushing=pushing)
+        fed = tokens(6)
+        async with session_over(swarm) as session:
+            await session.step(fed[:4], [(0, 0, 4)])
+            assert not await session.reconsider()
+            swarm.add(9, WHOLE)
+            assert await session.reconsider()
+            output = await session.step(fed[4:], [(0, 4, 2)])
+            assert [hop.peer for hop in session.chain] == [peer(9)]
+            assert not swarm.failures
+        assert torch.equal(output, reference(WHOLE, fed)[4:])
+        await until_free(swarm)
+
+    run(main())
+
+
+def test_servers_that_are_not_wanted_are_not_used() -> None:
+    async def main() -> None:
+        swarm = FakeSwarm(SPANS)
+        swarm.routing = Routing(blocked=frozenset({peer(1), peer(3)}), aim="throughput")
+        async with session_over(swarm) as session:
+            await session.step(tokens(1), [(0, 0, 1)])
+            assert not {peer(1), peer(3)} & {hop.peer for hop in session.chain}
+        swarm.routing = Routing(allowed=frozenset({peer(1)}))
+        with pytest.raises(MissingBlocks):
+            async with session_over(swarm):
+                pass
+
+    run(main())

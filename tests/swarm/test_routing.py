@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import collections
 import itertools
 import math
+import random
 
 import pytest
 from hypothesis import given, settings
@@ -11,7 +13,7 @@ from hypothesis import strategies as st
 
 from petalite.errors import MissingBlocks
 from petalite.net.identity import PeerId
-from petalite.swarm.routing import Candidate, Hop, find_chain, star_link
+from petalite.swarm.routing import Candidate, Hop, chain_cost, find_chain, sample_chain, star_link
 from petalite.swarm.spans import Span
 
 L = 5
@@ -100,3 +102,44 @@ def test_missing_blocks_says_what_to_start() -> None:
             [Candidate(peer(1), Span(0, 2), 1), Candidate(peer(2), Span(4, 6), 1)], Span(0, 8), lambda a, b: 0
         )
     assert caught.value.blocks == (2, 3, 6, 7)
+
+
+@settings(max_examples=100, deadline=None)
+@given(candidate_lists, st.integers(0, 2**32))
+def test_the_cost_of_a_chain_is_what_the_search_minimizes(candidates: list[Candidate], seed: int) -> None:
+    span = Span(0, L)
+    link = star_link(lambda one: 0.1 * (one.public_key[-1] + 1), 0.01)
+    try:
+        chain = find_chain(candidates, span, link)
+    except MissingBlocks:
+        return
+    assert chain_cost(candidates, chain, link) == pytest.approx(cost_of(chain, candidates, link))
+    for gone in {hop.peer for hop in chain}:
+        assert chain_cost([one for one in candidates if one.peer != gone], chain, link) == math.inf
+
+
+@settings(max_examples=100, deadline=None)
+@given(candidate_lists, st.randoms(use_true_random=False))
+def test_a_sampled_chain_covers_the_span(candidates: list[Candidate], chance: random.Random) -> None:
+    span = Span(0, L)
+    try:
+        chain = sample_chain(candidates, span, chance)
+    except MissingBlocks as missing:
+        assert all(not any(block in one.span for one in candidates) for block in missing.blocks)
+        return
+    held = {one.peer: one for one in candidates}
+    assert [block for hop in chain for block in hop.span.blocks] == list(span.blocks)
+    for hop in chain:
+        assert hop.span in held[hop.peer].span
+        if held[hop.peer].penalty_s:
+            holders = [one for one in candidates if hop.span.start in one.span]
+            assert all(one.penalty_s for one in holders)
+
+
+def test_faster_servers_are_drawn_in_proportion() -> None:
+    """Three servers of speeds 1, 2 and 5: the shares of 4,000 draws, within five standard deviations."""
+    servers = [Candidate(peer(i), Span(0, L), 1.0 / speed) for i, speed in enumerate((1, 2, 5))]
+    chance = random.Random(0)
+    drawn = collections.Counter(sample_chain(servers, Span(0, L), chance)[0].peer for _ in range(4000))
+    for server, share in zip(servers, (1 / 8, 2 / 8, 5 / 8), strict=True):
+        assert drawn[server.peer] / 4000 == pytest.approx(share, abs=5 * math.sqrt(share / 4000))
