@@ -1,35 +1,39 @@
 """Token by token: feed a prompt, choose, feed the choice, until something says stop.
 
+A round feeds the last choice and whatever a draft guesses to come after it, and chooses at each of them; the
+guesses that were chosen are as good as computed one by one, and the others are rolled back, which is free.
 Knows token ids and hidden states; text is `client.model`'s, hops are the session's.
 """
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Collection, Sequence
+from collections.abc import AsyncGenerator, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
 
-from petalite.client.sampling import Choice, Sampling, choose
-from petalite.client.session import Session
+from petalite.client.sampling import Choice, Chooser
+from petalite.client.session import Session, StepInput
+from petalite.client.speculation import Speculation
 from petalite.client.trace import Trace
 from petalite.errors import InvalidArgument, PromptTooLong
 from petalite.model.compute import ComputeThread
 from petalite.model.edges import Edges
-from petalite.swarm.messages import LAST
+from petalite.swarm.messages import ALL, LAST, NONE
 
-STOP, LENGTH = "stop", "length"  # why a generation ended: an end-of-sequence token, or the limit
+STOP, LENGTH = "stop", "length"  # why a generation ended: something said stop, or the limit
 
 
 @dataclass(frozen=True, slots=True)
 class Generation:
     """What `generate` returns."""
 
-    text: str
-    token_ids: list[int]  # the new ones, the end-of-sequence token included
+    text: str  # without what stopped it
+    token_ids: list[int]  # the new ones, those that stopped it included
     logprobs: list[float]  # of each, natural log
     finish_reason: str  # STOP or LENGTH
     trace: Trace = field(repr=False)
+    alternatives: list[Mapping[int, float]] = field(default_factory=list, repr=False)  # if asked for
 
 
 class TokenSession:
@@ -41,6 +45,7 @@ class TokenSession:
     def __init__(self, session: Session, edges: Edges, thread: ComputeThread) -> None:
         self.session = session
         self.token_ids: list[int] = []  # what the hops' caches hold
+        self.speculations: dict[str, Speculation] = {}  # by what was asked for; they live as long as this
         self._edges = edges
         self._thread = thread
 
@@ -49,6 +54,8 @@ class TokenSession:
         return self
 
     async def __aexit__(self, *exc_info: object) -> None:
+        for speculation in self.speculations.values():
+            speculation.close()
         await self.session.__aexit__(*exc_info)  # type: ignore[arg-type]
 
     @property
@@ -70,58 +77,108 @@ class TokenSession:
             raise InvalidArgument(f"cannot roll back to {position}: the session holds {self.position} tokens")
         del self.token_ids[position:]
 
-    async def feed(self, token_ids: Sequence[int]) -> torch.Tensor:
-        """Append tokens, in chunks -> hidden (1, E) of the last one, before the final norm."""
+    async def feed(self, token_ids: Sequence[int], output: str = LAST) -> torch.Tensor:
+        """Append tokens, in chunks that follow each other through the chain -> hidden before the final norm:
+        (1, E) of the last one, or with ALL (T, E)."""
         if not token_ids:
             raise InvalidArgument("there is nothing to feed; give at least one token")
         chunk = self.session.settings.chunk_tokens
+        hidden = self._edges.embed(list(token_ids))
+        first, inputs = self.position, []
         for start in range(0, len(token_ids), chunk):
-            part = list(token_ids[start : start + chunk])
-            hidden = self._edges.embed(torch.tensor(part))
-            output = await self.session.step(hidden, [(0, self.position, len(part))], LAST)
-            self.token_ids += part
-        return output
+            part = hidden[start : start + chunk]
+            wanted = output if output == ALL or start + chunk >= len(token_ids) else NONE
+            inputs.append(StepInput(part, [(0, first + start, len(part))], wanted))
+        try:
+            outputs = await self.session.steps(inputs)
+            return torch.cat(outputs) if output == ALL else outputs[-1]
+        finally:
+            # Whatever ended it: so far has every hop come.
+            self.token_ids = [*self.token_ids, *token_ids][: self.session.length()]
 
-    async def choose(self, hidden: torch.Tensor, sampling: Sampling) -> Choice:
-        """hidden (1, E) -> the token for the next position."""
-        return await self._thread.run(self._choose, hidden, sampling, self.position)
+    async def choose(
+        self,
+        hidden: torch.Tensor,
+        chooser: Chooser,
+        text: Sequence[int],
+        drafts: Sequence[int] = (),
+        stop_ids: Collection[int] = (),
+    ) -> list[Choice]:
+        """hidden (len(drafts) + 1, E) of the end of `text` and `drafts` -> the tokens that follow `text`: one
+        more than there are right drafts, unless one of them stops."""
+        return await self._thread.run(self._choose, hidden, chooser, list(text), drafts, stop_ids)
 
-    def _choose(self, hidden: torch.Tensor, sampling: Sampling, position: int) -> Choice:
-        return choose(self._edges.head(hidden)[0], sampling, position)
+    def _choose(
+        self,
+        hidden: torch.Tensor,
+        chooser: Chooser,
+        text: list[int],
+        drafts: Sequence[int],
+        stop_ids: Collection[int],
+    ) -> list[Choice]:
+        logits = self._edges.head(hidden)
+        choices: list[Choice] = []
+        for row, draft in zip(logits, [*drafts, None], strict=True):
+            choice = chooser.choose(row, text)
+            choices.append(choice)
+            if choice.token_id != draft or choice.token_id in stop_ids:
+                break
+            text.append(choice.token_id)
+        return choices
 
 
 async def generate_tokens(
     session: TokenSession,
     prompt_ids: Sequence[int],
-    sampling: Sampling,
+    chooser: Chooser,
     *,
     max_new_tokens: int,
     stop_ids: Collection[int],
+    speculation: Speculation | None = None,
 ) -> AsyncGenerator[Choice, None]:
     """The tokens that follow `prompt_ids`, the stopping one included; at most `max_new_tokens`.
 
     Raises PromptTooLong where the session has no room for the prompt and one token.
     """
-    if not prompt_ids:
+    end = len(prompt_ids) + check_room(len(prompt_ids), session.max_length, max_new_tokens)
+    session.rollback(min(common_prefix(session.token_ids, prompt_ids), len(prompt_ids) - 1))
+    text, drafts = list(prompt_ids), list[int]()
+    hidden = await session.feed(text[session.position :])
+    try:
+        while True:
+            for choice in await session.choose(hidden, chooser, text, drafts, stop_ids):
+                text.append(choice.token_id)
+                yield choice
+            session.rollback(len(text) - 1)  # of the drafts, those that were right
+            if text[-1] in stop_ids or len(text) == end:
+                return
+            if speculation is None:
+                hidden = await session.feed(text[-1:])
+            else:
+                drafts = await speculation.draft(text, chooser, end - len(text) - 1)
+                began_s = speculation.clock()
+                hidden = await session.feed([text[-1], *drafts], ALL)
+                speculation.observe(1 + len(drafts), speculation.clock() - began_s)
+    finally:
+        if len(text) > len(prompt_ids):
+            session.rollback(min(session.position, len(text) - 1))
+
+
+def check_room(n_prompt: int, max_length: int, max_new_tokens: int) -> int:
+    """How many tokens may follow a prompt. Raises InvalidArgument, PromptTooLong."""
+    if not n_prompt:
         raise InvalidArgument("the prompt is empty; give at least one token")
-    if len(prompt_ids) >= session.max_length:
+    if n_prompt >= max_length:
         raise PromptTooLong(
-            f"the prompt has {len(prompt_ids)} tokens and the session room for {session.max_length}, prompt "
+            f"the prompt has {n_prompt} tokens and the session room for {max_length}, prompt "
             f"and answer together; shorten the prompt or open a longer session"
         )
-    limit = min(max_new_tokens, session.max_length - len(prompt_ids))
-    session.rollback(min(_common_prefix(session.token_ids, prompt_ids), len(prompt_ids) - 1))
-    hidden = await session.feed(prompt_ids[session.position :])
-    for count in range(1, limit + 1):
-        choice = await session.choose(hidden, sampling)
-        yield choice
-        if choice.token_id in stop_ids or count == limit:
-            return
-        hidden = await session.feed([choice.token_id])
+    return min(max_new_tokens, max_length - n_prompt)
 
 
-def _common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
-    for index, (left, right) in enumerate(zip(a, b, strict=False)):
-        if left != right:
-            return index
-    return min(len(a), len(b))
+def common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
+    """How many tokens two texts begin with alike."""
+    shortest = min(len(a), len(b))
+    if a[:shortest] == b[:shortest]:  # mostly
+        return shortest
+    return next(index for index in range(shortest) if a[index] != b[index])

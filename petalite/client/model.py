@@ -6,17 +6,21 @@ rest. Knows no socket: where the blocks are is the business of the `Servers` it 
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
 from contextlib import AsyncExitStack, aclosing
 from typing import Any, TypeAlias
 
 import torch
 
+from petalite.client.drafters import LOOKUP, DraftModel, LookupDrafter, ModelDrafter, load_draft
 from petalite.client.generation import LENGTH, STOP, Generation, TokenSession, generate_tokens
 from petalite.client.hops import Servers
-from petalite.client.sampling import Choice, Sampling
+from petalite.client.options import Options
+from petalite.client.sampling import Choice
 from petalite.client.session import Session
 from petalite.client.settings import SessionSettings
+from petalite.client.speculation import Drafter, Speculation
 from petalite.errors import InvalidArgument
 from petalite.model.checkpoint import Checkpoint
 from petalite.model.compute import ComputeThread
@@ -50,6 +54,8 @@ class AsyncDistributedModel:
         self._servers = servers
         self._thread = thread
         self._settings = settings
+        self._drafts: dict[str, DraftModel] = {}
+        self._loading_draft = asyncio.Lock()
 
     @property
     def config(self) -> ModelConfig:
@@ -78,22 +84,46 @@ class AsyncDistributedModel:
             )
         return TokenSession(self._hidden_session(length, rows=1), self.edges, self._thread)
 
-    async def generate(self, prompt: Prompt, **options: Any) -> Generation:
+    async def generate(
+        self, prompt: Prompt, *, session: TokenSession | None = None, **options: Any
+    ) -> Generation:
         """Like `stream`, waiting for the whole text."""
-        run = _Run(self, prompt, **options)
+        run = _Run(self, prompt, session, Options(**options))
         text = "".join([piece async for piece in run.pieces()])
         return run.generation(text)
 
-    async def stream(self, prompt: Prompt, **options: Any) -> AsyncGenerator[str, None]:
+    async def stream(
+        self, prompt: Prompt, *, session: TokenSession | None = None, **options: Any
+    ) -> AsyncGenerator[str, None]:
         """The text that follows `prompt`, in pieces as they come.
 
-        max_new_tokens=256: at most so many. temperature=0.0, top_k=0, top_p=1.0, seed=None: see `Sampling`;
-        the default is greedy. session=None: a `model.session()` to go on in. Raises PromptTooLong,
-        MissingBlocks and whatever else ends the text early.
+        `options` are those of `client.options.Options`: max_new_tokens=256; temperature=0.0 (greedy), top_k,
+        top_p, min_p, seed; repetition_penalty, presence_penalty, frequency_penalty, logit_bias; stop,
+        stop_ids; logprobs; speculate. `session` is a `model.session()` to go on in. Raises InvalidArgument,
+        PromptTooLong, MissingBlocks and whatever else ends the text early.
         """
-        async with aclosing(_Run(self, prompt, **options).pieces()) as pieces:
+        async with aclosing(_Run(self, prompt, session, Options(**options)).pieces()) as pieces:
             async for piece in pieces:
                 yield piece
+
+    async def speculation(self, session: TokenSession, how: str | None) -> Speculation | None:
+        """The session's own of that kind: LOOKUP, or a draft model's folder or repository, loaded once."""
+        if how is None:
+            return None
+        if how not in session.speculations:
+            drafter: Drafter = LookupDrafter()
+            if how != LOOKUP:
+                drafter = ModelDrafter(await self._draft_model(how), session.max_length)
+            session.speculations[how] = Speculation(drafter)
+        return session.speculations[how]
+
+    async def _draft_model(self, path_or_repo: str) -> DraftModel:
+        async with self._loading_draft:
+            if path_or_repo not in self._drafts:
+                self._drafts[path_or_repo] = await load_draft(
+                    path_or_repo, self.tokenizer, self.config.vocab_size, self._thread
+                )
+        return self._drafts[path_or_repo]
 
     def encode(self, prompt: Prompt) -> list[int]:
         """The token ids of a prompt of any kind."""
@@ -165,57 +195,55 @@ class _Run:
     """One generation under way: the prompt and the settings, and what has come of them so far."""
 
     def __init__(
-        self,
-        model: AsyncDistributedModel,
-        prompt: Prompt,
-        *,
-        max_new_tokens: int = 256,
-        temperature: float = 0.0,
-        top_k: int = 0,
-        top_p: float = 1.0,
-        seed: int | None = None,
-        session: TokenSession | None = None,
+        self, model: AsyncDistributedModel, prompt: Prompt, session: TokenSession | None, options: Options
     ) -> None:
-        if max_new_tokens < 1:
-            raise InvalidArgument(f"max_new_tokens must be 1 or more, found {max_new_tokens}")
-        seeded = {} if seed is None else {"seed": seed}
-        self._sampling = Sampling(temperature, top_k, top_p, **seeded)
         self._model = model
+        self._options = options
         self._prompt_ids = model.encode(prompt)
-        self._max_new_tokens = max_new_tokens
+        self._chooser = options.chooser(len(self._prompt_ids))
+        self._chooser.penalties.check(model.config.vocab_size)
+        self._stop_ids = model.tokenizer.eos_ids | frozenset(options.stop_ids)
+        self._stop_texts = options.stop_texts()
         self._choices: list[Choice] = []
         self._given = session
         self._session = session or model.session(
-            min(len(self._prompt_ids) + max_new_tokens, model.config.max_position_embeddings)
+            min(len(self._prompt_ids) + options.max_new_tokens, model.config.max_position_embeddings)
         )
 
     async def pieces(self) -> AsyncGenerator[str, None]:
         async with AsyncExitStack() as stack:
+            speculation = await self._model.speculation(self._session, self._options.speculate)
             if self._given is None:
                 await stack.enter_async_context(self._session)
-            stream = self._model.tokenizer.stream(self._prompt_ids)
+            text = self._model.tokenizer.stream(self._prompt_ids)
             tokens = generate_tokens(
                 self._session,
                 self._prompt_ids,
-                self._sampling,
-                max_new_tokens=self._max_new_tokens,
-                stop_ids=self._model.tokenizer.eos_ids,
+                self._chooser,
+                max_new_tokens=self._options.max_new_tokens,
+                stop_ids=self._stop_ids,
+                speculation=speculation,
             )
             async with aclosing(tokens):
                 async for choice in tokens:
                     self._choices.append(choice)
-                    if piece := stream.step(choice.token_id):
+                    if choice.token_id in self._stop_ids:
+                        break
+                    if piece := self._stop_texts.step(text.step(choice.token_id)):
                         yield piece
-            if tail := stream.flush():
+                    if self._stop_texts.found is not None:
+                        break
+            if tail := self._stop_texts.step(text.flush()) + self._stop_texts.flush():
                 yield tail
 
     def generation(self, text: str) -> Generation:
         token_ids = [choice.token_id for choice in self._choices]
-        stopped = token_ids[-1] in self._model.tokenizer.eos_ids
+        stopped = token_ids[-1] in self._stop_ids or self._stop_texts.found is not None
         return Generation(
             text=text,
             token_ids=token_ids,
             logprobs=[choice.logprob for choice in self._choices],
             finish_reason=STOP if stopped else LENGTH,
             trace=self._session.trace,
+            alternatives=[choice.alternatives for choice in self._choices] if self._options.logprobs else [],
         )

@@ -1,8 +1,12 @@
-"""From logits to a token: greedy, or temperature, top-k and top-p with a seed.
+"""From logits to a token: bias and penalties, then greedy, or temperature, top-k, top-p and min-p with a
+seed.
 
-The random number of a position depends on the seed and the position alone, never on how often or where the
-step was computed. So the same seed gives the same text over any chain, and a step repeated after a failure
-repeats its choice.
+In this order, which is that of transformers where it has them: logit bias; repetition penalty; presence and
+frequency penalties; temperature; top-k; top-p; min-p.
+
+What is random about a token depends on the seed, its position and its id alone, never on how often, where or
+together with what the step was computed. So the same seed gives the same text over any chain, a step repeated
+after a failure repeats its choice, and a draft that guessed it is right or wrong whatever the draft was.
 """
 
 from __future__ import annotations
@@ -10,12 +14,17 @@ from __future__ import annotations
 import hashlib
 import math
 import secrets
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from types import MappingProxyType
 
 import torch
 
+from petalite.client.penalties import Penalties
 from petalite.errors import InvalidArgument, NotFinite
 from petalite.model.compute import is_finite
+
+MOST_ALTERNATIVES = 100  # that a token's log probabilities may be given of
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,6 +34,7 @@ class Sampling:
     temperature: float = 0.0  # 0: the likeliest token; above: softmax of logits / temperature
     top_k: int = 0  # sample among the k likeliest; 0: all
     top_p: float = 1.0  # among the fewest tokens whose probabilities sum to at least this
+    min_p: float = 0.0  # among those at least this times as likely as the likeliest
     seed: int = field(default_factory=lambda: secrets.randbits(63))  # of every random choice
 
     def __post_init__(self) -> None:
@@ -34,39 +44,113 @@ class Sampling:
             raise InvalidArgument(f"top_k must be 0 (all) or more, found {self.top_k}")
         if not 0 < self.top_p <= 1:
             raise InvalidArgument(f"top_p must be above 0 and at most 1, found {self.top_p}")
+        if not 0 <= self.min_p <= 1:
+            raise InvalidArgument(f"min_p must be from 0 (all) to 1, found {self.min_p}")
         if not 0 <= self.seed < 1 << 64:
             raise InvalidArgument(f"a seed is a whole number from 0 to 2**64 - 1, found {self.seed}")
+        if self.temperature == 0 and (self.top_k, self.top_p, self.min_p) != (0, 1.0, 0.0):
+            raise InvalidArgument(
+                "top_k, top_p and min_p say among which tokens to sample, and temperature 0 samples none; "
+                "give a temperature above 0, or leave them out"
+            )
 
 
 @dataclass(frozen=True, slots=True)
 class Choice:
     token_id: int
     logprob: float  # of the token under the model's own distribution, natural log
+    alternatives: Mapping[int, float] = field(
+        default_factory=lambda: MappingProxyType({})
+    )  # the same of the likeliest tokens, likeliest first, as many as were asked for
 
 
-def choose(logits: torch.Tensor, sampling: Sampling, position: int) -> Choice:
-    """logits (V,) float32 -> the token for `position`. Raises NotFinite where the model gave no numbers."""
-    if not is_finite(logits):
-        raise NotFinite(f"the logits for position {position} have NaN or Inf; some server computes wrongly")
-    token_id = int(logits.argmax()) if sampling.temperature == 0 else _sample(logits, sampling, position)
-    return Choice(token_id, float(logits[token_id] - logits.logsumexp(0)))
+@dataclass(frozen=True, slots=True)
+class Chooser:
+    """Everything that decides about the tokens that follow one prompt."""
+
+    sampling: Sampling = field(default_factory=Sampling)
+    penalties: Penalties = field(default_factory=Penalties)
+    n_prompt: int = 0  # tokens of the text that were given, not chosen
+    n_alternatives: int = 0  # to report with each choice
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.n_alternatives <= MOST_ALTERNATIVES:
+            raise InvalidArgument(
+                f"alternatives with their logprobs are given for up to {MOST_ALTERNATIVES} tokens, "
+                f"found {self.n_alternatives}"
+            )
+
+    def choose(self, logits: torch.Tensor, text: Sequence[int]) -> Choice:
+        """logits (V,) float32 -> the token that follows the token ids `text`.
+
+        Raises NotFinite where the model gave no numbers.
+        """
+        if not is_finite(logits):
+            raise NotFinite(
+                f"the logits for position {len(text)} have NaN or Inf; some server computes wrongly"
+            )
+        scores = self.penalties.apply(logits, text[: self.n_prompt], text[self.n_prompt :])
+        if self.sampling.temperature == 0:
+            token_id = int(scores.argmax())
+        else:
+            token_id = _sample(scores, self.sampling, len(text))
+        total = float(logits.logsumexp(0))
+        alternatives = {}
+        if self.n_alternatives:
+            best = logits.topk(min(self.n_alternatives, len(logits)))
+            pairs = zip(best.indices.tolist(), best.values.tolist(), strict=True)
+            alternatives = {id: logit - total for id, logit in pairs}
+        return Choice(token_id, float(logits[token_id]) - total, MappingProxyType(alternatives))
 
 
-def _sample(logits: torch.Tensor, sampling: Sampling, position: int) -> int:
-    """Inverse transform sampling over the kept tokens, likeliest first."""
-    count = min(sampling.top_k or len(logits), len(logits))
-    scores, token_ids = logits.double().topk(count)
-    probabilities = (scores / sampling.temperature).softmax(0)
-    cumulative = probabilities.cumsum(0)
+def kept_tokens(scores: torch.Tensor, sampling: Sampling) -> tuple[torch.Tensor, torch.Tensor]:
+    """scores (V,) -> ids (N,) of the tokens to sample among, and their log probabilities less a constant."""
+    scores = scores.double() / sampling.temperature
+    if sampling.top_p < 1 or 0 < sampling.top_k < len(scores):
+        scores, token_ids = (
+            scores.sort(descending=True)
+            if not sampling.top_k
+            else scores.topk(min(sampling.top_k, len(scores)))
+        )
+    else:
+        token_ids = torch.arange(len(scores))
     if sampling.top_p < 1:
-        kept = int(torch.searchsorted(cumulative, sampling.top_p)) + 1
-        cumulative = cumulative[: min(kept, count)]
-    target = _uniform(sampling.seed, position) * cumulative[-1]
-    index = int(torch.searchsorted(cumulative, target, right=True))
-    return int(token_ids[min(index, len(cumulative) - 1)])
+        before = scores.softmax(0).cumsum(0).roll(1)
+        before[0] = 0.0
+        n_kept = int((before < sampling.top_p).sum())
+        scores, token_ids = scores[:n_kept], token_ids[:n_kept]
+    if sampling.min_p > 0:
+        kept = scores >= scores.max() + math.log(sampling.min_p)
+        scores, token_ids = scores[kept], token_ids[kept]
+    return token_ids, scores
 
 
-def _uniform(seed: int, position: int) -> float:
-    """In [0, 1): 53 bits of BLAKE2b over seed and position."""
+def _sample(scores: torch.Tensor, sampling: Sampling, position: int) -> int:
+    """The Gumbel-max trick: the largest log probability plus noise is a sample of the softmax."""
+    token_ids, scores = kept_tokens(scores, sampling)
+    return int(token_ids[(scores + gumbel_noise(sampling.seed, position, token_ids)).argmax()])
+
+
+def gumbel_noise(seed: int, position: int, token_ids: torch.Tensor) -> torch.Tensor:
+    """Independent standard Gumbel numbers, float64, for each token id (N,), of nothing but the arguments."""
     digest = hashlib.blake2b(seed.to_bytes(8, "little") + position.to_bytes(8, "little"), digest_size=8)
-    return (int.from_bytes(digest.digest(), "little") >> 11) * 2.0**-53
+    key = int.from_bytes(digest.digest(), "little", signed=True)
+    bits = _shift(_mixed(token_ids * _signed(0x9E3779B97F4A7C15) + key), 11)
+    uniform = (bits.double() + 0.5) * 2.0**-53  # in (0, 1), both ends excluded
+    return -(-uniform.log()).log()
+
+
+def _mixed(bits: torch.Tensor) -> torch.Tensor:
+    """The finalizer of SplitMix64 (Steele, Lea and Flood, OOPSLA 2014); int64 wraps as it should."""
+    bits = (bits ^ _shift(bits, 30)) * _signed(0xBF58476D1CE4E5B9)
+    bits = (bits ^ _shift(bits, 27)) * _signed(0x94D049BB133111EB)
+    return bits ^ _shift(bits, 31)
+
+
+def _shift(bits: torch.Tensor, by: int) -> torch.Tensor:
+    """To the right, zeros coming in."""
+    return (bits >> by) & ((1 << (64 - by)) - 1)
+
+
+def _signed(constant: int) -> int:
+    return constant - (1 << 64) if constant >> 63 else constant

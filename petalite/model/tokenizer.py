@@ -73,6 +73,11 @@ class Tokenizer:
         except (TypeError, UnicodeEncodeError) as error:  # lone surrogates
             raise InvalidArgument(f"cannot tokenize this text: {error}") from error
 
+    def has_same_ids(self, other: Tokenizer) -> bool:
+        """Whether every id of either stands for the same piece of text in both."""
+        vocabularies = [tokenizer._raw.get_vocab(with_added_tokens=True) for tokenizer in (self, other)]
+        return bool(vocabularies[0] == vocabularies[1])
+
     def is_special(self, id: int) -> bool:
         """Whether `decode` leaves this id out."""
         return id in self._special_ids

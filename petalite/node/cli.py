@@ -12,7 +12,7 @@ from typing import Annotated
 import typer
 
 from petalite.errors import PetaliteError
-from petalite.node.settings import GenerationOptions, ModelSource, NodeSettings, addresses
+from petalite.node.settings import ModelSource, NodeSettings, addresses
 
 app = typer.Typer(
     help="Run large language models together: serve a few blocks of one, or use the swarm that serves it.",
@@ -70,7 +70,28 @@ MaxNewTokens = Annotated[int, typer.Option(help="Stop after so many tokens.", mi
 Temperature = Annotated[float, typer.Option(help="0 is greedy; above, sample.", min=0.0)]
 TopK = Annotated[int, typer.Option(help="Sample among the K likeliest tokens; 0: all.", min=0)]
 TopP = Annotated[float, typer.Option(help="Sample among the likeliest tokens that sum to P.")]
+MinP = Annotated[float, typer.Option(help="Sample among those at least P times as likely as the likeliest.")]
 Seed = Annotated[int | None, typer.Option(help="Make sampling repeatable.", min=0)]
+Repetition = Annotated[
+    float, typer.Option("--repetition-penalty", help="Above 1: say less of what the text has already.")
+]
+Presence = Annotated[float, typer.Option("--presence-penalty", help="Subtracted from what was said.")]
+Frequency = Annotated[
+    float, typer.Option("--frequency-penalty", help="Subtracted as often as a thing was said.")
+]
+Stop = Annotated[
+    list[str] | None,
+    typer.Option(help="End before this text. May be repeated.", metavar="TEXT", show_default=False),
+]
+Speculate = Annotated[
+    str | None,
+    typer.Option(
+        metavar="lookup|MODEL",
+        help="Guess ahead, so that one trip brings several tokens of the same text: from what the text has "
+        "said before, or by a small model with the same tokenizer that runs here.",
+        show_default=False,
+    ),
+]
 
 
 @app.command()
@@ -146,7 +167,13 @@ def generate(
     temperature: Temperature = 0.0,
     top_k: TopK = 0,
     top_p: TopP = 1.0,
+    min_p: MinP = 0.0,
     seed: Seed = None,
+    repetition_penalty: Repetition = 1.0,
+    presence_penalty: Presence = 0.0,
+    frequency_penalty: Frequency = 0.0,
+    stop: Stop = None,
+    speculate: Speculate = None,
     swarm_key: SwarmKey = None,
     name: Name = None,
     dtype: Dtype = "auto",
@@ -154,9 +181,22 @@ def generate(
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Show where the time went.")] = False,
 ) -> None:
     """Print the text that follows a prompt, as it comes."""
+    from petalite.client.options import Options
     from petalite.node.talk import generate as run
 
-    options = GenerationOptions(max_new_tokens, temperature, top_k, top_p, seed)
+    options = Options(
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        min_p=min_p,
+        seed=seed,
+        repetition_penalty=repetition_penalty,
+        presence_penalty=presence_penalty,
+        frequency_penalty=frequency_penalty,
+        stop=tuple(stop or ()),
+        speculate=speculate,
+    )
     source = ModelSource(model, addresses(peers), lan, local, swarm_key, name, dtype, wait)
     run(source, prompt, options, chat_template=chat_template, verbose=verbose)
 
@@ -172,16 +212,35 @@ def chat(
     temperature: Temperature = 0.0,
     top_k: TopK = 0,
     top_p: TopP = 1.0,
+    min_p: MinP = 0.0,
     seed: Seed = None,
+    repetition_penalty: Repetition = 1.0,
+    presence_penalty: Presence = 0.0,
+    frequency_penalty: Frequency = 0.0,
+    stop: Stop = None,
+    speculate: Speculate = None,
     swarm_key: SwarmKey = None,
     name: Name = None,
     dtype: Dtype = "auto",
     wait: Wait = 15.0,
 ) -> None:
     """Talk with a chat model, line by line. An empty line or Ctrl-D ends the talk."""
+    from petalite.client.options import Options
     from petalite.node.talk import chat as run
 
-    options = GenerationOptions(max_new_tokens, temperature, top_k, top_p, seed)
+    options = Options(
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        min_p=min_p,
+        seed=seed,
+        repetition_penalty=repetition_penalty,
+        presence_penalty=presence_penalty,
+        frequency_penalty=frequency_penalty,
+        stop=tuple(stop or ()),
+        speculate=speculate,
+    )
     run(ModelSource(model, addresses(peers), lan, local, swarm_key, name, dtype, wait), system, options)
 
 

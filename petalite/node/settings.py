@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from petalite.errors import InvalidArgument
 from petalite.net.identity import Identity
@@ -87,17 +86,3 @@ class ModelSource:
                 if not self.local
                 else "--local runs every block here, --peers and --lan in a swarm; give one of them"
             )
-
-
-@dataclass(frozen=True, slots=True)
-class GenerationOptions:
-    """As `model.stream` takes them."""
-
-    max_new_tokens: int
-    temperature: float
-    top_k: int
-    top_p: float
-    seed: int | None
-
-    def as_keywords(self) -> dict[str, Any]:
-        return {name: getattr(self, name) for name in self.__slots__}

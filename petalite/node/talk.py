@@ -10,11 +10,13 @@ from statistics import median
 from rich.table import Table
 
 import petalite
+from petalite.client.options import Options
 from petalite.client.settings import SessionSettings
 from petalite.client.sync import DistributedModel
 from petalite.client.trace import HopTiming, Recovery, Trace
 from petalite.node.console import err, out
-from petalite.node.settings import GenerationOptions, ModelSource
+from petalite.node.settings import ModelSource
+from petalite.swarm.messages import DECODE_TOKENS
 from petalite.swarm.peer import load_swarm_key
 
 PROMPT = "[bold cyan]you[/]  "
@@ -38,7 +40,7 @@ def _opened(source: ModelSource) -> Iterator[DistributedModel]:
 
 
 def generate(
-    source: ModelSource, prompt: str, options: GenerationOptions, *, chat_template: bool, verbose: bool
+    source: ModelSource, prompt: str, options: Options, *, chat_template: bool, verbose: bool
 ) -> None:
     with _opened(source) as model:
         messages = [{"role": "user", "content": prompt}]
@@ -51,9 +53,10 @@ def generate(
             print()
             if verbose:
                 show_trace(session.trace, time.perf_counter() - began_s)
+                err.print(f"{session.position - len(ids) + 1} new tokens")
 
 
-def chat(source: ModelSource, system: str | None, options: GenerationOptions) -> None:
+def chat(source: ModelSource, system: str | None, options: Options) -> None:
     with _opened(source) as model, model.session() as session:
         messages = [] if system is None else [{"role": "system", "content": system}]
         out.print("An empty line ends the talk.", style="dim")
@@ -85,7 +88,7 @@ def show_trace(trace: Trace, seconds: float) -> None:
 def hop_table(trace: Trace) -> Table:
     """Medians over the decode steps, milliseconds: each hop's own account, and what lies between the hops."""
     table = Table("server", "blocks", "steps", "waiting ms", "computing ms", box=None)
-    decodes = [step for step in trace.steps if step.n_tokens == 1]
+    decodes = [step for step in trace.steps if step.n_tokens <= DECODE_TOKENS]
     hops: dict[tuple[str, str], list[HopTiming]] = {}
     for step in decodes:
         for hop in step.hops:

@@ -168,6 +168,25 @@ def test_generate_says_where_the_blocks_are_to_be(model: Path) -> None:
     assert "--local" in refused("generate", str(model), "--prompt", "x")
 
 
+def test_options_of_choosing_that_cannot_work_together(model: Path) -> None:
+    where = ("generate", str(model), "--local", "--prompt", "x")
+    assert "temperature above 0" in refused(*where, "--top-p", "0.9")
+    assert "repetition_penalty" in refused(*where, "--repetition-penalty", "0")
+    assert "nowhere" in refused(*where, "--speculate", "/tmp/nowhere-at-all")
+
+
+def test_generate_with_every_option_of_choosing(model: Path) -> None:
+    """The same text with speculation as without, and a table of where the time went."""
+    where = ("generate", str(model), "--local", "--prompt", "abcabcabc", "--max-new-tokens", "30")
+    how = ("--temperature", "0.5", "--top-k", "9", "--min-p", "0.1", "--seed", "1", "--stop", "zzzz")
+    how += ("--presence-penalty", "0.5", "--frequency-penalty", "0.1", "--repetition-penalty", "1.1")
+    plain = petalite(*where, *how)
+    speculative = petalite(*where, *how, "--speculate", "lookup", "--verbose")
+    assert plain.returncode == speculative.returncode == 0, plain.stderr + speculative.stderr
+    assert plain.stdout == speculative.stdout
+    assert "whole step" in speculative.stderr and "new tokens" in speculative.stderr
+
+
 def test_an_empty_swarm_says_so() -> None:
     with bootstrap_node() as bootstrap:
         status = petalite("status", "--peers", str(bootstrap.address))
