@@ -21,7 +21,7 @@ import torch
 import petalite
 from petalite.client.servers import SwarmServers
 from petalite.client.session import Session, StepInput
-from petalite.client.settings import RING, Routing
+from petalite.client.settings import RING, Routing, SessionSettings
 from petalite.model.checkpoint import Checkpoint
 from petalite.net.identity import Identity
 from petalite.net.loop import new_event_loop
@@ -34,7 +34,12 @@ from petalite.swarm.spans import Span
 
 @asynccontextmanager
 async def hidden_session(
-    model: str, peers: list[str], max_length: int, route: str = RING, span: Span | None = None
+    model: str,
+    peers: list[str],
+    max_length: int,
+    route: str = RING,
+    span: Span | None = None,
+    wire: str | None = None,
 ) -> AsyncIterator[Session]:
     """A session of hidden states over a swarm; over all blocks, or `span`."""
     checkpoint = Checkpoint.open(model)
@@ -44,7 +49,8 @@ async def hidden_session(
         directory = Directory(peer.dht, checkpoint.model_id(), span)
         servers = SwarmServers(peer.host, directory, routing=Routing(route))
         hidden_size = checkpoint.config.hidden_size
-        async with Session(servers, span, hidden_size, max_length=max_length) as session:
+        limits = SessionSettings(wire=wire)
+        async with Session(servers, span, hidden_size, max_length=max_length, settings=limits) as session:
             yield session
 
 
@@ -69,11 +75,18 @@ async def steps(
 
 
 async def prefill(
-    model: str, peers: list[str], route: str, *, tokens: int, chunk: int, pipelined: bool
+    model: str,
+    peers: list[str],
+    route: str,
+    *,
+    tokens: int,
+    chunk: int,
+    pipelined: bool,
+    wire: str | None = None,
 ) -> dict[str, Any]:
     """Seconds until the last of `tokens` random states has come out."""
     width = Checkpoint.open(model).config.hidden_size
-    async with hidden_session(model, peers, tokens + 1, route) as session:
+    async with hidden_session(model, peers, tokens + 1, route, wire=wire) as session:
         await session.step(torch.randn(1, width), [(0, 0, 1)])  # links are up, kernels warm
         parts = [
             StepInput(torch.randn(min(chunk, tokens - at), width), [(0, at, min(chunk, tokens - at))], LAST)

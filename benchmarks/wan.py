@@ -57,6 +57,7 @@ async def _measure(only: str) -> Report:
                 await _steps(report, rtt_ms, "SmolLM2", str(smollm2_folder()), SMOLLM2_SPANS, text)
         if only in "prefill":
             await _prefill(report)
+            await _codecs(report, Path(folder))
     return report
 
 
@@ -84,6 +85,21 @@ async def _prefill(report: Report) -> None:
         report.results[f"{where} prefill {what}"] = {"seconds": seconds}
     gain = one_by_one / pipelined
     report.checks.append(Check(f"{where}: pipelined prefill against one by one", gain, "×", 1.4, "at least"))
+
+
+async def _codecs(report: Report, folder: Path) -> None:
+    """A prefill that the wire bounds: wide states and little to compute."""
+    sizes = {"num_hidden_layers": 3, "hidden_size": 1024, "intermediate_size": 64, "num_attention_heads": 8}
+    wide = str(tiny_llama(folder / "wide", **sizes))
+    options = {"tokens": PREFILL_TOKENS, "chunk": CHUNK_TOKENS, "pipelined": True}
+    deeds = [["prefill", options | {"wire": wire}] for wire in ("bf16", "q8")]
+    where, rows = await _at(20, wide, ("0:1", "1:2", "2:3"), {"ring": deeds})
+    bf16, q8 = (result["seconds"] for result in rows["ring"])
+    for wire, seconds in (("bf16", bf16), ("q8", q8)):
+        name = f"prefill of {PREFILL_TOKENS} × 1,024 values in {wire}"
+        report.rows.append((where, name, "ring", seconds * 1e3, "", PREFILL_TOKENS / seconds))
+        report.results[f"{where} wide prefill in {wire}"] = {"seconds": seconds}
+    report.checks.append(Check(f"{where}: q8 against bf16, wire-bound", bf16 / q8, "×", 1.6, "at least"))
 
 
 def _row(report: Report, where: str, name: str, route: str, result: dict[str, Any]) -> None:

@@ -252,9 +252,8 @@ class Chain:
             stage.epoch = 0  # it has heard of none when it says that it cannot attach
             successor = Successor(target.peer, tokens[i + 1]) if target is not None else None
             token = tokens[i] if pushed[i] else None
-            openings.append(
-                self._open_one(stage, Opening(self._rows, self._max_length, token, successor, wait_s))
-            )
+            opening = Opening(self._rows, self._max_length, token, successor, wait_s, self._settings.wire)
+            openings.append(self._open_one(stage, opening))
         tasks = [asyncio.create_task(opening) for opening in openings]
         try:
             await asyncio.gather(*tasks)

@@ -35,6 +35,7 @@ class Opening:
     token: bytes | None  # of whoever may push to it; None: the client alone
     successor: Successor | None  # whom it pushes to; None: it answers the client
     wait_s: float = 0.0  # in line, where there is no room now
+    codec: str | None = None  # of its answers and pushes; None: one that loses nothing
 
 
 class Listener(Protocol):

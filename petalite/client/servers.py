@@ -111,6 +111,7 @@ class SwarmServers:
             opening.token,
             opening.successor,
             opening.wait_s,
+            opening.codec,
         )
         call = await self._host.open(hop.peer, SESSION_METHOD, encode(request), priority=Priority.INTERACTIVE)
         try:

@@ -8,6 +8,7 @@ from petalite.errors import InvalidArgument
 from petalite.net.identity import PeerId
 
 RING, STAR = ROUTES = ("ring", "star")
+WIRES = ("f32", "bf16", "f16", "q8")  # `swarm.codecs`, which loads torch
 LATENCY, THROUGHPUT = AIMS = ("latency", "throughput")
 
 
@@ -38,3 +39,8 @@ class SessionSettings:
     recovery_s: float = 60.0  # to find and fill a replacement, in all, before the step fails
     chunk_tokens: int = 512  # a longer prefill, or replay, goes in steps of this many
     retry_s: float = 0.05  # pause before a third attempt to open hops; doubles up to two seconds
+    wire: str | None = None  # codec of hidden states between machines, such as "q8"; None: nothing is lost
+
+    def __post_init__(self) -> None:
+        if self.wire is not None and self.wire not in WIRES:
+            raise InvalidArgument(f"wire is one of {', '.join(WIRES)}, found {self.wire!r}")

@@ -87,8 +87,8 @@ class Session:
         self._doors = doors
         self._connect = connect
         self._idle_s = idle_s
-        self._codec: Codec = raw_codec(backend.span.dtype)
-        self.kept = KeptInputs(self._codec, backend.span.config.hidden_size)
+        self.codec: Codec = codec_of(request, backend)
+        self.kept = KeptInputs(self.codec, backend.span.config.hidden_size)
         self._inbox: Inbox[Work] = Inbox(INBOX_STEPS, INBOX_BYTES)
         self._epoch = 0
         self._received = 0
@@ -190,13 +190,13 @@ class Session:
             hidden, segments, self.request.start, self.request.end, peer=self.call.peer
         )
         hops = (*step.hops, HopReport(timing.queue_s * 1e3, timing.compute_s * 1e3))
-        pushed = self._codec.encode(output) if self._feeds_another else bytearray()
+        pushed = self.codec.encode(output) if self._feeds_another else bytearray()
         if self._feeds_another:
             # Also what is only answered: a replay to this hop stands for what its successor has had long
             # since.
             self._keep(step, pushed)
         if step.stop == self.request.end:
-            await self._answer(step, hops, self._codec.encode(wanted_outputs(output, step.rows, step.output)))
+            await self._answer(step, hops, self.codec.encode(wanted_outputs(output, step.rows, step.output)))
         elif not self._link_down:
             await self._push(step, hops, pushed)
 
@@ -237,13 +237,13 @@ class Session:
     # -- what goes out -----------------------------------------------------------------------------------
 
     async def _answer(self, step: Step, hops: tuple[HopReport, ...], data: bytearray | memoryview) -> None:
-        done = StepDone(step.rows, self._codec.name, step.number, step.epoch, hops)
+        done = StepDone(step.rows, self.codec.name, step.number, step.epoch, hops)
         _prioritize(self.call, step.rows)
         await self.call.send(write(done), [] if step.output == NONE else [data])
         self._sent = max(self._sent, step.number)
 
     async def _push(self, step: Step, hops: tuple[HopReport, ...], data: bytearray | memoryview) -> None:
-        onward = replace(step, codec=self._codec.name, hops=hops)
+        onward = replace(step, codec=self.codec.name, hops=hops)
         try:
             if self._onward is None:
                 raise NetworkError("the session was told of no successor")
@@ -274,7 +274,7 @@ class Session:
                 return
             to_client = relink.successor is None
             output = ALL if to_client else NONE
-            step = Step((row,), self._codec.name, relink.stop, output, relink.number, relink.epoch)
+            step = Step((row,), self.codec.name, relink.stop, output, relink.number, relink.epoch)
             if to_client:
                 await self._answer(step, (HopReport(0.0, 0.0),), data)
             else:
@@ -289,6 +289,11 @@ class Session:
         if epoch >= self._epoch and not self._link_down:
             self._link_down = True
             await self.call.send(write(LinkDown(epoch, str(error)[:2000])))
+
+
+def codec_of(request: OpenSession, backend: Backend) -> Codec:
+    """What a session answers and pushes in. Raises BadTensor for a codec that nobody knows."""
+    return raw_codec(backend.span.dtype) if request.codec is None else codec_named(request.codec)
 
 
 def _prioritize(call: Call | Onward, rows: Sequence[tuple[int, ...]]) -> None:

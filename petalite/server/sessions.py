@@ -19,8 +19,7 @@ from petalite.net.schema import encode
 from petalite.server.backend import Backend
 from petalite.server.doors import Doors
 from petalite.server.local import LocalEdge, Onward
-from petalite.server.session import Session
-from petalite.swarm.codecs import raw_codec
+from petalite.server.session import Session, codec_of
 from petalite.swarm.messages import (
     ATTACH_METHOD,
     SESSION_METHOD,
@@ -101,7 +100,8 @@ class SessionService:
 
     async def _run(self, call: Call, request: OpenSession) -> None:
         span = self._backend.span
-        pushed_bytes = span.config.hidden_size * span.dtype.itemsize * request.max_length * request.rows
+        token_bytes = codec_of(request, self._backend).nbytes(1, span.config.hidden_size)
+        pushed_bytes = token_bytes * request.max_length * request.rows
         rows = await self._backend.open_rows(
             request.rows,
             request.max_length,
@@ -115,7 +115,7 @@ class SessionService:
                 call, request, rows, self._backend, self._doors, self._connect, self._settings.idle_s
             )
             self._open[call] = session
-            await call.send(encode(SessionOpened(raw_codec(span.dtype).name)))
+            await call.send(encode(SessionOpened(session.codec.name)))
             await session.run()
         finally:
             self._backend.drop_rows(rows)

@@ -70,11 +70,12 @@ class OpenSession:
     token: Token | None = None  # whoever names it may attach as predecessor
     successor: Successor | None = None
     wait_s: Annotated[float, Bounds(0, 600)] = 0.0  # in line, where there is no room now
+    codec: Text | None = None  # to answer and push in; None: one that loses nothing of the compute dtype
 
 
 @dataclass(frozen=True, slots=True)
 class SessionOpened:
-    codec: Text  # what this hop answers and pushes in: it loses nothing of its compute dtype
+    codec: Text  # what this hop answers and pushes in, and is best sent
 
 
 @dataclass(frozen=True, slots=True)

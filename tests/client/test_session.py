@@ -285,6 +285,27 @@ def test_hops_of_other_codecs_understand_each_other(pushing: bool) -> None:
 
 
 @BOTH
+def test_a_codec_that_loses_is_replayed_to_the_bit(pushing: bool) -> None:
+    """With q8 on the wire, a session that lost each of its servers once says what an undisturbed one says."""
+
+    async def main(kills: bool) -> torch.Tensor:
+        swarm = FakeSwarm(SPANS, pushing=pushing)
+        chain = Session(swarm, WHOLE, E, max_length=99, settings=SessionSettings(wire="q8"))
+        async with chain as session:
+            outputs = [await session.step(tokens(3), [(0, 0, 3)])]
+            for position in range(3, 6):
+                if kills:
+                    swarm.net.kill(
+                        next(hop.peer for hop in session.chain if hop.span.end == 2 * position - 4)
+                    )
+                outputs.append(await session.step(tokens(1, position), [(0, position, 1)]))
+            assert session.kept_bytes == (1 if pushing else len(session.chain)) * 6 * (E + 2)
+        return torch.cat(outputs)
+
+    assert torch.equal(run(main(True)), run(main(False)))
+
+
+@BOTH
 def test_a_server_that_computes_no_more_is_replaced(pushing: bool) -> None:
     """It still says where it is when asked, which is how it is found out."""
 
