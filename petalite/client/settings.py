@@ -39,7 +39,9 @@ class SessionSettings:
     recovery_s: float = 60.0  # to find and fill a replacement, in all, before the step fails
     chunk_tokens: int = 512  # a longer prefill, or replay, goes in steps of this many
     retry_s: float = 0.05  # pause before a third attempt to open hops; doubles up to two seconds
-    wire: str | None = None  # codec of hidden states between machines, such as "q8"; None: nothing is lost
+    wire: str | None = (
+        None  # codec between machines, such as "q8", which rounds at every edge; None: lossless
+    )
 
     def __post_init__(self) -> None:
         if self.wire is not None and self.wire not in WIRES:
