@@ -24,7 +24,7 @@ from petalite.server.throughput import block_seconds
 from petalite.swarm import records
 from petalite.swarm.directory import Directory
 from petalite.swarm.peer import SwarmPeer
-from petalite.swarm.placement import join_span
+from petalite.swarm.placement import Holding, join_span
 from petalite.swarm.records import ModelRecord, ServerRecord
 from petalite.swarm.spans import Span
 from petalite.version import __version__
@@ -102,7 +102,7 @@ class BlockServer:
             )
         await self.directory.refresh(timeout_s=_FIND_S)
         held = [
-            (entry.record.span, 1e3 / max(entry.record.block_ms, 1e-6))
+            Holding(entry.peer, entry.record.span, 1e3 / max(entry.record.block_ms, 1e-6))
             for entry in self.directory.servers
             if entry.peer != self.peer.identity.peer_id
         ]
