@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterable
 from contextlib import AsyncExitStack
 
+from petalite.client.loops import LoopThread
 from petalite.client.model import AsyncDistributedModel
 from petalite.client.settings import Routing, SessionSettings
 from petalite.client.swarm import Swarm
-from petalite.client.sync import DistributedModel, LoopThread
+from petalite.client.sync import DistributedModel
 from petalite.embedded import open_embedded
 from petalite.errors import InvalidArgument
 from petalite.model.dtypes import AUTO

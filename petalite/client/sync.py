@@ -1,86 +1,20 @@
-"""The sync facade: `DistributedModel`, for scripts and notebooks. Runs its async twin on a loop in one
-thread.
-"""
+"""The sync facade: `DistributedModel`, for scripts and notebooks. Its async twin runs on a loop's thread."""
 
 from __future__ import annotations
 
-import asyncio
-import threading
-from collections.abc import AsyncGenerator, Coroutine, Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AsyncExitStack, contextmanager
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 
+from petalite.client.blocks import BlockList
 from petalite.client.generation import Generation, TokenSession
+from petalite.client.loops import LoopThread
 from petalite.client.model import AsyncDistributedModel, Prompt
+from petalite.client.trace import Trace
 from petalite.model.config import ModelConfig
 from petalite.model.tokenizer import Tokenizer
-from petalite.net.loop import new_event_loop
-
-T = TypeVar("T")
-CANCEL_S = 5.0  # how long an interrupt waits for what it cancelled
-
-
-class LoopThread:
-    """An event loop in a thread of its own; coroutines are handed to it and waited for."""
-
-    def __init__(self) -> None:
-        self._loop = new_event_loop()
-        self._thread = threading.Thread(target=self._loop.run_forever, name="petalite-loop", daemon=True)
-        self._thread.start()
-
-    @property
-    def closed(self) -> bool:
-        return self._loop.is_closed()
-
-    def run(self, coroutine: Coroutine[Any, Any, T]) -> T:
-        """Run to the end and return its result. An interrupt here cancels it there, and waits for its end."""
-        ended = threading.Event()
-
-        async def watched() -> T:
-            try:
-                return await coroutine
-            finally:
-                ended.set()
-
-        future = asyncio.run_coroutine_threadsafe(watched(), self._loop)
-        try:
-            return future.result()
-        except BaseException:
-            if future.cancel():
-                ended.wait(CANCEL_S)
-            raise
-
-    def iterate(self, source: AsyncGenerator[T, None]) -> Iterator[T]:
-        """The items of an async generator, which is closed when the iteration here ends, early or not."""
-        # An interrupt can come after an item was asked for and before anybody waits for it.
-        one_at_a_time = asyncio.Lock()
-
-        async def next_item() -> T:
-            async with one_at_a_time:
-                return await anext(source)
-
-        async def close() -> None:
-            async with one_at_a_time:
-                await source.aclose()
-
-        try:
-            while True:
-                try:
-                    yield self.run(next_item())
-                except StopAsyncIteration:
-                    return
-        finally:
-            self.run(close())
-
-    def close(self) -> None:
-        """Stop the loop and its thread. A second call does nothing."""
-        if not self.closed:
-            self._loop.call_soon_threadsafe(self._loop.stop)
-            self._thread.join()
-            self._loop.run_until_complete(self._loop.shutdown_asyncgens())
-            self._loop.close()
 
 
 class DistributedModel:
@@ -122,6 +56,10 @@ class DistributedModel:
         """See `AsyncDistributedModel.stream` for the options."""
         return self._loop.run(self._twin.generate(prompt, **options))
 
+    def generate_batch(self, prompts: Sequence[Prompt], **options: Any) -> list[Generation]:
+        """See `AsyncDistributedModel.generate_batch`."""
+        return self._loop.run(self._twin.generate_batch(prompts, **options))
+
     def stream(self, prompt: Prompt, **options: Any) -> Iterator[str]:
         """See `AsyncDistributedModel.stream`."""
         return self._loop.iterate(self._twin.stream(prompt, **options))
@@ -139,3 +77,20 @@ class DistributedModel:
     def logits(self, token_ids: torch.Tensor) -> torch.Tensor:
         """token_ids (B, T) -> logits (B, T, V) float32."""
         return self._loop.run(self._twin.logits(token_ids))
+
+    @property
+    def blocks(self) -> BlockList:
+        """`model.blocks[a:b]` is a torch module over those blocks, wherever they are."""
+        return BlockList(self._twin, self._loop)
+
+    def embed(self, token_ids: torch.Tensor) -> torch.Tensor:
+        """token_ids (B, T) -> hidden states (B, T, E)."""
+        return self._twin.embed(token_ids)
+
+    def head(self, hidden: torch.Tensor) -> torch.Tensor:
+        """hidden states (B, T, E) -> logits (B, T, V) float32, the final norm included."""
+        return self._loop.run(self._twin.head(hidden))
+
+    def trace(self) -> Trace:
+        """See `AsyncDistributedModel.trace`."""
+        return self._twin.trace()
