@@ -11,6 +11,7 @@ decode step of a few milliseconds feels.
 from __future__ import annotations
 
 import asyncio
+import math
 import threading
 from collections.abc import Callable
 from contextlib import suppress
@@ -89,4 +90,4 @@ def _cancel(future: asyncio.Future[Any]) -> None:
 
 def is_finite(tensor: torch.Tensor) -> bool:
     """Whether no element is NaN or Inf. A sum is one pass; only one that overflows needs the slow look."""
-    return bool(torch.isfinite(tensor.sum(dtype=torch.float32))) or bool(torch.isfinite(tensor).all())
+    return math.isfinite(float(tensor.sum(dtype=torch.float32))) or bool(torch.isfinite(tensor).all())

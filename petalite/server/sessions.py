@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 
-from petalite.errors import ResourceLimit, ShuttingDown, Unreachable, WrongModel, WrongSpan
+from petalite.errors import IdleClosed, ResourceLimit, ShuttingDown, Unreachable, WrongModel, WrongSpan
 from petalite.net.host import Host
 from petalite.net.identity import PeerId
 from petalite.net.rpc import Call
@@ -38,6 +38,7 @@ Resolve = Callable[[PeerId], Awaitable[None]]
 @dataclass(frozen=True, slots=True)
 class SessionSettings:
     idle_s: float = 600.0  # a session without a step for so long is closed, seconds
+    longest_s: float = 86400.0  # a session is closed then, however busy, seconds
     most: int = 256  # sessions open at once
     most_per_peer: int = 32  # of them, one peer's
     longest_wait_s: float = 60.0  # in line for cache room, whatever the client offers to wait
@@ -116,9 +117,20 @@ class SessionService:
             )
             self._open[call] = session
             await call.send(encode(SessionOpened(session.codec.name)))
-            await session.run()
+            await self._within_its_time(session)
         finally:
             self._backend.drop_rows(rows)
+
+    async def _within_its_time(self, session: Session) -> None:
+        try:
+            async with asyncio.timeout(self._settings.longest_s) as limit:
+                await session.run()
+        except TimeoutError:
+            if not limit.expired():
+                raise
+            raise IdleClosed(
+                f"the session has been open for {self._settings.longest_s:g} s, the longest here; open anew"
+            ) from None
 
     def _admit(self, peer: PeerId, request: OpenSession) -> None:
         span = self._backend.span

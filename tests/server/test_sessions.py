@@ -246,6 +246,15 @@ async def test_an_idle_session_is_closed(serving: Serving) -> None:
     await serving.until_free()
 
 
+@pytest.mark.parametrize("serving", [SessionSettings(longest_s=0.3)], indirect=True)
+async def test_a_session_ends_with_its_time_however_busy(serving: Serving) -> None:
+    call = await serving.open(await serving.client())
+    with pytest.raises(IdleClosed, match="longest"):
+        while True:
+            await step(call, hidden(serving.span, 1), (0, 0, 1))
+    await serving.until_free()
+
+
 async def test_draining_refuses_newcomers_and_cuts_who_stays(serving: Serving) -> None:
     client = await serving.client()
     call = await serving.open(client)
