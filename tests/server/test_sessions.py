@@ -19,6 +19,7 @@ from petalite.errors import (
     Cancelled,
     IdleClosed,
     NotFinite,
+    RateLimited,
     Refused,
     ResourceLimit,
     SessionGap,
@@ -358,6 +359,23 @@ async def test_a_client_that_sends_ahead_without_end_is_cut(serving: Serving) ->
     await step(bystander, hidden(serving.span, 3), (0, 0, 3))
     bystander.end()
     call.end()
+    await serving.until_free()
+
+
+async def test_a_thousand_openings_of_one_peer(serving: Serving) -> None:
+    """A few are let in, the others are refused with a code; another peer still gets its session, and all of
+    the budget comes back.
+    """
+    flood, other = await serving.client(), await serving.client()
+    small = replace(OPEN, rows=1, max_length=1)
+    opened = await asyncio.gather(*(serving.open(flood, small) for _ in range(1000)), return_exceptions=True)
+    calls = [call for call in opened if isinstance(call, Call)]
+    refusals = {type(error) for error in opened if not isinstance(error, Call)}
+    assert 0 < len(calls) <= SessionSettings().most_per_peer
+    assert refusals <= {ResourceLimit, Busy, RateLimited}, refusals
+    await serving.open(other, replace(OPEN, rows=1, max_length=16))
+    for host in (flood, other):
+        await host.close()
     await serving.until_free()
 
 
