@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -25,8 +25,10 @@ from petalite.model.config import ModelConfig
 from petalite.model.families import FAMILIES, Family
 from petalite.model.hub import HubFiles
 from petalite.model.manifest import Manifest
-from petalite.model.tensorfile import DTYPES, TensorInfo, mapped_tensors, read_header
+from petalite.model.ranges import Range
+from petalite.model.tensorfile import DTYPES, TensorInfo, header_end, mapped_tensors, read_header
 
+_LENGTH = (0, 8)  # the bytes that say how long a safetensors header is
 _SINGLE = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
 _INDEX_LIMIT_BYTES = 64 << 20
@@ -46,6 +48,10 @@ class Files(Protocol):
         """The file, fetched if need be; None if the checkpoint has none of that name."""
         ...
 
+    def part(self, name: str, ranges: Sequence[Range]) -> Path | None:
+        """The same, but only these bytes of it need be there."""
+        ...
+
 
 class FolderFiles:
     """A checkpoint in a folder of this machine."""
@@ -59,6 +65,9 @@ class FolderFiles:
     def find(self, name: str) -> Path | None:
         path = self.folder / name
         return path if path.is_file() else None
+
+    def part(self, name: str, ranges: Sequence[Range]) -> Path | None:
+        return self.find(name)
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,7 +111,7 @@ class Checkpoint:
     def __init__(self, files: Files) -> None:
         self._files = files
         self.config = self._read_config()
-        self._headers: dict[Path, dict[str, TensorInfo]] = {}
+        self._headers: dict[str, dict[str, TensorInfo]] = {}  # by shard
         self.bytes_read = 0  # of tensors handed out; they are mapped, so this is what reading them costs
 
     @classmethod
@@ -197,9 +206,8 @@ class Checkpoint:
     @cached_property
     def shard_of(self) -> Mapping[str, str]:
         """Which file holds each tensor."""
-        single = self.file(_SINGLE)
-        if single is not None:
-            return dict.fromkeys(self._header(single), _SINGLE)
+        if self._has(_SINGLE):
+            return dict.fromkeys(self._header(_SINGLE), _SINGLE)
         index = self.file(_INDEX)
         if index is None:
             raise InvalidCheckpoint(
@@ -234,15 +242,15 @@ class Checkpoint:
         """
         found: dict[str, Tensor] = {}
         for shard, names in self._by_shard(shapes).items():
-            path = self.file(shard)
-            if path is None:
+            if not self._has(shard):
                 raise InvalidCheckpoint(
                     f"{self.folder / shard} is missing; the index says it holds {names[0]!r}"
                 )
-            header = self._header(path)
+            header = self._header(shard)
             for name in names:
-                self._check(path, name, header.get(name), shapes[name])
+                self._check(self.folder / shard, name, header.get(name), shapes[name])
             names.sort(key=lambda name: header[name].start)
+            path = self._part(shard, [(header[name].start, header[name].end) for name in names])
             found.update(mapped_tensors(path, names))
             self.bytes_read += sum(header[name].nbytes for name in names)
         return found
@@ -272,10 +280,21 @@ class Checkpoint:
         if self._manifest is not None:
             self._manifest.check(name, info.dtype, info.shape)
 
-    def _header(self, path: Path) -> dict[str, TensorInfo]:
-        if path not in self._headers:
-            self._headers[path] = read_header(path)
-        return self._headers[path]
+    def _header(self, shard: str) -> dict[str, TensorInfo]:
+        if shard not in self._headers:
+            path = self._part(shard, [_LENGTH])
+            self._part(shard, [(0, header_end(path))])
+            self._headers[shard] = read_header(path)
+        return self._headers[shard]
+
+    def _has(self, shard: str) -> bool:
+        return shard in self._headers or self._files.part(shard, []) is not None
+
+    def _part(self, shard: str, ranges: Sequence[Range]) -> Path:
+        path = self._files.part(shard, ranges)
+        if path is None:
+            raise InvalidCheckpoint(f"{self.folder / shard} is missing; it was there just now")
+        return path
 
     @cached_property
     def _manifest(self) -> Manifest | None:

@@ -1,16 +1,32 @@
-"""A checkpoint's files on the Hugging Face hub, fetched one by one as they are asked for, into its own cache.
+"""A checkpoint's files on the Hugging Face hub, fetched as they are asked for: whole, or some ranges of them.
 
-The first file fixes the commit, and every other file comes from that commit. `huggingface_hub` does the
-work, shows the progress, and is imported only here. Knows file names; knows nothing of what is in them.
+The first file fixes the commit, and every other file comes from that commit. Whole files go to the hub's own
+cache; `huggingface_hub` fetches them, shows the progress, and is imported only here. Of weights, only the
+ranges that are wanted come. Knows file names; knows nothing of what is in them.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
+from urllib.parse import urlsplit
 
 from petalite.errors import InvalidCheckpoint
+from petalite.model.ranges import PartialFile, Range, http_range
 
 _FIRST = "config.json"
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class _Location:
+    """Where the hub says that a file lies now."""
+
+    url: str
+    headers: Mapping[str, str]
+    size: int | None
 
 
 class HubFiles:
@@ -30,6 +46,57 @@ class HubFiles:
     def find(self, name: str) -> Path | None:
         """The file's path in the cache, downloaded if it is not there; None if the repository has none."""
         from huggingface_hub import _CACHED_NO_EXIST, hf_hub_download, try_to_load_from_cache
+
+        # What this commit is known not to hold needs no question, and may not have one when offline.
+        if try_to_load_from_cache(self.name, name, revision=self._revision) is _CACHED_NO_EXIST:
+            return None
+        return self._asked(name, lambda: Path(hf_hub_download(self.name, name, revision=self._revision)))
+
+    def part(self, name: str, ranges: Sequence[Range]) -> Path | None:
+        """A file of the true length of which at least these bytes are there; None if the repository has none.
+
+        It is the whole file where the cache has that, or where the hub does not tell its length.
+        """
+        from huggingface_hub import try_to_load_from_cache
+        from huggingface_hub.constants import HF_HUB_CACHE
+
+        cached = try_to_load_from_cache(self.name, name, revision=self._revision)
+        if isinstance(cached, str):
+            return Path(cached)
+        path = Path(HF_HUB_CACHE) / "petalite" / self.name.replace("/", "--") / str(self.version) / name
+        if path.exists():
+            size: int | None = path.stat().st_size
+        else:
+            location = self._asked(name, lambda: self._locate(name))
+            if location is None:
+                return None
+            size = location.size
+        if size is None:
+            return self.find(name)
+        partial = PartialFile(path, size)
+        partial.ensure(ranges, lambda start, end: self._fetch(name, start, end))
+        return partial.path
+
+    def _locate(self, name: str) -> _Location:
+        from huggingface_hub import get_hf_file_metadata, hf_hub_url
+        from huggingface_hub.utils import build_hf_headers  # type: ignore[attr-defined]
+
+        url = hf_hub_url(self.name, name, revision=self._revision)
+        found = get_hf_file_metadata(url)
+        headers = build_hf_headers()
+        if urlsplit(found.location).netloc != urlsplit(url).netloc:
+            headers.pop("authorization", None)  # a token is for the hub, not for where it sends us
+        return _Location(found.location, headers, found.size)
+
+    def _fetch(self, name: str, start: int, end: int) -> Iterator[bytes]:
+        # Asked for each time: a location is signed, and good for some minutes only.
+        location = self._asked(name, lambda: self._locate(name))
+        if location is None:
+            raise InvalidCheckpoint(f"the hub no longer has {name} of {self.name}")
+        return http_range(location.url, location.headers, start, end)
+
+    def _asked(self, name: str, question: Callable[[], T]) -> T | None:
+        """The hub's answer; None if it has no such file. Its many errors become one sentence."""
         from huggingface_hub.errors import (
             EntryNotFoundError,
             GatedRepoError,
@@ -41,11 +108,8 @@ class HubFiles:
         )
 
         where = f"{self.name} at {self._revision}" if self._revision else self.name
-        # What this commit is known not to hold needs no question, and may not have one when offline.
-        if try_to_load_from_cache(self.name, name, revision=self._revision) is _CACHED_NO_EXIST:
-            return None
         try:
-            return Path(hf_hub_download(self.name, name, revision=self._revision))
+            return question()
         except LocalEntryNotFoundError as error:  # an EntryNotFoundError too, so it must come first
             raise InvalidCheckpoint(
                 f"cannot reach the hub for {name} of {where}, and it is not in the cache; check the "

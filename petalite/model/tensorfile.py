@@ -65,6 +65,22 @@ class TensorInfo:
         return self.end - self.start
 
 
+def header_end(path: Path) -> int:
+    """Where the header of a file ends, by its first 8 bytes; of no more than these where they cannot be
+    right.
+    """
+    try:
+        with path.open("rb") as file:
+            prefix = file.read(8)
+        size = path.stat().st_size
+    except OSError as error:
+        raise InvalidCheckpoint(f"cannot read {path}: {error.strerror or error}") from error
+    if len(prefix) < 8:
+        return size
+    length: int = struct.unpack("<Q", prefix)[0]
+    return 8 + length if length <= min(HEADER_LIMIT_BYTES, size - 8) else min(8, size)
+
+
 def read_header(path: Path) -> dict[str, TensorInfo]:
     """The tensors that the file holds, in the order of their bytes. Raises InvalidCheckpoint."""
     try:

@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import huggingface_hub
@@ -239,6 +240,15 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
 
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
     monkeypatch.setattr(huggingface_hub, "try_to_load_from_cache", lambda *args, **kwargs: None)
+
+    def metadata(url: str) -> SimpleNamespace:
+        """Nothing of a file but that it is there: then it is fetched whole."""
+        name = url.rpartition("/")[2]
+        if not (folder / name).exists():
+            raise EntryNotFoundError(f"404: {name}")
+        return SimpleNamespace(location=url, size=None)
+
+    monkeypatch.setattr(huggingface_hub, "get_hf_file_metadata", metadata)
     return state
 
 
