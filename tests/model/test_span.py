@@ -312,3 +312,13 @@ def test_token_ids_outside_the_vocabulary(ids: list[Any], tmp_path: Path) -> Non
     edges = load_edges(Checkpoint.open(tiny_llama(tmp_path)))
     with pytest.raises(InvalidArgument, match="0 to 259"):
         edges.embed(ids)
+
+
+@pytest.mark.parametrize("quant", ["int8", "nf4"])
+def test_a_quantized_head(quant: str, tmp_path: Path) -> None:
+    checkpoint = Checkpoint.open(tiny_llama(tmp_path))
+    hidden = torch.randn(5, 64, generator=torch.Generator().manual_seed(4))
+    exact = load_edges(checkpoint).head(hidden)
+    made = load_edges(checkpoint, quant=quant)
+    assert float((made.head(hidden) - exact).norm() / exact.norm()) < (0.01 if quant == "int8" else 0.12)
+    assert made.nbytes < load_edges(checkpoint).nbytes / 2
