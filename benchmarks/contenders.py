@@ -48,10 +48,10 @@ def _others(threads: int, prefill: bool) -> dict[str, Rate]:
 def _interleaved(works: Mapping[str, Rate], threads: int) -> dict[str, float]:
     torch.set_num_threads(threads)
     samples: dict[str, list[float]] = {name: [] for name in works}
-    for _ in range(ROUNDS):
+    for _ in range(ROUNDS + 1):  # the first is warming up
         for name, work in works.items():
             samples[name].append(work())
-    return {name: statistics.median(taken) for name, taken in samples.items()}
+    return {name: statistics.median(taken[1:]) for name, taken in samples.items()}
 
 
 def _ids(count: int) -> list[int]:
@@ -106,7 +106,12 @@ def _transformers(*, prefill: bool) -> Rate:
 
 
 def _llama_cpp(kind: str, threads: int, *, prefill: bool) -> Rate:
-    model = llama_cpp.LlamaCpp(kind, threads)
-    if prefill:
-        return lambda: model.rates(_ids(PREFILL_TOKENS), 1)[0]
-    return lambda: model.rates(_ids(PROMPT_TOKENS), NEW_TOKENS)[1]
+    def run() -> float:
+        model = llama_cpp.LlamaCpp(
+            kind, threads
+        )  # loaded for each run: its idle threads would cost the others
+        if prefill:
+            return model.rates(_ids(PREFILL_TOKENS), 1)[0]
+        return model.rates(_ids(PROMPT_TOKENS), NEW_TOKENS)[1]
+
+    return run
