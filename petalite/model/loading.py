@@ -52,8 +52,10 @@ def load_blocks(
     quant: str | None,
     cache: Path | None,
     progress: Progress | None,
-) -> tuple[list[Block], linear.LinearKernel]:
-    """The blocks, and the kernel that runs their linears; `load_span` tells the rest."""
+) -> tuple[list[Block], linear.LinearKernel, str]:
+    """The blocks, the kernel that runs their linears, and the format these are in; `load_span` tells the
+    rest.
+    """
     _check_range(checkpoint, start, end)
     if dtype not in COMPUTE_DTYPES:
         raise InvalidArgument(
@@ -70,7 +72,7 @@ def load_blocks(
             blocks.append(_quantized_block(checkpoint, index, source(index), dtype, device, kernel))
         if progress is not None:
             progress(index + 1 - start, end - start)
-    return blocks, kernel
+    return blocks, kernel, quant
 
 
 def quantize_folder(

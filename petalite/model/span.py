@@ -15,6 +15,7 @@ from torch import Tensor
 
 from petalite.errors import BadTensor, WrongSpan
 from petalite.kernels.attention import CausalMasks, alibi_slopes, attend
+from petalite.kernels.quantized import NONE
 from petalite.kernels.rope import RotationTable
 from petalite.model.block import Block
 from petalite.model.cache import CacheShape, KVCache, Segment
@@ -36,9 +37,12 @@ class BlockSpan:
         *,
         dtype: torch.dtype,
         device: torch.device,
+        quant: str = NONE,
         min_tokens: int = 1,
     ) -> None:
-        """`min_tokens`: shorter steps are padded to it, because they would cost as much."""
+        """`quant` is the format that the linears are in. `min_tokens`: shorter steps are padded to it,
+        because they would cost as much.
+        """
         attention = config.attention
         self.config = config
         self.start = start
@@ -46,6 +50,7 @@ class BlockSpan:
         self.dtype = dtype
         self.device = device
         self._blocks = blocks
+        self.quant = quant
         self._min_tokens = min_tokens
         self._rotations = RotationTable(attention.rope, attention.head_dim, device)
         slopes = alibi_slopes(attention.n_heads) if attention.alibi else None
@@ -167,7 +172,15 @@ def load_span(
     tensors.
     """
     device = torch.device(device)
-    blocks, kernel = load_blocks(
+    blocks, kernel, quant = load_blocks(
         checkpoint, start, end, dtype=dtype, device=device, quant=quant, cache=cache, progress=progress
     )
-    return BlockSpan(checkpoint.config, start, blocks, dtype=dtype, device=device, min_tokens=kernel.min_rows)
+    return BlockSpan(
+        checkpoint.config,
+        start,
+        blocks,
+        dtype=dtype,
+        device=device,
+        quant=quant,
+        min_tokens=kernel.min_rows,
+    )

@@ -43,6 +43,7 @@ def test_near_the_dense_span(config, quant: str, bound: float, tmp_path: Path) -
     exact = run(dense)
     assert float((run(small) - exact).norm() / exact.norm()) < bound
     assert small.nbytes < dense.nbytes / 2
+    assert (dense.quant, small.quant) == ("none", quant)
     assert load_span(checkpoint, 0, 1).nbytes == block_bytes(LlamaBlock, checkpoint.config, torch.float32)
 
 
