@@ -151,10 +151,21 @@ class SwarmServers:
 
     @property
     def _link(self) -> LinkCost:
-        return (ring_link if self.pushing else star_link)(self._one_way_s, HOP_S)
+        if not self.pushing:
+            return star_link(self._one_way_s, HOP_S)
+        said_s = {
+            (one.peer, link.peer): link.rtt_ms / 2e3
+            for one in self._directory.servers
+            for link in one.record.links
+        }
+        return ring_link(self._one_way_s, HOP_S, lambda source, target: said_s.get((source, target)))
 
     def _candidates(self) -> list[Candidate]:
-        return [self._candidate(one) for one in self._directory.servers if self.routing.permits(one.peer)]
+        return [
+            self._candidate(one)
+            for one in self._directory.servers
+            if one.record.serving and self.routing.permits(one.peer)
+        ]
 
     def _candidate(self, entry: ServerEntry) -> Candidate:
         self._host.book.add(entry.peer, entry.addresses)

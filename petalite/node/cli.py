@@ -98,11 +98,12 @@ Speculate = Annotated[
 def serve(
     model: Model,
     blocks: Annotated[
-        str | None,
+        str,
         typer.Option(
-            help="Blocks to serve, START:END. By default as many as fit, where the swarm needs them."
+            help="Blocks to serve, START:END; or auto: as many as fit, where the swarm needs them, and "
+            "others when it needs those more."
         ),
-    ] = None,
+    ] = "auto",
     peers: Peers = None,
     lan: Lan = False,
     new_swarm: Annotated[bool, typer.Option("--new-swarm", help="Be the first node of a new swarm.")] = False,
@@ -121,15 +122,39 @@ def serve(
     cache_tokens: Annotated[
         int, typer.Option(help="Room for this many tokens of all sessions together.", min=1)
     ] = 65536,
+    memory: Annotated[
+        float | None,
+        typer.Option(
+            metavar="GIB",
+            help="For blocks and cache together. By default half of what is free.",
+            min=0.001,
+            show_default=False,
+        ),
+    ] = None,
+    quant: Annotated[
+        str | None,
+        typer.Option(help="Weights as int8, nf4 or none (as they are).", show_default=False),
+    ] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda or mps.")] = "auto",
     threads: Annotated[int | None, typer.Option(help="CPU threads for tensor work.", min=1)] = None,
+    max_sessions: Annotated[int, typer.Option(help="Sessions open at once.", min=1)] = 256,
 ) -> None:
     """Serve blocks of MODEL to a swarm until Ctrl-C or SIGTERM."""
     from petalite.node.serve import run
+    from petalite.node.smollm2 import cache_folder
+    from petalite.server.loaded import ComputeSettings
+    from petalite.server.memory import MemorySettings
     from petalite.server.server import ServerSettings
+    from petalite.server.sessions import SessionSettings
     from petalite.swarm.spans import Span
 
-    span = None if blocks is None else Span.parse(blocks)
-    settings = ServerSettings(span, dtype, name, cache_tokens, threads)
+    settings = ServerSettings(
+        blocks=None if blocks == "auto" else Span.parse(blocks),
+        name=name,
+        compute=ComputeSettings(dtype, quant, device, threads, cache_folder()),
+        memory=MemorySettings(cache_tokens, None if memory is None else int(memory * 2**30)),
+        sessions=SessionSettings(most=max_sessions),
+    )
     node = NodeSettings.parse(peers, new_swarm, listen or [SERVE_LISTEN], identity, swarm_key, lan)
     run(model, settings, node)
 

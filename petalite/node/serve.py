@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import asyncio
+from typing import TYPE_CHECKING, Any
 
 from petalite.node.bootstrap import show_addresses
 from petalite.node.console import out, progress, run_async, until_stopped
@@ -22,18 +23,28 @@ async def _run(model: str, settings: ServerSettings, node_settings: NodeSettings
             server = await node.serve(model, settings, report)
         show_server(server)
         show_addresses(node, "server")
-        reason = await until_stopped()
-        out.print(f"{reason}: leaving the swarm")
+        stopped = asyncio.create_task(until_stopped())
+        both: set[asyncio.Future[Any]] = {stopped, server.failed}
+        await asyncio.wait(both, return_when=asyncio.FIRST_COMPLETED)
+        if server.failed.done():
+            stopped.cancel()
+            server.failed.result()
+        out.print(f"{stopped.result()}: leaving the swarm")
 
 
 def show_server(server: BlockServer) -> None:
-    blocks = server.backend.span
+    loaded = server.loaded
+    blocks, speed = loaded.backend.span, loaded.speed
+    quant = "" if server.quant == "none" else f" {server.quant}"
+    dtype = str(blocks.dtype).removeprefix("torch.")
+    chosen = "" if server.pinned else ", where the swarm is weakest"
     rows = {
         "model": server.model_id,
-        "blocks": f"{server.span} of {server.checkpoint.config.n_blocks}, {blocks.nbytes / 1e6:.0f} MB",
-        "dtype": str(blocks.dtype).removeprefix("torch."),
-        "speed": f"{server.block_s * 1e3:.2f} ms per token and block",
-        "cache": f"{server.backend.free_tokens()} tokens",
+        "blocks": f"{server.span} of {server.n_blocks}{chosen}",
+        "memory": f"{blocks.nbytes / 1e6:.0f} MB, {dtype}{quant} on {blocks.device}",
+        "speed": f"{speed.decode_s * 1e3:.2f} ms per token and block, "
+        f"{speed.prefill_s * 1e3:.3f} ms in a prefill",
+        "cache": f"{loaded.backend.free_tokens()} tokens",
     }
     for what, value in rows.items():
         out.print(f"  {what:<7}  {value}")

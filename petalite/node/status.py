@@ -34,7 +34,7 @@ async def _run(settings: NodeSettings) -> None:
 
 
 def show_model(model: ModelRecord, directory: Directory) -> None:
-    spans = [entry.record.span for entry in directory.servers]
+    spans = [entry.record.span for entry in directory.servers if entry.record.serving]
     missing = uncovered(directory.span, spans)
     out.print(f"\n[bold]{model.model_id}[/]  {model.n_blocks} blocks, {len(spans)} servers")
     if missing:
@@ -43,12 +43,13 @@ def show_model(model: ModelRecord, directory: Directory) -> None:
     table = Table("server", "blocks", "dtype", "ms per block", "free tokens", "address", box=None)
     for entry in sorted(directory.servers, key=lambda entry: entry.record.span):
         record = entry.record
+        going = f" to {record.claim}" if record.serving and record.claim else ""
         table.add_row(
             entry.peer.short(),
-            str(record.span),
+            f"{record.span}{going}",
             record.dtype if record.quant == "none" else f"{record.dtype} {record.quant}",
             f"{record.block_ms:.2f}",
-            str(record.free_tokens),
+            str(record.free_tokens) if record.serving else "loading",
             record.addresses[0].partition("/p2p/")[0] if record.addresses else "",
         )
     out.print(table)

@@ -1,47 +1,53 @@
-"""A server: one span of a model's blocks, announced in the DHT and served to sessions until told to leave."""
+"""A server: one span of a model's blocks, announced in the DHT and served to sessions until told to leave.
+
+Where its owner did not choose its blocks, it serves those where the swarm is weakest, and moves when that
+changes enough. A move drains sessions, whose clients go on elsewhere, before it unloads anything.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable
+import statistics
+import time
+from collections.abc import Sequence
 from contextlib import AsyncExitStack, suppress
-from dataclasses import dataclass
-
-import torch
+from dataclasses import dataclass, field
 
 from petalite.dht.announcements import Announcement
-from petalite.errors import InvalidArgument, NetworkError, Unreachable
+from petalite.errors import NetworkError, Unreachable
 from petalite.model.checkpoint import Checkpoint
 from petalite.model.compute import ComputeThread
-from petalite.model.dtypes import AUTO, compute_dtype
-from petalite.model.span import BlockSpan, load_span
 from petalite.net.identity import PeerId
-from petalite.server.backend import Backend
-from petalite.server.memory import available_bytes, block_bytes
-from petalite.server.sessions import SessionService
-from petalite.server.throughput import block_seconds
+from petalite.server.links import Links
+from petalite.server.loaded import BlockLoader, ComputeSettings, LoadedBlocks, Progress
+from petalite.server.memory import MemorySettings
+from petalite.server.moving import MoveSettings, join, keep_placed
+from petalite.server.sessions import SessionService, SessionSettings
+from petalite.server.throughput import BlockSpeed, tokens_per_s
 from petalite.swarm import records
-from petalite.swarm.directory import Directory
+from petalite.swarm.directory import Directory, ServerEntry
 from petalite.swarm.peer import SwarmPeer
-from petalite.swarm.placement import Holding, join_span
+from petalite.swarm.placement import Holding, MoveCost
 from petalite.swarm.records import ModelRecord, ServerRecord
 from petalite.swarm.spans import Span
 from petalite.version import __version__
 
 logger = logging.getLogger(__name__)
 
-Progress = Callable[[int, int], None]
 _FIND_S = 10.0
+_FAREWELL_S = 5.0  # for the DHT to hear that we leave
+_LOOKS_PER_LINKS = 10  # of renewing the announcement, to one of measuring links
 
 
 @dataclass(frozen=True, slots=True)
 class ServerSettings:
-    blocks: Span | None = None  # None: as many as fit half of the free memory, where the swarm is weakest
-    dtype: str = AUTO  # to compute in
+    blocks: Span | None = None  # None: as many as fit, where the swarm is weakest
     name: str | None = None  # of the model in the swarm; None: the checkpoint's own
-    cache_tokens: int = 65536  # room for keys and values of so many tokens, all sessions together
-    threads: int | None = None  # of tensor work; None: torch's choice
+    compute: ComputeSettings = field(default_factory=ComputeSettings)
+    memory: MemorySettings = field(default_factory=MemorySettings)
+    sessions: SessionSettings = field(default_factory=SessionSettings)
+    moving: MoveSettings = field(default_factory=MoveSettings)
     record_ttl_s: int = 90  # announcements live so long, and are renewed three times in it
     drain_s: float = 10.0  # sessions may go on for so long once the server is told to leave
 
@@ -56,63 +62,76 @@ class BlockServer:
         self.model_id = checkpoint.model_id(settings.name)
         everything = Span(0, checkpoint.config.n_blocks)
         self.directory = Directory(peer.dht, self.model_id, everything)  # as of the last look
+        self.failed: asyncio.Future[None] = asyncio.Future()  # done if the server cannot go on
+        self._announcement: Announcement | None = None
+        self._claim: Span | None = None
+        self._loaded: LoadedBlocks | None = None  # None: nothing is served, while it loads
+        self._speed: BlockSpeed | None = None  # of the blocks served last
+        self._load_s = 0.0
         self._closing = AsyncExitStack()
 
     async def start(self, progress: Progress | None = None) -> None:
         """Raises what choosing, loading and announcing can raise; then nothing is left behind."""
         async with AsyncExitStack() as stack:
-            self.thread = ComputeThread()
-            stack.callback(self.thread.close)
-            self.span = await self._choose_span()
-            blocks = await self.thread.run(self._load, progress)
-            self.block_s = await self.thread.run(block_seconds, blocks)
-            self.backend = Backend(blocks, cache_tokens=self.settings.cache_tokens, thread=self.thread)
-            self.sessions = SessionService(self.backend, self.model_id, self.peer.host, self._resolve)
-            announcement = await self.peer.dht.announce_all(self._entries(), self.settings.record_ttl_s)
-            stack.push_async_callback(self._leave, announcement)
-            updates = asyncio.create_task(self._keep_true(announcement))
-            stack.push_async_callback(_end, updates)
+            thread = ComputeThread()
+            stack.callback(thread.close)
+            settings = self.settings
+            self._loader = BlockLoader(self.checkpoint, settings.compute, settings.memory, thread)
+            self.links = Links(self.peer.host)
+            stack.push_async_callback(self._withdraw)
+            fixed = self._loader.fixed_span(settings.blocks)
+            self.pinned = fixed is not None
+            self.span = fixed or await join(self, self._loader.length(), settings.moving)
+            self._claim = None
+            if not self.pinned:
+                await self._announce()
+            self._loaded = loaded = await self._load(self.span, progress)
+            self.sessions = SessionService(
+                loaded.backend, self.model_id, self.peer.host, self._resolve, settings.sessions
+            )
+            stack.push_async_callback(self._drain)
+            await self._announce()
+            stack.push_async_callback(self._withdraw)  # before it drains
+            stack.push_async_callback(_end, asyncio.create_task(self._keep_true()))
+            if not self.pinned:
+                stack.push_async_callback(_end, asyncio.create_task(keep_placed(self, settings.moving)))
             self._closing = stack.pop_all()
 
     async def close(self) -> None:
         """Announce leaving, let sessions end for `drain_s`, cut the rest with a code that sends them
         elsewhere.
+
+        Takes at most 5 s more than `drain_s`.
         """
         await self._closing.aclose()
 
-    async def _leave(self, announcement: Announcement) -> None:
-        await announcement.withdraw()
+    @property
+    def loaded(self) -> LoadedBlocks:
+        """What is served now. Raises AssertionError while it moves."""
+        assert self._loaded is not None
+        return self._loaded
+
+    @property
+    def quant(self) -> str:
+        """The format of the weights."""
+        return self._loader.quant
+
+    async def _drain(self) -> None:
         await self.sessions.drain(self.settings.drain_s)
 
-    async def _choose_span(self) -> Span:
-        config = self.checkpoint.config
-        if self.settings.blocks is not None:
-            if self.settings.blocks.end > config.n_blocks:
-                raise InvalidArgument(
-                    f"blocks {self.settings.blocks} are outside the model; {self.checkpoint.name} has blocks "
-                    f"0:{config.n_blocks}"
-                )
-            return self.settings.blocks
-        size = block_bytes(config, compute_dtype(self.checkpoint, self.settings.dtype))
-        length = min(available_bytes() // 2 // size, config.n_blocks)
-        if length < 1:
-            raise InvalidArgument(
-                f"one block of {self.checkpoint.name} needs {size >> 20} MiB, half of the free memory is "
-                f"{available_bytes() >> 21} MiB; free some, or choose blocks yourself with --blocks"
-            )
-        await self.directory.refresh(timeout_s=_FIND_S)
-        held = [
-            Holding(entry.peer, entry.record.span, 1e3 / max(entry.record.block_ms, 1e-6))
-            for entry in self.directory.servers
-            if entry.peer != self.peer.identity.peer_id
-        ]
-        return join_span(held, config.n_blocks, length)
+    async def _withdraw(self) -> None:
+        announcement, self._announcement = self._announcement, None
+        if announcement is not None:
+            with suppress(TimeoutError):  # the record then ends by itself
+                async with asyncio.timeout(_FAREWELL_S):
+                    await announcement.withdraw()
 
-    def _load(self, progress: Progress | None) -> BlockSpan:
-        if self.settings.threads is not None:
-            torch.set_num_threads(self.settings.threads)
-        dtype = compute_dtype(self.checkpoint, self.settings.dtype)
-        return load_span(self.checkpoint, self.span.start, self.span.end, dtype=dtype, progress=progress)
+    async def _load(self, span: Span, progress: Progress | None = None) -> LoadedBlocks:
+        began_s = time.monotonic()
+        loaded = await self._loader.load(span, progress)
+        self._load_s = time.monotonic() - began_s
+        self._speed = loaded.speed
+        return loaded
 
     async def _resolve(self, peer: PeerId) -> None:
         """Find out where a server of this model listens, that a session is to be pushed to."""
@@ -125,38 +144,133 @@ class BlockServer:
                     return
         raise Unreachable(f"{peer.short()} announces no blocks of {self.model_id}")
 
+    # -- being placed (`moving.Movable`) -----------------------------------------------------------------
+
+    @property
+    def peer_id(self) -> PeerId:
+        return self.peer.identity.peer_id
+
+    @property
+    def n_blocks(self) -> int:
+        return self.checkpoint.config.n_blocks
+
+    async def holdings(self) -> list[Holding]:
+        await self.directory.refresh(timeout_s=_FIND_S)
+        entries = [entry for entry in self.directory.servers if entry.peer != self.peer_id]
+        if self._announcement is not None:  # of ourselves we know more than the DHT may
+            entries.append(ServerEntry(self.peer_id, self._record()))
+        return holdings_of(entries)
+
+    async def claim(self, span: Span | None) -> None:
+        if self._loaded is None and span is not None:
+            self.span = span  # it joins: what it claims is what it will load
+        self._claim = span
+        await self._announce()
+
+    def cost(self) -> MoveCost:
+        if self._loaded is None:
+            return MoveCost(self._load_s)
+        backend = self._loaded.backend
+        reserved = backend.budget.reserved_bytes // backend.span.token_bytes()
+        return MoveCost(self.settings.moving.drain_s + self._load_s, reserved)
+
+    async def move(self, span: Span) -> None:
+        """Drain, unload, load and serve; if the new blocks cannot be loaded, the old ones again."""
+        source, self.span, self._claim = self.span, span, None
+        self._loaded = None
+        await self._announce()
+        await self.sessions.drain(self.settings.moving.drain_s)
+        self.sessions.suspend()
+        await self._loader.free()
+        try:
+            self._loaded = await self._load(span)
+        except Exception as error:
+            logger.error("cannot load blocks %s, going back to %s: %s", span, source, error)
+            self.span = source
+            try:
+                self._loaded = await self._load(source)
+            except Exception as again:
+                await self._withdraw()
+                self.failed.set_exception(again)
+                raise
+        self.sessions.resume(self.loaded.backend)
+        await self._announce()
+
     # -- announcing --------------------------------------------------------------------------------------
 
-    def _entries(self) -> dict[tuple[str, bytes], bytes]:
-        record = ServerRecord(
+    def _record(self) -> ServerRecord:
+        loaded, claim, speed = self._loaded, self._claim, self._speed
+        config, dtype = self.checkpoint.config, self._loader.dtype
+        token_bytes = config.hidden_size * dtype.itemsize
+        return ServerRecord(
             start=self.span.start,
             end=self.span.end,
             addresses=tuple(map(str, self.peer.addresses))[: records.MAX_ADDRESSES],
-            dtype=str(self.backend.span.dtype).removeprefix("torch."),
-            quant="none",
-            block_ms=self.block_s * 1e3,
-            free_tokens=self.backend.free_tokens(),
+            dtype=str(dtype).removeprefix("torch."),
+            quant=self._loader.quant,
+            block_ms=speed.decode_s * 1e3 if speed else 0.0,
+            free_tokens=loaded.backend.free_tokens() if loaded else 0,
             version=__version__,
+            tokens_per_s=tokens_per_s(speed, len(self.span), token_bytes, self.links.bytes_per_s)
+            if speed
+            else 0.0,
+            prefill_ms=speed.prefill_s * 1e3 if speed else 0.0,
+            waiting_tokens=loaded.backend.waiting_tokens if loaded else 0,
+            links=self.links.to,
+            serving=loaded is not None,
+            pinned=self.pinned,
+            claim_start=claim.start if claim else 0,
+            claim_end=claim.end if claim else 0,
         )
-        value = records.pack(record)
+
+    def _entries(self) -> dict[tuple[str, bytes], bytes]:
+        value = records.pack(self._record())
         entries = {
             (records.SERVERS, name.encode()): value for name in records.server_names(self.model_id, self.span)
         }
-        model = ModelRecord(self.model_id, self.checkpoint.config.n_blocks)
+        model = ModelRecord(self.model_id, self.n_blocks)
         entries[records.MODELS, records.CATALOGUE.encode()] = records.pack(model)
         return entries
 
-    async def _keep_true(self, announcement: Announcement) -> None:
+    async def _announce(self) -> None:
+        """Say what is so now."""
+        entries = self._entries()
+        if self._announcement is None:
+            self._announcement = await self.peer.dht.announce_all(entries, self.settings.record_ttl_s)
+        elif entries != self._announcement.entries:
+            await self._announcement.update(entries)
+
+    async def _keep_true(self) -> None:
         """Announce anew when what is announced has changed; the DHT itself keeps it alive meanwhile."""
+        looks = 0
         while True:
-            await asyncio.sleep(self.settings.record_ttl_s / 3)
-            entries = self._entries()
-            if entries == announcement.entries:
-                continue
             try:
-                await announcement.update(entries)
+                if looks % _LOOKS_PER_LINKS == 0 and self._loaded is not None:
+                    await self.directory.refresh(timeout_s=_FIND_S)
+                    await self.links.look(self.span, self.directory.servers)
+                if self._announcement is not None:
+                    await self._announce()
             except NetworkError as error:
                 logger.warning("the announcement could not be renewed: %s", error)
+            looks += 1
+            await asyncio.sleep(self.settings.record_ttl_s / 3)
+
+
+def holdings_of(entries: Sequence[ServerEntry]) -> list[Holding]:
+    """Records as placement sees them. Who has not measured itself yet is taken for as fast as most."""
+    known = [entry.record.tokens_per_s for entry in entries if entry.record.tokens_per_s]
+    usual = statistics.median(known) if known else 1.0
+    return [
+        Holding(
+            entry.peer,
+            entry.record.span,
+            entry.record.tokens_per_s or usual,
+            entry.record.serving,
+            entry.record.claim,
+            entry.record.pinned,
+        )
+        for entry in entries
+    ]
 
 
 async def _end(task: asyncio.Task[None]) -> None:

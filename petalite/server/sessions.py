@@ -87,6 +87,18 @@ class SessionService:
         except TimeoutError:
             for call in list(self._open):
                 call.cancel(ShuttingDown.code)
+            await self._none_open.wait()
+
+    def suspend(self) -> None:
+        """After draining: let go of the blocks. Sessions are refused until others are given to `resume`."""
+        assert self._draining
+        assert not self._open
+        del self._backend
+
+    def resume(self, backend: Backend) -> None:
+        """Serve new sessions over these blocks."""
+        self._backend = backend
+        self._draining = False
 
     async def _serve(self, call: Call, request: OpenSession) -> None:
         self._admit(call.peer, request)
@@ -133,9 +145,9 @@ class SessionService:
             ) from None
 
     def _admit(self, peer: PeerId, request: OpenSession) -> None:
-        span = self._backend.span
         if self._draining:
-            raise ShuttingDown("this server is leaving; open the session at another")
+            raise ShuttingDown("these blocks are leaving this server; open the session at another")
+        span = self._backend.span
         if request.model_id != self._model_id:
             raise WrongModel(f"this server holds {self._model_id}, the session is for {request.model_id}")
         if not span.start <= request.start < request.end <= span.end:

@@ -27,7 +27,7 @@ class Holding:
     span: Span  # it holds, or is loading
     tokens_per_s: float  # what it adds to each of its blocks
     serving: bool = True  # False: still loading
-    claim: Span | None = None  # it is about to move there
+    claim: Span | None = None  # it is about to move there, or to load that, unless others come first
     pinned: bool = False  # its owner chose its blocks
 
     @property
@@ -117,11 +117,12 @@ def before_me(me: PeerId, held: Sequence[Holding]) -> list[Holding]:
 
 
 def joins_before_me(me: PeerId, held: Sequence[Holding]) -> list[Holding]:
-    """The others, without those that are joining too and give way: still loading, with a higher peer id."""
+    """The others as who joins sees them: without those that claim to join too and have a higher peer id."""
     return [
         holding
-        for holding in before_me(me, held)
-        if holding.serving or holding.peer.public_key < me.public_key
+        for holding in held
+        if holding.peer != me
+        and (holding.serving or holding.claim is None or holding.peer.public_key < me.public_key)
     ]
 
 

@@ -26,10 +26,19 @@ SERVERS, MODELS = "servers", "models"
 CATALOGUE = "catalogue"
 MAX_ADDRESSES = 8
 MAX_MODEL_ID = 192  # characters
+MAX_LINKS = 16
 
 Block = Annotated[int, Bounds(0, MAX_BLOCKS)]
 ShortText = Annotated[str, Bounds(0, 32)]
 T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class LinkTo:
+    """A server that this one may push to, and how far it is."""
+
+    peer: PeerId
+    rtt_ms: Annotated[float, Bounds(0, 1e5)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,10 +53,22 @@ class ServerRecord:
     block_ms: Annotated[float, Bounds(0, 1e6)]  # one token through one block
     free_tokens: Annotated[int, Bounds(0, 2**40)]  # cache room over the whole span
     version: ShortText  # of petalite
+    tokens_per_s: Annotated[float, Bounds(0, 1e9)] = 0.0  # that it can carry; 0: as block_ms has it
+    prefill_ms: Annotated[float, Bounds(0, 1e6)] = 0.0  # one token of many through one block; 0: not measured
+    waiting_tokens: Annotated[int, Bounds(0, 2**40)] = 0  # of all sessions' steps, when this was written
+    links: Annotated[tuple[LinkTo, ...], Bounds(0, MAX_LINKS)] = ()  # to servers of the block after its last
+    serving: bool = True  # False: it is loading these blocks, and will serve them
+    pinned: bool = False  # its owner chose its blocks; it does not move
+    claim_start: Block = 0  # the blocks it is about to move to; 0:0 where it stays
+    claim_end: Block = 0
 
     @property
     def span(self) -> Span:
         return Span(self.start, self.end)
+
+    @property
+    def claim(self) -> Span | None:
+        return Span(self.claim_start, self.claim_end) if self.claim_end else None
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,6 +115,8 @@ def check_server(owner: PeerId, name: bytes, value: bytes) -> None:
     record = unpack(ServerRecord, value)
     if not record.start < record.end:
         raise BadRecord(f"a server of blocks {record.start}:{record.end} serves nothing")
+    if record.claim_end and not record.claim_start < record.claim_end:
+        raise BadRecord(f"a server cannot move to blocks {record.claim_start}:{record.claim_end}")
     for text in record.addresses:
         try:
             address = Multiaddr.parse(text)

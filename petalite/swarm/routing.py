@@ -157,15 +157,24 @@ def star_link(to_client_s: Callable[[PeerId], float], per_hop_s: float) -> LinkC
     return link_s
 
 
-def ring_link(to_client_s: Callable[[PeerId], float], per_hop_s: float) -> LinkCost:
+def ring_link(
+    to_client_s: Callable[[PeerId], float],
+    per_hop_s: float,
+    between_s: Callable[[PeerId, PeerId], float | None] = lambda source, target: None,
+) -> LinkCost:
     """The ring's link costs: servers push to each other, and the last answers the client.
 
-    What lies between two servers the client cannot see. By the triangle inequality it is between the
-    difference and the sum of their distances to the client; the larger of these distances is taken.
+    What lies between two servers the client cannot see; `between_s` is what they say of it themselves, one
+    way. Where they say nothing: by the triangle inequality it is between the difference and the sum of
+    their distances to the client, and the larger of these distances is taken. Nor is what they say believed
+    beyond that.
     """
 
     def link_s(source: PeerId | None, target: PeerId | None) -> float:
         ends = [to_client_s(peer) for peer in (source, target) if peer is not None]
-        return max(ends, default=0.0) + (per_hop_s if target is not None else 0.0)
+        away_s = max(ends, default=0.0)
+        if source is not None and target is not None and (said_s := between_s(source, target)) is not None:
+            away_s = min(max(said_s, abs(ends[0] - ends[1])), sum(ends))
+        return away_s + (per_hop_s if target is not None else 0.0)
 
     return link_s

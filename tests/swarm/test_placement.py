@@ -69,8 +69,11 @@ def test_what_is_claimed_or_loading_counts_as_held() -> None:
 
 
 def test_of_two_that_join_at_once_one_gives_way() -> None:
-    """Both announced that they load 0:8; the lower id stays with it, the other goes elsewhere."""
-    joining = [replace(holding, serving=False) for holding in swarm((0, 8, 9), (0, 8, 9))]
+    """Both claim 0:8; the lower id stays with it, the other goes elsewhere. One that loads gives no way."""
+    joining = [replace(holding, serving=False, claim=Span(0, 8)) for holding in swarm((0, 8, 9), (0, 8, 9))]
+    assert join_span(joins_before_me(peer(0), [joining[0], replace(joining[1], claim=None)]), 16, 8) == Span(
+        8, 16
+    )
     assert join_span(joins_before_me(peer(0), joining), 16, 8) == Span(0, 8)
     assert join_span(joins_before_me(peer(1), joining), 16, 8) == Span(8, 16)
 

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from petalite.errors import MissingBlocks
 from petalite.net.identity import PeerId
-from petalite.swarm.routing import Candidate, Hop, chain_cost, find_chain, sample_chain, star_link
+from petalite.swarm.routing import Candidate, Hop, chain_cost, find_chain, ring_link, sample_chain, star_link
 from petalite.swarm.spans import Span
 
 L = 5
@@ -143,3 +143,16 @@ def test_faster_servers_are_drawn_in_proportion() -> None:
     drawn = collections.Counter(sample_chain(servers, Span(0, L), chance)[0].peer for _ in range(4000))
     for server, share in zip(servers, (1 / 8, 2 / 8, 5 / 8), strict=True):
         assert drawn[server.peer] / 4000 == pytest.approx(share, abs=5 * math.sqrt(share / 4000))
+
+
+def test_the_ring_believes_what_servers_say_of_their_links_within_reason() -> None:
+    """10 and 40 ms from the client: between them lie 30 to 50 ms, whatever they say; unsaid, 40 are taken."""
+    away = {peer(1): 0.010, peer(2): 0.040}
+    said = {(peer(1), peer(2)): 0.045, (peer(2), peer(1)): 0.001, (peer(1), peer(1)): 9.0}
+    link = ring_link(away.__getitem__, 0.001, lambda a, b: said.get((a, b)))
+    assert link(peer(1), peer(2)) == pytest.approx(0.046)
+    assert link(peer(2), peer(1)) == pytest.approx(0.031)
+    assert link(peer(1), peer(1)) == pytest.approx(0.021)
+    assert ring_link(away.__getitem__, 0.001)(peer(1), peer(2)) == pytest.approx(0.041)
+    assert link(None, peer(2)) == pytest.approx(0.041)
+    assert link(peer(2), None) == pytest.approx(0.040)

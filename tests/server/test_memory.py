@@ -1,0 +1,69 @@
+"""How many blocks fit, against the bytes that loaded blocks and caches really take."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from petalite.errors import InvalidArgument
+from petalite.model.checkpoint import Checkpoint
+from petalite.model.span import load_span
+from petalite.server.memory import (
+    MemorySettings,
+    blocks_that_fit,
+    check_fits,
+    choose_device,
+    served_block_bytes,
+)
+from petalite.swarm.spans import Span
+from tests.helpers.checkpoints import tiny_llama
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
+    return Checkpoint.open(tiny_llama(tmp_path_factory.mktemp("tiny"), num_hidden_layers=4))
+
+
+@pytest.mark.parametrize("quant", [None, "int8"])
+def test_the_formula_is_what_blocks_and_cache_take(checkpoint: Checkpoint, quant: str | None) -> None:
+    span = load_span(checkpoint, 1, 3, quant=quant)
+    expected = (span.nbytes + 100 * span.token_bytes()) // 2
+    predicted = served_block_bytes(checkpoint, torch.float32, quant, 100)
+    assert predicted == expected
+
+
+def test_as_many_as_half_of_the_free_memory_holds(checkpoint: Checkpoint) -> None:
+    assert blocks_that_fit(checkpoint, 100, MemorySettings(), 650) == 3
+    assert blocks_that_fit(checkpoint, 100, MemorySettings(), 10_000) == 4
+    assert blocks_that_fit(checkpoint, 100, MemorySettings(limit_bytes=250), 10_000) == 2
+    with pytest.raises(InvalidArgument, match="needs"):
+        blocks_that_fit(checkpoint, 100, MemorySettings(), 199)
+
+
+def test_chosen_blocks_must_fit_what_was_allowed(checkpoint: Checkpoint) -> None:
+    check_fits(Span(0, 4), checkpoint, 100, MemorySettings())
+    check_fits(Span(0, 2), checkpoint, 100, MemorySettings(limit_bytes=200))
+    with pytest.raises(InvalidArgument, match="--memory allows"):
+        check_fits(Span(0, 3), checkpoint, 100 << 20, MemorySettings(limit_bytes=200 << 20))
+
+
+def test_devices(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+    assert choose_device("auto") == choose_device("cpu") == torch.device("cpu")
+    with pytest.raises(InvalidArgument, match="no cuda device"):
+        choose_device("cuda")
+    with pytest.raises(InvalidArgument, match="auto, cpu, cuda, mps"):
+        choose_device("tpu")
+
+
+def test_a_folder_of_quantized_blocks_is_served_of_those(checkpoint: Checkpoint, tmp_path: Path) -> None:
+    from petalite.model.loading import quantize_folder
+
+    quantize_folder(checkpoint, 1, 3, "int8", tmp_path / "int8")
+    held = Checkpoint.open(tmp_path / "int8")
+    assert blocks_that_fit(held, 100, MemorySettings(), 10_000) == 2
+    dense = served_block_bytes(checkpoint, torch.float32, "int8", 10)
+    assert served_block_bytes(held, torch.float32, None, 10) == dense
