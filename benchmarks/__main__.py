@@ -11,6 +11,7 @@ BENCHMARKS = {
     "hop": "what a hop over loopback adds to a decode step",
     "wan": "steps and prefills over three servers on long links, ring and star",
     "recovery": "from SIGKILL to the next token",
+    "speculate": "tokens/s with guesses looked up, over three servers on long links and on loopback",
     "table1": "steps/s over servers that fail, by policy, as in the paper's Table 1",
     "serve": "many sessions on one server, and one beside a long prefill",
     "decode": "SmolLM2 token by token, in every format, beside transformers and llama.cpp",

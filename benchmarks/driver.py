@@ -117,10 +117,37 @@ async def generate(
         }
 
 
+async def speculate(
+    model: str, peers: list[str], route: str, *, prompt: Any, new_tokens: int, rounds: int
+) -> dict[str, Any]:
+    """Tokens/s of a text without and with guesses looked up, in turns, the prompt left out; medians."""
+    rates: dict[str, list[float]] = {"plain": [], "lookup": []}
+    found: dict[str, Any] = {}
+    async with petalite.Swarm(peers) as swarm:
+        opened = await swarm.model(model, routing=Routing(route))
+        ids = opened.encode(prompt)
+        for _ in range(rounds):
+            for name, samples in rates.items():
+                how = None if name == "plain" else name
+                async with opened.session(len(ids) + new_tokens) as session:
+                    await session.feed(ids[:-1])
+                    began_s = time.perf_counter()
+                    result = await opened.generate(
+                        ids, max_new_tokens=new_tokens, speculate=how, session=session
+                    )
+                    samples.append(len(result.token_ids) / (time.perf_counter() - began_s))
+                found[f"{name}_steps"] = len(result.trace.steps) - 1
+                if found.setdefault("token_ids", result.token_ids) != result.token_ids:
+                    raise RuntimeError("speculation changed the text")
+    medians = {name: statistics.median(samples) for name, samples in rates.items()}
+    return medians | {"tokens": len(found.pop("token_ids"))} | found
+
+
 DEEDS: dict[str, Callable[..., Awaitable[dict[str, Any]]]] = {
     "steps": steps,
     "prefill": prefill,
     "generate": generate,
+    "speculate": speculate,
 }
 
 

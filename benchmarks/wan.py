@@ -64,7 +64,7 @@ async def _measure(only: str) -> Report:
 async def _steps(
     report: Report, rtt_ms: int, name: str, model: str, spans: Sequence[str], deed: list[Any]
 ) -> None:
-    where, rows = await _at(rtt_ms, model, spans, {route: [deed] for route in ROUTES})
+    where, rows = await at(rtt_ms, model, spans, {route: [deed] for route in ROUTES})
     for route, (result,) in rows.items():
         _row(report, where, name, route, result)
     if where != LOOPBACK:
@@ -77,7 +77,7 @@ async def _prefill(report: Report) -> None:
         ["prefill", {"tokens": PREFILL_TOKENS, "chunk": CHUNK_TOKENS, "pipelined": pipelined}]
         for pipelined in (False, True)
     ]
-    where, rows = await _at(20, str(smollm2_folder()), SMOLLM2_SPANS, {"ring": deeds})
+    where, rows = await at(20, str(smollm2_folder()), SMOLLM2_SPANS, {"ring": deeds})
     one_by_one, pipelined = (result["seconds"] for result in rows["ring"])
     for what, seconds in (("one by one", one_by_one), ("pipelined", pipelined)):
         name = f"prefill of {PREFILL_TOKENS}, {what}"
@@ -93,7 +93,7 @@ async def _codecs(report: Report, folder: Path) -> None:
     wide = str(tiny_llama(folder / "wide", **sizes))
     options = {"tokens": PREFILL_TOKENS, "chunk": CHUNK_TOKENS, "pipelined": True}
     deeds = [["prefill", options | {"wire": wire}] for wire in ("bf16", "q8")]
-    where, rows = await _at(20, wide, ("0:1", "1:2", "2:3"), {"ring": deeds})
+    where, rows = await at(20, wide, ("0:1", "1:2", "2:3"), {"ring": deeds})
     bf16, q8 = (result["seconds"] for result in rows["ring"])
     for wire, seconds in (("bf16", bf16), ("q8", q8)):
         name = f"prefill of {PREFILL_TOKENS} × 1,024 values in {wire}"
@@ -120,12 +120,14 @@ Deeds = dict[str, list[list[Any]]]
 """By route, what `benchmarks.driver` is to do."""
 
 
-async def _at(
-    rtt_ms: int, model: str, spans: Sequence[str], deeds: Deeds
+async def at(
+    rtt_ms: int | None, model: str, spans: Sequence[str], deeds: Deeds
 ) -> tuple[str, dict[str, list[dict[str, Any]]]]:
-    """Where it was measured, and the results by route."""
-    hosts = [HostSpec(host, rtt_ms / 4e3, rate_bits_s=RATE_BITS_S) for host in ("client", *SERVERS)]
+    """Where it was measured, and the results by route; None is loopback."""
     try:
+        if rtt_ms is None:
+            raise LabUnavailable("none was asked for")
+        hosts = [HostSpec(host, rtt_ms / 4e3, rate_bits_s=RATE_BITS_S) for host in ("client", *SERVERS)]
         async with Lab(hosts) as lab, _swarm(model, spans, lab) as peers:
             return f"{rtt_ms} ms", await drive(model, peers, deeds, lab.command)
     except LabUnavailable as error:

@@ -14,7 +14,7 @@ from petalite.model.compute import ComputeThread
 from petalite.model.dtypes import AUTO, compute_dtype
 from petalite.model.span import load_span
 from petalite.net.identity import PeerId
-from petalite.server.backend import Backend, Rows, wanted_outputs
+from petalite.server.backend import Backend, Rows, checked_forks, wanted_outputs
 from petalite.swarm.codecs import Codec, raw_codec
 from petalite.swarm.messages import FromClient, HopReport, Progress, Step, StepDone
 from petalite.swarm.routing import Hop
@@ -66,6 +66,8 @@ class EmbeddedHop:
     async def send(self, message: FromClient, data: memoryview | None = None) -> None:
         assert isinstance(message, Step) and data is not None and self._rows is not None
         hidden = self.codec.decode(data, self._backend.span.config.hidden_size)
+        if message.forks:
+            await self._backend.fork(checked_forks(message, self._rows.numbers))
         segments = [Segment(self._rows.numbers[row], position, n) for row, position, n in message.rows]
         outputs, timing = await self._backend.step(hidden, segments, self._span.start, self._span.end)
         self._reached = max(self._reached, message.number)

@@ -11,10 +11,11 @@ from collections.abc import Callable, Sequence
 import torch
 
 from petalite.client.generation import check_room
+from petalite.client.penalties import Penalties
 from petalite.client.sampling import Choice, Chooser
 from petalite.client.session import Session, StepInput
-from petalite.errors import InvalidArgument
-from petalite.model.compute import ComputeThread
+from petalite.errors import InvalidArgument, NotFinite
+from petalite.model.compute import ComputeThread, is_finite
 from petalite.model.edges import Edges
 from petalite.swarm.kept import Row
 from petalite.swarm.messages import ALL, LAST
@@ -27,6 +28,10 @@ class Batch:
         self._session = session
         self._edges = edges
         self._thread = thread
+
+    @property
+    def max_length(self) -> int:
+        return self._session.max_length
 
     async def generate(
         self,
@@ -68,10 +73,36 @@ class Batch:
             last |= {row: hidden for (row, _, _), hidden in zip(rows, output, strict=True)}
         return torch.stack([last[row] for row in range(len(texts))])
 
-    async def step(self, token_ids: Sequence[int], places: Sequence[tuple[int, int]]) -> torch.Tensor:
-        """One token for each (row, position) -> hidden, one for each."""
+    async def step(
+        self,
+        token_ids: Sequence[int],
+        places: Sequence[tuple[int, int]],
+        forks: Sequence[tuple[int, int]] = (),
+    ) -> torch.Tensor:
+        """One token for each (row, position) -> hidden, one for each. See `Session.step` for forks."""
         rows = [(row, position, 1) for row, position in places]
-        return await self._session.step(self._edges.embed(token_ids), rows, ALL)
+        return await self._session.step(self._edges.embed(token_ids), rows, ALL, forks)
+
+    async def log_probabilities(
+        self, hidden: torch.Tensor, texts: Sequence[Sequence[int]], n_prompt: int, penalties: Penalties
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """hidden (B, E) at the end of `texts` -> (B, V) each: log probabilities after penalties, and before.
+
+        Raises NotFinite.
+        """
+        return await self._thread.run(self._log_probabilities, hidden, texts, n_prompt, penalties)
+
+    def _log_probabilities(
+        self, hidden: torch.Tensor, texts: Sequence[Sequence[int]], n_prompt: int, penalties: Penalties
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        logprobs = self._edges.head(hidden).log_softmax(-1)
+        if not is_finite(logprobs):
+            raise NotFinite("the logits have NaN or Inf; some server computes wrongly")
+        rows = [
+            penalties.apply(row, text[:n_prompt], text[n_prompt:])
+            for row, text in zip(logprobs, texts, strict=True)
+        ]
+        return torch.stack(rows), logprobs
 
     def _choose(self, hidden: torch.Tensor, deciding: Sequence[tuple[Chooser, list[int]]]) -> list[Choice]:
         logits = self._edges.head(hidden)

@@ -41,6 +41,7 @@ class Part:
     data: memoryview
     codec: Codec
     output: str
+    forks: tuple[tuple[int, int], ...] = ()
 
     @property
     def n_tokens(self) -> int:
@@ -96,7 +97,8 @@ class Carrier:
             turn = turns[number] if turns else _Turn(None)
             with self.answers.awaiting(leg.stages) as awaited:
                 stop = leg.last.span.end
-                step = Step(part.rows, leg.kept.codec.name, stop, output, awaited.number, self.epoch)
+                name, forks = leg.kept.codec.name, part.forks or None
+                step = Step(part.rows, name, stop, output, awaited.number, self.epoch, forks=forks)
                 answer = await self._ask(awaited, step, data, part.n_tokens, turn)
             codec = self._checked(leg, part, output, answer)
             if output != NONE:
@@ -210,6 +212,8 @@ class Carrier:
         return hidden
 
     def _keep(self, leg: Leg, part: Part, data: memoryview) -> None:
+        for source, target in part.forks:
+            leg.kept.fork(source, target)
         if any(position > leg.kept.length(row) for row, position, _ in part.rows):
             raise self._failed(leg.last, BadMessage(f"{leg.last.peer.short()} answers steps out of order"))
         leg.kept.put(part.rows, data)

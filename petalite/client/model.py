@@ -14,6 +14,7 @@ from typing import Any, TypeAlias
 import torch
 
 from petalite.client.batches import Batch
+from petalite.client.beams import BeamSettings, beam_search
 from petalite.client.drafters import LOOKUP, DraftModel, LookupDrafter, ModelDrafter, load_draft
 from petalite.client.generation import Generation, TokenSession, generate_tokens
 from petalite.client.hops import Servers
@@ -147,6 +148,45 @@ class AsyncDistributedModel:
         async with aclosing(_Run(self, prompt, session, Options(**options)).pieces()) as pieces:
             async for piece in pieces:
                 yield piece
+
+    async def beam_search(
+        self,
+        prompt: Prompt,
+        *,
+        beams: int = 4,
+        length_penalty: float = 1.0,
+        early_stopping: bool = False,
+        **options: Any,
+    ) -> list[Generation]:
+        """The likeliest texts that `beams` rows find together, the best first. See `client.beams`.
+
+        Takes the penalties, `logit_bias`, `stop_ids` and `max_new_tokens` of `stream`.
+        """
+        settings, chosen = BeamSettings(beams, length_penalty, early_stopping), Options(**options)
+        if chosen.temperature or chosen.speculate or chosen.logprobs or chosen.stop:
+            raise InvalidArgument(
+                "a beam search looks for the likeliest text; leave out temperature, speculate, logprobs and "
+                "stop"
+            )
+        prompt_reply = self.reply(prompt, chosen)
+        length = self.length(prompt_reply, chosen)
+        async with self.blocks_session(self._all_blocks, length, beams) as session:
+            found = await beam_search(
+                Batch(session, self.edges, self._thread),
+                prompt_reply.prompt_ids,
+                settings,
+                prompt_reply.chooser.penalties,
+                max_new_tokens=chosen.max_new_tokens,
+                stop_ids=prompt_reply.stop_ids,
+            )
+        generations = []
+        for beam in found:
+            reply = Reply(self.tokenizer, prompt_reply.prompt_ids, chosen)
+            for token_id, logprob in zip(beam.token_ids, beam.logprobs, strict=True):
+                reply.take(Choice(token_id, logprob))
+            reply.end()
+            generations.append(reply.generation(session.trace))
+        return generations
 
     def reply(self, prompt: Prompt, options: Options) -> Reply:
         """What becomes of a prompt. Raises InvalidArgument."""

@@ -34,6 +34,7 @@ class StepInput:
     hidden: torch.Tensor
     rows: Sequence[Row]
     output: str = ALL
+    forks: tuple[tuple[int, int], ...] = ()  # of (row, other row): the other begins as a copy of the row
 
 
 class Session:
@@ -100,14 +101,21 @@ class Session:
 
     # -- steps -------------------------------------------------------------------------------------------
 
-    async def step(self, hidden: torch.Tensor, rows: Sequence[Row], output: str = ALL) -> torch.Tensor:
+    async def step(
+        self,
+        hidden: torch.Tensor,
+        rows: Sequence[Row],
+        output: str = ALL,
+        forks: Sequence[tuple[int, int]] = (),
+    ) -> torch.Tensor:
         """hidden (T, E), packed by `rows` of (row, position, n_tokens) -> the outputs asked for, (T', E).
 
         A position inside a row rolls it back to there first. Raises MissingBlocks when a block has had no
         live server for `recovery_s`; the rows then stand at their positions and the step can be tried again
-        later.
+        later. `forks` are pairs (row, other row): the step goes on in the other as if it were the row; if the
+        step fails, the other row is left empty.
         """
-        [outputs] = await self.steps([StepInput(hidden, rows, output)])
+        [outputs] = await self.steps([StepInput(hidden, rows, output, tuple(forks))])
         return outputs
 
     async def steps(self, inputs: Sequence[StepInput]) -> list[torch.Tensor]:
@@ -116,7 +124,8 @@ class Session:
         self._roll_back(inputs)
         codec = self._chain.legs[0].kept.codec
         parts = [
-            Part(tuple(one.rows), memoryview(codec.encode(one.hidden)), codec, one.output) for one in inputs
+            Part(tuple(one.rows), memoryview(codec.encode(one.hidden)), codec, one.output, one.forks)
+            for one in inputs
         ]
         carried = await self._survive(parts)
         self.trace.steps.extend(one.timing for one in carried)
@@ -166,6 +175,9 @@ class Session:
     def _roll_back(self, inputs: Sequence[StepInput]) -> None:
         seen: set[int] = set()
         for one in inputs:
+            for _, target in one.forks:
+                self._chain.truncate(target, 0)  # hops differ about it until the step is through
+                seen.add(target)
             for row, position, _ in one.rows:
                 if row not in seen:
                     seen.add(row)
@@ -182,9 +194,27 @@ class Session:
                     f"hidden states have shape {tuple(one.hidden.shape)}, the step's {n_tokens} tokens need "
                     f"({n_tokens}, {self._hidden_size})"
                 )
+            lengths |= self._check_forks(inputs)
             for row, position, n in one.rows:
                 self._check_row(row, position, n, lengths.get(row, self.length(row)))
                 lengths[row] = position + n
+
+    def _check_forks(self, inputs: Sequence[StepInput]) -> dict[int, int]:
+        """How long the rows are that begin as copies."""
+        if len(inputs) > 1 and any(one.forks for one in inputs):
+            raise InvalidArgument("a step that forks rows goes alone")
+        [one, *_] = inputs
+        positions = {row: position for row, position, _ in one.rows}
+        sources, targets = {source for source, _ in one.forks}, [target for _, target in one.forks]
+        known = all(0 <= row < self.rows for row in (*sources, *targets))
+        if not known or sources & set(targets) or len(set(targets)) < len(targets):
+            raise InvalidArgument(
+                f"cannot fork {one.forks} in a session of {self.rows} rows; no row is copied to twice, or "
+                f"both from and to"
+            )
+        if not positions.keys() >= set(targets):
+            raise InvalidArgument(f"rows {targets} are forked to; the step has to go on in each")
+        return {target: positions.get(source, self.length(source)) for source, target in one.forks}
 
     def _check_row(self, row: int, position: int, n_tokens: int, length: int) -> None:
         if not 0 <= row < self.rows or n_tokens < 1:

@@ -70,9 +70,10 @@ class Pace:
                 return
 
     def acceptance(self, kind: int) -> float:
-        """How likely a guess is right, if those before it were."""
+        """How likely a guess is right, if those before it were. At first little is expected: a free guess
+        shows unsent whether it would have been right, and one that is sent in vain costs time."""
         right, all_ = self._right.get(kind, (0.0, 0.0))
-        return (right + 1.0) / (all_ + 2.0)
+        return (right + 0.4) / (all_ + 2.0)
 
     def step_s(self, n_tokens: int) -> float:
         """What a step of so many tokens takes: as measured, between measured sizes in proportion, beyond them

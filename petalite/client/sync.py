@@ -60,6 +60,10 @@ class DistributedModel:
         """See `AsyncDistributedModel.generate_batch`."""
         return self._loop.run(self._twin.generate_batch(prompts, **options))
 
+    def beam_search(self, prompt: Prompt, **options: Any) -> list[Generation]:
+        """See `AsyncDistributedModel.beam_search`."""
+        return self._loop.run(self._twin.beam_search(prompt, **options))
+
     def stream(self, prompt: Prompt, **options: Any) -> Iterator[str]:
         """See `AsyncDistributedModel.stream`."""
         return self._loop.iterate(self._twin.stream(prompt, **options))

@@ -119,6 +119,27 @@ class KVCache:
                 copy.blocks.append(_resized(block, capacity, source.length))
         return self._add(copy)
 
+    def fork_onto(self, source: int, target: int) -> None:
+        """Like `fork`, into a row that is there; what it held is forgotten."""
+        row, other = self._row(source), self._row(target)
+        if (row.start, row.end) != (other.start, other.end) or row.length > other.max_length:
+            raise WrongSpan(
+                f"row {target} has room for {other.max_length} tokens of blocks {other.start}:{other.end}, "
+                f"row {source} holds {row.length} of {row.start}:{row.end}"
+            )
+        other.length = 0
+        capacity = _capacity(row.length, other.max_length)
+        for index, block in enumerate(row.blocks):
+            room = other.blocks[index]
+            if block is None or not row.length:
+                continue
+            if room is None or room.shape[3] < row.length:
+                other.blocks[index] = _resized(block, capacity, row.length)
+            else:
+                with torch.inference_mode():  # as whatever filled the row
+                    room.narrow(3, 0, row.length).copy_(block.narrow(3, 0, row.length))
+        other.length = row.length
+
     def drop(self, row: int) -> None:
         """Forget a row and free its memory."""
         self._row(row)

@@ -16,13 +16,13 @@ from functools import partial
 
 import torch
 
-from petalite.errors import DeadlineExceeded, NotFinite, ShuttingDown
+from petalite.errors import BadMessage, DeadlineExceeded, NotFinite, ShuttingDown
 from petalite.model.cache import Segment
 from petalite.model.compute import ComputeThread, is_finite
 from petalite.model.span import BlockSpan
 from petalite.server.budget import Budget
 from petalite.server.scheduler import Kind, Part, Request, Scheduler, SchedulerSettings
-from petalite.swarm.messages import ALL, DECODE_TOKENS, NONE
+from petalite.swarm.messages import ALL, DECODE_TOKENS, NONE, Step
 
 _CLOSED = "the blocks that were to compute this are closed"
 
@@ -116,6 +116,14 @@ class Backend:
         self.budget.release(rows.reserved_bytes)
         if not self._thread.closed:
             self._thread.run(self._drop_rows, rows.numbers)
+
+    async def fork(self, forks: Sequence[tuple[int, int]]) -> None:
+        """For each (row, other row) of cache rows, make the other one a copy."""
+        await self._thread.run(self._fork, forks)
+
+    def _fork(self, forks: Sequence[tuple[int, int]]) -> None:
+        for source, target in forks:
+            self._cache.fork_onto(source, target)
 
     def _open_rows(self, count: int, max_length: int, start: int, end: int) -> list[int]:
         return [self._cache.open_row(max_length, start, end) for _ in range(count)]
@@ -259,6 +267,18 @@ def check_finite(given: torch.Tensor, computed: torch.Tensor) -> None:
         if is_finite(given):
             raise NotFinite("these blocks made NaN or Inf of hidden states that had none")
         raise NotFinite("the hidden states that came in have NaN or Inf; whoever sent them computes wrongly")
+
+
+def checked_forks(step: Step, numbers: Sequence[int]) -> list[tuple[int, int]]:
+    """The forks of a step as pairs of cache rows, `numbers` being those of the session's rows."""
+    forks = [(source, target) for source, target in step.forks or ()]
+    sources, targets = {source for source, _ in forks}, [target for _, target in forks]
+    stepped = {row for row, _, _ in step.rows}
+    if max((*sources, *targets), default=0) >= len(numbers):
+        raise BadMessage(f"the step forks rows {forks}; the session has {len(numbers)}")
+    if len(set(targets)) < len(targets) or sources & set(targets) or not stepped.issuperset(targets):
+        raise BadMessage(f"rows {forks} cannot be forked in a step of rows {sorted(stepped)}")
+    return [(numbers[source], numbers[target]) for source, target in forks]
 
 
 def wanted_outputs(output: torch.Tensor, rows: Sequence[tuple[int, ...]], which: str) -> torch.Tensor:

@@ -29,7 +29,7 @@ from petalite.model.cache import Segment
 from petalite.net.messages import Message
 from petalite.net.rpc import Call
 from petalite.net.streams import Priority
-from petalite.server.backend import Backend, Rows, wanted_outputs
+from petalite.server.backend import Backend, Rows, checked_forks, wanted_outputs
 from petalite.server.doors import Doors
 from petalite.server.inbox import Inbox
 from petalite.server.local import Onward
@@ -186,6 +186,8 @@ class Session:
     async def _step(self, step: Step, message: Message) -> None:
         segments = [self._segment(*row) for row in step.rows]
         hidden = self._hidden_of(step, message)
+        if step.forks:
+            await self._backend.fork(checked_forks(step, self._rows.numbers))
         output, timing = await self._backend.step(
             hidden, segments, self.request.start, self.request.end, peer=self.call.peer
         )
@@ -227,6 +229,8 @@ class Session:
         return Segment(numbers[row], position, n_tokens)
 
     def _keep(self, step: Step, data: bytearray) -> None:
+        for source, target in step.forks or ():
+            self.kept.fork(source, target)
         for row, position, _ in step.rows:
             if position > self.kept.length(row):
                 raise SessionGap(

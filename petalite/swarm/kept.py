@@ -55,6 +55,11 @@ class KeptInputs:
             self._rows.setdefault(row, []).append(_Piece(position, n_tokens, data[offset : offset + size]))
             offset += size
 
+    def fork(self, source: int, target: int) -> None:
+        """What is kept of `source` stands for `target` too; what was kept of that is forgotten."""
+        pieces = self._rows.get(source, [])
+        self._rows[target] = [_Piece(piece.position, piece.n_tokens, piece.data) for piece in pieces]
+
     def truncate(self, row: int, length: int) -> None:
         """Forget what lies at and after `length`."""
         pieces = self._rows.get(row, [])

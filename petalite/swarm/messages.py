@@ -48,6 +48,8 @@ Token = Annotated[bytes, Bounds(TOKEN_BYTES, TOKEN_BYTES)]
 Milliseconds = Annotated[float, Bounds(0, 1e9)]
 RowSegment = Annotated[tuple[Annotated[int, Bounds(0, MAX_LENGTH)], ...], Bounds(3, 3)]
 Rows = Annotated[tuple[RowSegment, ...], Bounds(1, MAX_ROWS)]
+Fork = Annotated[tuple[Annotated[int, Bounds(0, MAX_ROWS - 1)], ...], Bounds(2, 2)]
+Forks = Annotated[tuple[Fork, ...], Bounds(0, MAX_ROWS)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,7 +90,11 @@ class HopReport:
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """Packed tokens: segments of (row, position, n_tokens), rows numbered from 0 within the session."""
+    """Packed tokens: segments of (row, position, n_tokens), rows numbered from 0 within the session.
+
+    `forks` are pairs (row, other row): before anything is computed, the other row becomes a copy of the row;
+    the step then goes on in it from its position there. No row is both; so repeats are harmless here too.
+    """
 
     KIND: ClassVar[str] = "step"
     rows: Rows
@@ -98,6 +104,7 @@ class Step:
     number: Count = 0  # comes back with the answer
     epoch: Count = 0
     hops: Annotated[tuple[HopReport, ...], Bounds(0, MAX_BLOCKS)] = ()  # each hop on the way adds its own
+    forks: Forks | None = None
 
 
 @dataclass(frozen=True, slots=True)

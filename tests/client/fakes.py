@@ -65,6 +65,11 @@ class FakeBackend:
         self.rows.update({number: torch.zeros(0, E) for number in numbers})
         return Rows(numbers, 0)
 
+    async def fork(self, forks: Sequence[tuple[int, int]]) -> None:
+        await asyncio.sleep(0)
+        for source, target in forks:
+            self.rows[target] = self.rows[source].clone()
+
     def drop_rows(self, rows: Rows) -> None:
         for number in rows.numbers:
             del self.rows[number]

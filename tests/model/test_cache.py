@@ -99,6 +99,13 @@ class CacheMachine(RuleBasedStateMachine):
         row = data.draw(st.sampled_from(sorted(self.fed)))
         self.fed[self.cache.fork(row)] = self.fed[row]
 
+    @precondition(lambda self: len(self.fed) > 1)
+    @rule(data=st.data())
+    def fork_onto(self, data: st.DataObject) -> None:
+        source, target, *_ = data.draw(st.permutations(sorted(self.fed)))
+        self.cache.fork_onto(source, target)
+        self.fed[target] = self.fed[source]
+
     @precondition(lambda self: self.fed)
     @rule(data=st.data())
     def drop(self, data: st.DataObject) -> None:
