@@ -307,6 +307,14 @@ def quantize(
 
 
 @app.command()
+def manifest(model: Model) -> None:
+    """Write MODEL/manifest.json: the SHA-256 of every tensor. It tells fine-tunes of one name apart."""
+    from petalite.node.manifesting import run
+
+    run(model)
+
+
+@app.command()
 def demo() -> None:
     """Start a small swarm of processes here, ask it two questions, and kill a server during the second."""
     from petalite.node.demo import run

@@ -245,6 +245,13 @@ def test_ctrl_c_in_a_generation(model: Path) -> None:
         assert b"Traceback" not in errors
 
 
+def test_a_manifest_gives_the_folder_its_version(tmp_path: Path) -> None:
+    folder = tiny_llama(tmp_path / "tiny")
+    assert "tiny@" in petalite("manifest", str(folder)).stdout
+    assert (folder / "manifest.json").is_file()
+    assert "no folder" in refused("manifest", str(tmp_path / "none"))
+
+
 def test_help_is_quick() -> None:
     """No torch: `--help` and `bootstrap` stay usable on small machines."""
     code = (

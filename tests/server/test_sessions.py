@@ -8,6 +8,7 @@ from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -19,6 +20,7 @@ from petalite.errors import (
     Cancelled,
     IdleClosed,
     NotFinite,
+    PetaliteError,
     RateLimited,
     Refused,
     ResourceLimit,
@@ -213,6 +215,41 @@ async def test_a_wrong_step_ends_its_session_and_no_other(serving: Serving, case
     assert torch.equal(await step(bystander, hidden(serving.span, 3), (0, 0, 3)), before)
     bystander.end()
     await serving.until_free()
+
+
+async def test_a_device_without_memory_for_one_session_serves_the_others(
+    serving: Serving, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Steps of seven tokens raise what torch raises then; they were packed with another session's."""
+    client = await serving.client()
+    bystander, call = await serving.open(client), await serving.open(client)
+    before = await step(bystander, hidden(serving.span, 3), (0, 0, 3))
+    forward = BlockSpan.forward
+
+    def out_of_memory(span: BlockSpan, states: torch.Tensor, segments: Any, *args: Any, **kwargs: Any) -> Any:
+        if any(segment.n_tokens == 7 for segment in segments):
+            raise torch.OutOfMemoryError("no memory")
+        return forward(span, states, segments, *args, **kwargs)
+
+    monkeypatch.setattr(BlockSpan, "forward", out_of_memory)
+    await call.send(write(Step(((0, 0, 7),), "f32", 4)), [F32.encode(hidden(serving.span, 7))])
+    again = await step(bystander, hidden(serving.span, 3), (0, 0, 3))
+    with pytest.raises(PetaliteError, match="the handler failed"):
+        await call.receive()
+    assert torch.equal(again, before)
+    await until(lambda: serving.service.count == 1)
+    bystander.end()
+    await serving.until_free()
+
+
+async def test_after_a_move_other_blocks_are_served(serving: Serving) -> None:
+    client = await serving.client()
+    await serving.service.drain(0.0)
+    serving.service.suspend()
+    with pytest.raises(ShuttingDown):
+        await serving.open(client)
+    serving.service.resume(serving.backend)
+    await step(await serving.open(client), hidden(serving.span, 3), (0, 0, 3))
 
 
 async def test_a_client_that_vanishes_leaves_nothing_behind(serving: Serving) -> None:
