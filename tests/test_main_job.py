@@ -85,6 +85,27 @@ def test_a_seed_gives_the_same_text_over_any_chain(model: DistributedModel, smol
         assert alone.generate(QUESTION, **options).token_ids == sampled
 
 
+def test_guesses_batches_and_beams_over_the_swarm(
+    model: DistributedModel, smollm2_greedy: list[tuple[list[int], list[int]]]
+) -> None:
+    """Guessing changes no token, however the model was cut; a batch says what its prompts say alone; two
+    beams find a text that is no less likely than the greedy one."""
+    for prompt_ids, expected in smollm2_greedy[-3:]:
+        found = model.generate(prompt_ids, max_new_tokens=len(expected), speculate="lookup")
+        assert found.token_ids == expected
+    quote = [{"role": "user", "content": "Repeat this twice: the cat sat on the mat and the dog sat on it."}]
+    for how in ({}, {"temperature": 0.7, "seed": 5}):
+        plain = model.generate(quote, max_new_tokens=40, **how)
+        guessed = model.generate(quote, max_new_tokens=40, speculate="lookup", **how)
+        assert guessed.token_ids == plain.token_ids
+    prompts = [prompt_ids for prompt_ids, _ in smollm2_greedy[:4]]
+    together = model.generate_batch(prompts, max_new_tokens=8)
+    assert [one.token_ids for one in together] == [expected[:8] for _, expected in smollm2_greedy[:4]]
+    [best, _] = model.beam_search(QUESTION, beams=2, max_new_tokens=10, length_penalty=0.0)
+    greedy = model.generate(QUESTION, max_new_tokens=10)
+    assert sum(best.logprobs) >= sum(greedy.logprobs) - 1e-3
+
+
 def run_example(name: str, *arguments: str, stdin: str = "") -> str:
     command = [sys.executable, str(EXAMPLES / name), *arguments]
     result = subprocess.run(command, input=stdin, capture_output=True, text=True, timeout=120, check=False)
@@ -101,6 +122,7 @@ def test_the_examples(smollm2: Path, swarm: Multiaddr) -> None:
     assert chat[0] == ANSWER
     assert "Madrid" in chat[1]
     assert ANSWER in run_example("embedded_async.py", *where)
+    assert run_example("blocks.py", *where) == "The capital of France is Paris\n"
 
 
 @pytest.fixture(scope="module")

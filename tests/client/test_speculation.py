@@ -4,6 +4,7 @@ stop.
 
 from __future__ import annotations
 
+import asyncio
 import itertools
 import random
 from collections.abc import Iterator, Sequence
@@ -209,6 +210,28 @@ def test_a_death_at_any_message_of_a_speculative_run_changes_nothing() -> None:
     for fatal in range(len(short)):
         for end in (0, 1):
             assert run(True, fatal, end)[0] == plain, f"message {fatal}"
+
+
+def test_cancelling_at_any_point_frees_every_hop() -> None:
+    """After n turns of the loop, for every n until the run completes."""
+
+    async def main(turns: int) -> bool:
+        swarm = FakeSwarm({1: Span(0, 3), 2: Span(3, 6)})
+        task = asyncio.create_task(over_fakes(swarm, drafts=True))
+        for _ in range(turns):
+            await asyncio.sleep(0)
+        finished = task.done()
+        task.cancel()
+        await asyncio.wait([task])
+        for _ in range(100):
+            await asyncio.sleep(swarm.net.latency_s)
+        assert swarm.open_rows() == 0
+        return finished
+
+    turns = 0
+    while not loop.run(main(turns)):
+        turns += 1
+    assert turns > 50
 
 
 # -- lookup ------------------------------------------------------------------------------------------------
