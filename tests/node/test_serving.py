@@ -7,6 +7,8 @@ import time
 from contextlib import ExitStack
 from pathlib import Path
 
+import pytest
+
 import petalite
 from petalite.node.processes import bootstrap_node, serve_node
 from tests.helpers.checkpoints import tiny_llama
@@ -16,6 +18,7 @@ DRAIN_S = 10.0
 FAREWELL_S = 5.0
 
 
+@pytest.mark.slow
 def test_servers_without_blocks_cover_the_model_and_sigterm_ends_one_in_time(tmp_path: Path) -> None:
     """The one that is told to leave has a session open, which goes on elsewhere without losing a token."""
     model = str(tiny_llama(tmp_path / "tiny", num_hidden_layers=6))
