@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from petalite.swarm.messages import DECODE_TOKENS
+
 LEARN_STEPS = 4  # before that many, the settings' own bound holds
 
 
@@ -46,11 +48,11 @@ class Patience:
 
     def __init__(self, settings: PatienceSettings = PatienceSettings()) -> None:
         self.settings = settings
-        self._step = _Learnt()  # of one token
-        self._token = _Learnt()  # per token, of steps of many
+        self._step = _Learnt()  # of one token, or few
+        self._token = _Learnt()  # per token, of prefills
 
     def observe(self, n_tokens: int, seconds: float) -> None:
-        if n_tokens == 1:
+        if n_tokens <= DECODE_TOKENS:
             self._step.observe(seconds)
         else:
             self._token.observe(seconds / n_tokens)
@@ -62,7 +64,9 @@ class Patience:
     def timeout_s(self, n_tokens: int) -> float:
         """For the answer to a step of so many tokens."""
         longest_s = self.settings.step_s + self.settings.token_s * n_tokens
-        learnt, times = (self._step, 1) if n_tokens == 1 else (self._token, n_tokens)
+        # A few tokens, guessed ahead or of several rows, take longer than their share of a prefill, and never
+        # longer than as many steps.
+        learnt, times = self._step if n_tokens <= DECODE_TOKENS else self._token, n_tokens
         if learnt.count < LEARN_STEPS:
             return longest_s
         return min(max(self.settings.factor * learnt.usual_s * times, self.settings.least_s), longest_s)

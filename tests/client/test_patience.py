@@ -26,6 +26,18 @@ def test_steady_steps_are_waited_for_a_few_times_as_long() -> None:
     assert patience.timeout_s(1) == 30.25
 
 
+def test_a_few_tokens_get_the_time_of_as_many_steps() -> None:
+    """Not their share of a prefill: over slow links that is less than one step takes."""
+    patience = Patience(PatienceSettings(least_s=0.1))
+    for _ in range(100):
+        patience.observe(500, 5.0)
+        patience.observe(1, 1.0)
+    assert patience.timeout_s(4) >= 4.0
+    for _ in range(100):
+        patience.observe(4, 1.5)
+    assert 3.0 <= patience.timeout_s(500) <= 40.0, "and prefills are still judged by prefills"
+
+
 @given(
     st.lists(st.tuples(st.sampled_from([1, 1, 1, 64]), st.floats(0, 50)), max_size=50), st.integers(1, 500)
 )
