@@ -16,19 +16,33 @@ from petalite.version import __version__
 
 if TYPE_CHECKING:
     from petalite import errors
+    from petalite.client.settings import Routing, SessionSettings
     from petalite.client.swarm import Swarm
     from petalite.client.sync import DistributedModel
     from petalite.facade import load
     from petalite.net.identity import Identity, PeerId
     from petalite.server.node import Node
 
-__all__ = ["DistributedModel", "Identity", "Node", "PeerId", "Swarm", "__version__", "errors", "load"]
+__all__ = [
+    "DistributedModel",
+    "Identity",
+    "Node",
+    "PeerId",
+    "Routing",
+    "SessionSettings",
+    "Swarm",
+    "__version__",
+    "errors",
+    "load",
+]
 
 _HOMES = {
     "DistributedModel": "petalite.client.sync",
     "Identity": "petalite.net.identity",
     "Node": "petalite.server.node",
     "PeerId": "petalite.net.identity",
+    "Routing": "petalite.client.settings",
+    "SessionSettings": "petalite.client.settings",
     "Swarm": "petalite.client.swarm",
     "load": "petalite.facade",
 }
