@@ -21,7 +21,7 @@ SIZES = (0, 1, 3, 7, MOST_DRAFTS)  # drafts in a round
 FORGET = 0.95  # weight of what is known of right and wrong guesses, with each new one
 RECENT = 0.2  # weight of a new time among the old ones
 OUTLIER = 3.0  # a time counts as at most this often the usual one: a server was replaced meanwhile
-UNKNOWN_GROWTH = 0.02  # what a token more is thought to add to a step whose size was never tried
+UNKNOWN_GROWTH = 0.2  # of a step of one token: what each more is thought to add before any was tried
 EXPLORE_ROUNDS = 32  # so often something is tried that did not seem to pay
 
 
@@ -77,15 +77,20 @@ class Pace:
 
     def step_s(self, n_tokens: int) -> float:
         """What a step of so many tokens takes: as measured, between measured sizes in proportion, beyond them
-        a little more than the nearest."""
+        growing as they do."""
         known = self._step_s
         if n_tokens in known or not known:
             return known.get(n_tokens, 0.0)
         below = max((size for size in known if size < n_tokens), default=None)
         above = min((size for size in known if size > n_tokens), default=None)
-        if below is None or above is None:
-            nearest = below or above or 1
-            return known[nearest] * (1 + UNKNOWN_GROWTH) ** (n_tokens - nearest)
+        if below is None:
+            return known[above or n_tokens]
+        if above is None:
+            least = min(known)
+            growth_s = UNKNOWN_GROWTH * known[least]
+            if below > least:
+                growth_s = max(0.0, known[below] - known[least]) / (below - least)
+            return known[below] + growth_s * (n_tokens - below)
         share = (n_tokens - below) / (above - below)
         return known[below] * (1 - share) + known[above] * share
 
