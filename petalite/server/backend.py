@@ -21,6 +21,7 @@ from petalite.model.cache import Segment
 from petalite.model.compute import ComputeThread, is_finite
 from petalite.model.span import BlockSpan
 from petalite.server.budget import Budget
+from petalite.server.gathering import Gathering
 from petalite.server.scheduler import Kind, Part, Request, Scheduler, SchedulerSettings
 from petalite.swarm.messages import ALL, DECODE_TOKENS, NONE, Step
 
@@ -83,6 +84,8 @@ class Backend:
         self.budget = Budget(self._cache.row_bytes(cache_tokens))
         self._scheduler: Scheduler[_Work] = Scheduler(settings)
         self._computing = False
+        self._gathering = Gathering()
+        self._lingering: asyncio.TimerHandle | None = None
 
     def free_tokens(self) -> int:
         """How many more tokens over the whole span the budget has room for."""
@@ -114,6 +117,8 @@ class Backend:
     def drop_rows(self, rows: Rows) -> None:
         """Free them once the thread gets to it; waits for nothing. A closed thread's rows went with it."""
         self.budget.release(rows.reserved_bytes)
+        for number in rows.numbers:
+            self._gathering.left(number)
         if not self._thread.closed:
             self._thread.run(self._drop_rows, rows.numbers)
 
@@ -156,6 +161,7 @@ class Backend:
         longest = max(segment.n_tokens for segment in segments)
         kind = Kind.DECODE if longest <= DECODE_TOKENS else Kind.PREFILL
         request = Request(work, kind, (start, end), peer, len(hidden), deadline_s=now_s + timeout_s)
+        self._gathering.came(segments[0].row, now_s)
         self._scheduler.add(request)
         self._pump()
         try:
@@ -170,6 +176,8 @@ class Backend:
             return
         for late in self._scheduler.expired(time.perf_counter()):
             _fail(late.work, DeadlineExceeded("the server was too busy to begin the step in time"))
+        if self._lingers():
+            return
         while parts := self._scheduler.next_batch():
             if not self._thread.closed:
                 break
@@ -180,6 +188,16 @@ class Backend:
         self._computing = True
         self._thread.run(self._pass, parts).add_done_callback(partial(self._passed, parts))
 
+    def _lingers(self) -> bool:
+        """Whether the next pass is put off for a moment, for whoever is about to come back."""
+        if self._lingering is not None:
+            self._lingering.cancel()
+            self._lingering = None
+        wait_s = self._gathering.wait_s(time.perf_counter()) if len(self._scheduler) else 0.0
+        if wait_s > 0:
+            self._lingering = asyncio.get_running_loop().call_later(wait_s, self._pump)
+        return wait_s > 0
+
     def _passed(self, parts: list[Part[_Work]], passed: asyncio.Future[_Pass]) -> None:
         """A pass is over: answer whom it finished, and go on."""
         self._computing = False
@@ -189,11 +207,14 @@ class Backend:
         else:
             result = passed.result()
             self._scheduler.observe(parts, result.seconds)
+            self._gathering.passed(result.seconds)
+            now_s = time.perf_counter()
             for part, error in result.errors:
                 self._scheduler.remove(part.request)
                 _fail(part.request.work, error)
             for part in parts:
                 if not part.request.n_tokens:
+                    self._gathering.answered(part.request.work.segments[0].row, now_s)
                     _finish(part.request.work)
         self._pump()
 
