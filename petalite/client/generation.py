@@ -143,6 +143,8 @@ async def generate_tokens(
     end = len(prompt_ids) + check_room(len(prompt_ids), session.max_length, max_new_tokens)
     session.rollback(min(common_prefix(session.token_ids, prompt_ids), len(prompt_ids) - 1))
     text, drafts = list(prompt_ids), list[int]()
+    if session.position:
+        await session.session.reconsider()  # a turn's beginning: its prefill hides what a replay takes
     hidden = await session.feed(text[session.position :])
     try:
         while True:
