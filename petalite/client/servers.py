@@ -49,6 +49,7 @@ from petalite.swarm.spans import Span
 FRESH_S = 10.0  # a directory read so recently serves a new session
 KNOWN_S = 120.0  # one read so recently serves to replace a server; whoever left since is found out
 LOOK_S = 5.0  # for a look at whether there is a better chain
+QUEUE_MOST_S = 10.0  # of what a server says that waits there: it is up to 30 s old, and a liar's may be any
 MUCH_BETTER = 0.6  # of the present chain's time: what a change has to bring to be worth a replay
 UNKNOWN_RTT_S = 0.1  # of a server never connected to
 HOP_S = 0.001  # what software costs per hop, beside the link
@@ -170,7 +171,11 @@ class SwarmServers:
     def _candidate(self, entry: ServerEntry) -> Candidate:
         self._host.book.add(entry.peer, entry.addresses)
         penalty_s = self._bans.penalty_s(entry.peer, asyncio.get_running_loop().time())
-        return Candidate(entry.peer, entry.record.span, entry.record.block_ms / 1e3, penalty_s)
+        record = entry.record
+        queue_s = record.waiting_tokens / record.tokens_per_s if record.tokens_per_s else 0.0
+        return Candidate(
+            entry.peer, record.span, record.block_ms / 1e3, penalty_s, min(queue_s, QUEUE_MOST_S)
+        )
 
     def _one_way_s(self, peer: PeerId) -> float:
         return (self._host.rtt_s(peer) or UNKNOWN_RTT_S) / 2

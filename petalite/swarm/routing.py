@@ -26,7 +26,12 @@ class Candidate:
     peer: PeerId
     span: Span
     block_s: float  # one token through one block, seconds
-    penalty_s: float = 0.0  # added once when the chain enters it: queue, lack of cache room, past failures
+    penalty_s: float = 0.0  # added once when the chain enters it, for past failures
+    queue_s: float = 0.0  # likewise: what waits there has to be computed first
+
+    @property
+    def entry_s(self) -> float:
+        return self.penalty_s + self.queue_s
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,7 +84,7 @@ def find_chain(candidates: Sequence[Candidate], span: Span, link_s: LinkCost) ->
             steps.append((link_s(peer, None), (len(candidates), block)))
         else:
             for i in covering[block]:
-                entering = 0.0 if i == current else link_s(peer, candidates[i].peer) + candidates[i].penalty_s
+                entering = 0.0 if i == current else link_s(peer, candidates[i].peer) + candidates[i].entry_s
                 steps.append((entering + candidates[i].block_s, (i, block + 1)))
         for extra, target in steps:
             if cost + extra < best.get(target, float("inf")):
@@ -117,7 +122,7 @@ def chain_cost(candidates: Sequence[Candidate], chain: Sequence[Hop], link_s: Li
         if candidate is None or hop.span not in candidate.span:
             return float("inf")
         total_s += link_s(before.peer if before else None, hop.peer)
-        total_s += candidate.penalty_s + candidate.block_s * len(hop.span)
+        total_s += candidate.entry_s + candidate.block_s * len(hop.span)
     return total_s
 
 

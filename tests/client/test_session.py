@@ -6,7 +6,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import random
-from collections.abc import Coroutine
+from collections.abc import Callable, Coroutine, Sequence
 from typing import Any, TypeVar
 
 import pytest
@@ -31,7 +31,7 @@ from petalite.sim import loop
 from petalite.swarm.messages import LAST, NONE, Step
 from petalite.swarm.spans import Span
 from tests.client.fakes import CLIENT, E, FakeSwarm, peer, reference
-from tests.helpers.memory_net import MemoryNet
+from tests.helpers.memory_net import MemoryCall, MemoryNet
 
 T = TypeVar("T")
 WHOLE = Span(0, 6)
@@ -633,3 +633,65 @@ def test_wrong_forks_are_refused_here_and_at_servers(
     run(main())
     with pytest.raises(BadMessage):
         checked_forks(Step(tuple(rows), "f32", 6, forks=tuple(forks)), (10, 11, 12))
+
+
+@BOTH
+@pytest.mark.parametrize("hop", [0, 1, 2])
+def test_forty_steps_with_a_death_at_each_of_them(pushing: bool, hop: int) -> None:
+    """A prefill and 40 decode steps; for every step, the server of this hop is killed just before it."""
+    fed = tokens(44)
+    whole = reference(WHOLE, fed)
+
+    async def main(fatal: int) -> None:
+        swarm = FakeSwarm(SPANS, pushing=pushing)
+        async with session_over(swarm) as session:
+            outputs = [await session.step(fed[:4], [(0, 0, 4)])]
+            for position in range(4, 44):
+                if position - 4 == fatal:
+                    swarm.net.kill(session.chain[hop].peer)
+                outputs.append(await session.step(fed[position : position + 1], [(0, position, 1)]))
+        assert torch.equal(torch.cat(outputs), whole), f"killed at step {fatal}"
+
+    for fatal in range(40):
+        run(main(fatal))
+
+
+LIES: dict[str, Callable[[dict[str, Any], list[Any]], tuple[dict[str, Any], list[Any]]]] = {
+    "fewer bytes": lambda body, buffers: (body, [buffers[0][:-8]] if buffers else []),
+    "no buffer": lambda body, buffers: (body, []),
+    "two buffers": lambda body, buffers: (body, buffers * 2),
+    "another row": lambda body, buffers: (body | {"rows": [[1, 0, 1]]}, buffers),
+    "another step's number": lambda body, buffers: (body | {"number": body["number"] + 1000}, buffers),
+    "an unknown codec": lambda body, buffers: (body | {"codec": "q3"}, buffers),
+    "one hop too many": lambda body, buffers: (body | {"hops": body["hops"] * 2}, buffers),
+    "an unknown kind": lambda body, buffers: (body | {"kind": "gift"}, buffers),
+    "no fields": lambda body, buffers: ({"kind": "done"}, buffers),
+}
+
+
+@BOTH
+@pytest.mark.parametrize("lie", LIES)
+def test_an_answer_that_is_none_costs_its_server_the_session(
+    pushing: bool, lie: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The last server lies in every answer, from some step on; another takes its place."""
+    send = MemoryCall.send
+    liars: set[PeerId] = set()
+
+    async def lying(self: MemoryCall, body: dict[str, Any], buffers: Sequence[Any] = ()) -> None:
+        if self.owner in liars and body.get("kind") == "done":
+            body, buffers = LIES[lie](dict(body), list(buffers))
+        await send(self, body, buffers)
+
+    async def main() -> None:
+        swarm = FakeSwarm(SPANS, pushing=pushing)
+        async with session_over(swarm) as session:
+            outputs = [await session.step(tokens(9)[:4], [(0, 0, 4)])]
+            liars.add(session.chain[-1].peer)
+            outputs += [await session.step(tokens(9)[i : i + 1], [(0, i, 1)]) for i in range(4, 9)]
+            assert not liars & {hop.peer for hop in session.chain}
+            assert set(swarm.failures) >= liars
+        assert torch.equal(torch.cat(outputs), reference(WHOLE, tokens(9)))
+
+    monkeypatch.setattr(MemoryCall, "send", lying)
+    run(main())

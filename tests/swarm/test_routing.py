@@ -28,7 +28,8 @@ def cost_of(chain: list[Hop], candidates: list[Candidate], link_s) -> float:
     ends = [None, *(hop.peer for hop in chain), None]
     total = sum(link_s(a, b) for a, b in itertools.pairwise(ends))
     return total + sum(
-        by_peer[hop.peer].penalty_s + by_peer[hop.peer].block_s * len(hop.span) for hop in chain
+        by_peer[hop.peer].penalty_s + by_peer[hop.peer].queue_s + by_peer[hop.peer].block_s * len(hop.span)
+        for hop in chain
     )
 
 
@@ -46,11 +47,12 @@ def every_chain(candidates: list[Candidate], span: Span):
 
 
 candidate_lists = st.lists(
-    st.tuples(st.integers(0, L - 1), st.integers(1, L), st.floats(0, 2), st.floats(0, 3)), max_size=5
+    st.tuples(st.integers(0, L - 1), st.integers(1, L), st.floats(0, 2), st.floats(0, 3), st.floats(0, 3)),
+    max_size=5,
 ).map(
     lambda rows: [
-        Candidate(peer(i), Span(start, min(start + length, L)), block_s, penalty_s)
-        for i, (start, length, block_s, penalty_s) in enumerate(rows)
+        Candidate(peer(i), Span(start, min(start + length, L)), block_s, penalty_s, queue_s)
+        for i, (start, length, block_s, penalty_s, queue_s) in enumerate(rows)
     ]
 )
 
