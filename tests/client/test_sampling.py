@@ -126,8 +126,8 @@ def test_top_p_keeps_the_fewest_tokens_that_reach_p() -> None:
             total += float(probabilities[token])
             if total >= p:
                 break
-        assert support(Sampling(temperature=1.0, top_p=p, seed=2), draws=3000) <= kept
-        assert support(Sampling(temperature=1.0, top_p=p, seed=2), draws=3000) >= kept - {3}
+        found = support(Sampling(temperature=1.0, top_p=p, seed=2), draws=2000)
+        assert kept - {3} <= found <= kept
 
 
 def test_min_p_keeps_what_is_nearly_as_likely_as_the_likeliest() -> None:

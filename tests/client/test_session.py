@@ -635,8 +635,7 @@ def test_wrong_forks_are_refused_here_and_at_servers(
         checked_forks(Step(tuple(rows), "f32", 6, forks=tuple(forks)), (10, 11, 12))
 
 
-@BOTH
-@pytest.mark.parametrize("hop", [0, 1, 2])
+@pytest.mark.parametrize(("pushing", "hop"), [(True, 0), (True, 1), (True, 2), (False, 1)])
 def test_forty_steps_with_a_death_at_each_of_them(pushing: bool, hop: int) -> None:
     """A prefill and 40 decode steps; for every step, the server of this hop is killed just before it."""
     fed = tokens(44)
