@@ -54,7 +54,10 @@ async def _measure(only: str) -> Report:
             if only in f"{rtt_ms} ms":
                 await _steps(report, rtt_ms, "tiny", tiny, TINY_SPANS, ["steps", {}])
                 text = ["generate", {"prompt": PROMPT, "new_tokens": NEW_TOKENS}]
-                await _steps(report, rtt_ms, "SmolLM2", str(smollm2_folder()), SMOLLM2_SPANS, text)
+                smollm2 = str(smollm2_folder())
+                await _steps(report, rtt_ms, "SmolLM2", smollm2, SMOLLM2_SPANS, text)
+                int8 = ["--quant", "int8"]
+                await _steps(report, rtt_ms, "SmolLM2 int8", smollm2, SMOLLM2_SPANS, text, int8)
         if only in "prefill":
             await _prefill(report)
             await _codecs(report, Path(folder))
@@ -62,9 +65,15 @@ async def _measure(only: str) -> Report:
 
 
 async def _steps(
-    report: Report, rtt_ms: int, name: str, model: str, spans: Sequence[str], deed: list[Any]
+    report: Report,
+    rtt_ms: int,
+    name: str,
+    model: str,
+    spans: Sequence[str],
+    deed: list[Any],
+    options: Sequence[str] = (),
 ) -> None:
-    where, rows = await at(rtt_ms, model, spans, {route: [deed] for route in ROUTES})
+    where, rows = await at(rtt_ms, model, spans, {route: [deed] for route in ROUTES}, options)
     for route, (result,) in rows.items():
         _row(report, where, name, route, result)
     if where != LOOPBACK:
@@ -121,33 +130,35 @@ Deeds = dict[str, list[list[Any]]]
 
 
 async def at(
-    rtt_ms: int | None, model: str, spans: Sequence[str], deeds: Deeds
+    rtt_ms: int | None, model: str, spans: Sequence[str], deeds: Deeds, options: Sequence[str] = ()
 ) -> tuple[str, dict[str, list[dict[str, Any]]]]:
     """Where it was measured, and the results by route; None is loopback."""
     try:
         if rtt_ms is None:
             raise LabUnavailable("none was asked for")
         hosts = [HostSpec(host, rtt_ms / 4e3, rate_bits_s=RATE_BITS_S) for host in ("client", *SERVERS)]
-        async with Lab(hosts) as lab, _swarm(model, spans, lab) as peers:
+        async with Lab(hosts) as lab, _swarm(model, spans, lab, options) as peers:
             return f"{rtt_ms} ms", await drive(model, peers, deeds, lab.command)
     except LabUnavailable as error:
         print(f"no lab, so on loopback: {error}", file=sys.stderr)
-    async with _swarm(model, spans, None) as peers:
+    async with _swarm(model, spans, None, options) as peers:
         return LOOPBACK, await drive(model, peers, deeds, lambda host, command: list(command))
 
 
 @asynccontextmanager
-async def _swarm(model: str, spans: Sequence[str], lab: Lab | None) -> AsyncIterator[list[str]]:
+async def _swarm(
+    model: str, spans: Sequence[str], lab: Lab | None, options: Sequence[str]
+) -> AsyncIterator[list[str]]:
     """Servers of `spans`, each on its host; the first one's address."""
     async with AsyncExitStack() as stack:
         nodes: list[NodeProcess] = []
         for host, span in zip(SERVERS, spans, strict=True):
             peers = [await asyncio.to_thread(lambda: nodes[0].address)] if nodes else []
             if lab is None:
-                node = serve_node(model, span, peers)
+                node = serve_node(model, span, peers, *options)
             else:
                 listen = f"/ip4/{lab.address(host)}/tcp/31330"
-                node = serve_node(model, span, peers, listen=listen, wrap=_on(lab, host))
+                node = serve_node(model, span, peers, *options, listen=listen, wrap=_on(lab, host))
             nodes.append(stack.enter_context(node))
         for node in nodes:
             await asyncio.to_thread(lambda node=node: node.address)
