@@ -49,6 +49,10 @@ class ErrorCode(IntEnum):
     BUSY = 0x106
     BAD_TENSOR = 0x107
     NOT_FINITE = 0x108
+    UNKNOWN_ADAPTER = 0x109
+    BAD_ADAPTER = 0x10A
+    BATCH_TOO_LARGE = 0x10B
+    NOT_KEPT = 0x10C
 
 
 class PetaliteError(Exception):
@@ -92,6 +96,10 @@ class InvalidCheckpoint(UserError):
 
 class UnsupportedModel(UserError):
     """A checkpoint petalite understands well enough to know that it cannot run it."""
+
+
+class InvalidAdapter(UserError):
+    """A LoRA that is broken, or does not belong to the model: a target, rank or shape that is not there."""
 
 
 class PromptTooLong(UserError):
@@ -274,9 +282,61 @@ class BadTensor(RemoteError):
 
 
 class NotFinite(RemoteError):
-    """Hidden states or logits with NaN or Inf in them."""
+    """Hidden states, logits or gradients with NaN or Inf in them. `given` is whether whoever says so was sent
+    them like that, or made them; None where that is not known.
+    """
 
     code = ErrorCode.NOT_FINITE
+
+    def __init__(self, message: str, given: bool | None = None) -> None:
+        super().__init__(message)
+        self.given = given
+
+    def details(self) -> dict[str, Any]:
+        return {} if self.given is None else {"given": self.given}
+
+    @classmethod
+    def from_details(cls, text: str, details: Mapping[str, Any]) -> NotFinite:
+        given = details.get("given")
+        return cls(text, given if isinstance(given, bool) else None)
+
+
+class UnknownAdapter(RemoteError):
+    """The server holds no LoRA of this digest; send it, and repeat the call."""
+
+    code = ErrorCode.UNKNOWN_ADAPTER
+
+
+class BadAdapter(RemoteError):
+    """A LoRA that the server does not take: not for these blocks, too large, or broken."""
+
+    code = ErrorCode.BAD_ADAPTER
+
+
+class BatchTooLarge(RemoteError):
+    """More tokens than the server takes in one training call. `most_tokens` is what it takes of rows of this
+    length; None where it does not say.
+    """
+
+    code = ErrorCode.BATCH_TOO_LARGE
+
+    def __init__(self, message: str, most_tokens: int | None = None) -> None:
+        super().__init__(message)
+        self.most_tokens = most_tokens
+
+    def details(self) -> dict[str, Any]:
+        return {} if self.most_tokens is None else {"most_tokens": self.most_tokens}
+
+    @classmethod
+    def from_details(cls, text: str, details: Mapping[str, Any]) -> BatchTooLarge:
+        most_tokens = details.get("most_tokens")
+        return cls(text, most_tokens if type(most_tokens) is int and most_tokens > 0 else None)
+
+
+class NotKept(RemoteError):
+    """What backward was to go on from is no longer there; repeat the call with its inputs."""
+
+    code = ErrorCode.NOT_KEPT
 
 
 def _by_code() -> dict[int, type[PetaliteError]]:

@@ -33,6 +33,7 @@ MAX_ROWS = 256  # of one session
 MAX_STEP_TOKENS = 4096  # packed in one step; longer prefills come in chunks
 MAX_LENGTH = 1 << 20  # tokens a row may be opened for
 TOKEN_BYTES = 16
+DIGEST_BYTES = 32
 DECODE_TOKENS = (
     16  # a step of no more tokens per row is a decode step, or a draft to verify; others are prefill
 )
@@ -45,6 +46,7 @@ Block = Annotated[int, Bounds(0, MAX_BLOCKS)]
 Count = Annotated[int, Bounds(0, 2**53)]
 Text = Annotated[str, Bounds(0, 256)]
 Token = Annotated[bytes, Bounds(TOKEN_BYTES, TOKEN_BYTES)]
+Digest = Annotated[bytes, Bounds(DIGEST_BYTES, DIGEST_BYTES)]  # SHA-256, the name of a LoRA
 Milliseconds = Annotated[float, Bounds(0, 1e9)]
 RowSegment = Annotated[tuple[Annotated[int, Bounds(0, MAX_LENGTH)], ...], Bounds(3, 3)]
 Rows = Annotated[tuple[RowSegment, ...], Bounds(1, MAX_ROWS)]
@@ -73,6 +75,7 @@ class OpenSession:
     successor: Successor | None = None
     wait_s: Annotated[float, Bounds(0, 600)] = 0.0  # in line, where there is no room now
     codec: Text | None = None  # to answer and push in; None: one that loses nothing of the compute dtype
+    adapter: Digest | None = None  # of a LoRA that the server holds, for every step
 
 
 @dataclass(frozen=True, slots=True)

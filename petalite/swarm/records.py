@@ -27,6 +27,7 @@ CATALOGUE = "catalogue"
 MAX_ADDRESSES = 8
 MAX_MODEL_ID = 192  # characters
 MAX_LINKS = 16
+MAX_ADAPTERS = 8
 
 Block = Annotated[int, Bounds(0, MAX_BLOCKS)]
 ShortText = Annotated[str, Bounds(0, 32)]
@@ -39,6 +40,14 @@ class LinkTo:
 
     peer: PeerId
     rtt_ms: Annotated[float, Bounds(0, 1e5)]
+
+
+@dataclass(frozen=True, slots=True)
+class HostedAdapter:
+    """A LoRA that this server's owner lends: sessions and training calls may name its digest."""
+
+    name: Annotated[str, Bounds(1, 64)]
+    digest: Annotated[bytes, Bounds(32, 32)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,6 +70,8 @@ class ServerRecord:
     pinned: bool = False  # its owner chose its blocks; it does not move
     claim_start: Block = 0  # the blocks it is about to move to; 0:0 where it stays
     claim_end: Block = 0
+    adapters: Annotated[tuple[HostedAdapter, ...], Bounds(0, MAX_ADAPTERS)] = ()
+    training_tokens: Annotated[int, Bounds(0, 2**40)] = 0  # most that it takes in one call; 0: it takes none
 
     @property
     def span(self) -> Span:
