@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
+from collections.abc import Callable
 from typing import Generic, TypeVar
 
 T = TypeVar("T")
@@ -27,9 +28,9 @@ class Inbox(Generic[T]):
         """Whether another item has to wait. One item is always taken, however large."""
         return len(self._items) >= self._most_items or (self._bytes >= self._most_bytes and bool(self._items))
 
-    async def room(self) -> None:
-        """Wait until it is not full."""
-        while self.is_full:
+    async def room(self, wanted: Callable[[], bool] = lambda: True) -> None:
+        """Wait until it is not full, or its writer is not `wanted` any more; `wake` when that may be so."""
+        while self.is_full and wanted():
             await self._change()
 
     def put(self, item: T, nbytes: int = 0) -> None:
@@ -49,6 +50,10 @@ class Inbox(Generic[T]):
     def clear(self) -> None:
         self._items.clear()
         self._bytes = 0
+        self.wake()
+
+    def wake(self) -> None:
+        """Have who waits here look again."""
         self._changed.set()
 
     async def _change(self) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
-from petalite.errors import ConnectionLost
+from petalite.errors import ConnectionLost, ErrorCode
 from petalite.net.messages import Buffer, Message
 from petalite.net.streams import Priority
 
@@ -18,7 +18,11 @@ class Pushed(Protocol):
         ...
 
     async def push(self, source: Onward, message: Message) -> None:
-        """Waits for room."""
+        """Waits for room. Raises ConnectionLost once `source` is not the predecessor any more."""
+        ...
+
+    def let_go(self, source: Onward) -> None:
+        """`source` pushes no more; a push of its that waits for room is given up."""
         ...
 
 
@@ -29,7 +33,9 @@ class Onward(Protocol):
 
     async def send(self, body: Mapping[str, Any], buffers: Sequence[Buffer]) -> None: ...
 
-    def cancel(self) -> None: ...
+    def cancel(self, code: ErrorCode = ErrorCode.CANCELLED) -> None:
+        """Give up; a send under way raises what `code` stands for, or that the connection is lost."""
+        ...
 
 
 class LocalEdge:
@@ -45,5 +51,7 @@ class LocalEdge:
             raise ConnectionLost("the session after this one is over, or has another predecessor")
         await self._target.push(self, Message(body, buffers))
 
-    def cancel(self) -> None:
-        self._target = None
+    def cancel(self, code: ErrorCode = ErrorCode.CANCELLED) -> None:
+        target, self._target = self._target, None
+        if target is not None:
+            target.let_go(self)

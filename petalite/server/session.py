@@ -10,14 +10,16 @@ replacement of the successor can be brought to its state. Knows its streams and 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 
 from petalite.errors import (
     BadMessage,
     BadTensor,
+    ConnectionLost,
     IdleClosed,
     NetworkError,
     PetaliteError,
@@ -26,8 +28,9 @@ from petalite.errors import (
     SessionGap,
 )
 from petalite.model.cache import Segment
-from petalite.net.messages import Message
+from petalite.net.messages import Buffer, Message
 from petalite.net.rpc import Call
+from petalite.net.schema import encode
 from petalite.net.streams import Priority
 from petalite.server.backend import Backend, Rows, checked_forks, wanted_outputs
 from petalite.server.doors import Doors
@@ -49,6 +52,7 @@ from petalite.swarm.messages import (
     Probe,
     Progress,
     Relink,
+    SessionOpened,
     Step,
     StepDone,
     Successor,
@@ -100,14 +104,17 @@ class Session:
 
     async def run(self) -> None:
         """Until the client finishes, or anything goes wrong that the session does not survive."""
+        await self._send(self.call, encode(SessionOpened(self.codec.name)))
         if self.request.token is not None:
             self._doors.expect(self.request.token, self)
         try:
             await first_to_end(self._listen(), self._work())
         finally:
             self._doors.forget(self)
-            if self._predecessor is not None:
-                self._predecessor.cancel()
+            self._inbox.clear()
+            predecessor, self._predecessor = self._predecessor, None
+            if predecessor is not None:
+                predecessor.cancel()
             if self._onward is not None:
                 self._onward.cancel()
 
@@ -132,7 +139,7 @@ class Session:
                     self._let_go_of_successor()
                     self._inbox.put(command)
                 case Probe():
-                    await self.call.send(write(Progress(self._received, self._sent)))
+                    await self._send(self.call, write(Progress(self._received, self._sent)))
 
     async def follow(self, call: Call) -> None:
         """Take steps from a predecessor that named our token, until it ends or another takes its place."""
@@ -145,13 +152,21 @@ class Session:
         before, self._predecessor = self._predecessor, source
         if before is not None:
             before.cancel()
+        self._inbox.wake()
+
+    def let_go(self, source: Onward) -> None:
+        """`source` pushes no more."""
+        if self._predecessor is source:
+            self._predecessor = None
+            self._inbox.wake()
 
     async def push(self, source: Onward, message: Message) -> None:
-        """A predecessor's step. Waits for room; what another than the latest says is dropped."""
+        """A predecessor's step. Waits for room. Raises ConnectionLost for who is not the predecessor now."""
         step = read({Step.KIND: Step}, message.body)
-        await self._inbox.room()
-        if self._predecessor is source:
-            self._accept(step, message)
+        await self._inbox.room(lambda: self._predecessor is source)
+        if self._predecessor is not source:
+            raise ConnectionLost("the session after this one is over, or has another predecessor")
+        self._accept(step, message)
 
     def _accept(self, step: Step, message: Message) -> None:
         if step.epoch >= self._epoch:
@@ -243,7 +258,7 @@ class Session:
     async def _answer(self, step: Step, hops: tuple[HopReport, ...], data: bytearray | memoryview) -> None:
         done = StepDone(step.rows, self.codec.name, step.number, step.epoch, hops)
         _prioritize(self.call, step.rows)
-        await self.call.send(write(done), [] if step.output == NONE else [data])
+        await self._send(self.call, write(done), [] if step.output == NONE else [data])
         self._sent = max(self._sent, step.number)
 
     async def _push(self, step: Step, hops: tuple[HopReport, ...], data: bytearray | memoryview) -> None:
@@ -252,7 +267,7 @@ class Session:
             if self._onward is None:
                 raise NetworkError("the session was told of no successor")
             _prioritize(self._onward, step.rows)
-            await self._onward.send(write(onward), [data])
+            await self._send(self._onward, write(onward), [data])
             self._sent = max(self._sent, step.number)
         except (NetworkError, RemoteError) as error:
             await self._report_down(step.epoch, error)
@@ -292,7 +307,17 @@ class Session:
     async def _report_down(self, epoch: int, error: PetaliteError) -> None:
         if epoch >= self._epoch and not self._link_down:
             self._link_down = True
-            await self.call.send(write(LinkDown(epoch, str(error)[:2000])))
+            await self._send(self.call, write(LinkDown(epoch, str(error)[:2000])))
+
+    async def _send(self, to: Call | Onward, body: Mapping[str, Any], buffers: Sequence[Buffer] = ()) -> None:
+        """Raises IdleClosed where nobody reads it for the idle time: rows must not be held for ever by who
+        takes no answers.
+        """
+        timer = asyncio.get_running_loop().call_later(self._idle_s, to.cancel, IdleClosed.code)
+        try:
+            await to.send(body, buffers)
+        finally:
+            timer.cancel()
 
 
 def codec_of(request: OpenSession, backend: Backend) -> Codec:

@@ -25,7 +25,6 @@ from petalite.swarm.messages import (
     SESSION_METHOD,
     Attach,
     OpenSession,
-    SessionOpened,
     Successor,
 )
 
@@ -128,7 +127,6 @@ class SessionService:
                 call, request, rows, self._backend, self._doors, self._connect, self._settings.idle_s
             )
             self._open[call] = session
-            await call.send(encode(SessionOpened(session.codec.name)))
             await self._within_its_time(session)
         finally:
             self._backend.drop_rows(rows)
@@ -170,13 +168,14 @@ class SessionService:
 
     async def _connect(self, successor: Successor) -> Onward:
         """Attach to the hop after a session of ours. Raises NetworkError or RemoteError."""
-        if successor.peer == self._host.peer_id:
-            return LocalEdge(await self._doors.knock(successor.token))
-        if not self._host.is_connected(successor.peer):
-            try:
-                async with asyncio.timeout(CONNECT_S):
-                    await self._resolve(successor.peer)
-                    await self._host.connect(successor.peer, timeout_s=CONNECT_S)
-            except TimeoutError:
-                raise Unreachable(f"{successor.peer.short()} did not answer within {CONNECT_S:g} s") from None
-        return await self._host.open(successor.peer, ATTACH_METHOD, encode(Attach(successor.token)))
+        peer, token = successor.peer, successor.token
+        if peer == self._host.peer_id:
+            return LocalEdge(await self._doors.knock(token))
+        try:
+            async with asyncio.timeout(CONNECT_S):
+                if not self._host.is_connected(peer):
+                    await self._resolve(peer)
+                    await self._host.connect(peer, timeout_s=CONNECT_S)
+                return await self._host.open(peer, ATTACH_METHOD, encode(Attach(token)))
+        except TimeoutError:
+            raise Unreachable(f"{peer.short()} did not answer within {CONNECT_S:g} s") from None

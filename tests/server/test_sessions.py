@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import math
-from collections.abc import AsyncIterator
-from contextlib import AsyncExitStack
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -22,116 +19,21 @@ from petalite.errors import (
     NotFinite,
     PetaliteError,
     RateLimited,
-    Refused,
     ResourceLimit,
     SessionGap,
     SessionLimit,
     ShuttingDown,
-    Unreachable,
     WrongModel,
     WrongSpan,
 )
 from petalite.model.cache import Segment
-from petalite.model.checkpoint import Checkpoint
-from petalite.model.compute import ComputeThread
-from petalite.model.span import BlockSpan, load_span
-from petalite.net.host import Host
-from petalite.net.identity import Identity, PeerId
-from petalite.net.multiaddr import Multiaddr
+from petalite.model.span import BlockSpan
+from petalite.net.credit import Windows
 from petalite.net.rpc import Call
-from petalite.net.schema import decode, encode
-from petalite.server.backend import Backend
-from petalite.server.sessions import SessionService, SessionSettings
-from petalite.swarm.codecs import CODECS
-from petalite.swarm.messages import (
-    ATTACH_METHOD,
-    FROM_SERVER,
-    SESSION_METHOD,
-    Attach,
-    Expect,
-    LinkDown,
-    OpenSession,
-    Probe,
-    Progress,
-    Relink,
-    SessionOpened,
-    Step,
-    StepDone,
-    Successor,
-    read,
-    write,
-)
-from tests.helpers.checkpoints import tiny_llama
+from petalite.server.sessions import SessionSettings
+from petalite.swarm.messages import OpenSession, Step, write
 from tests.helpers.waiting import until
-
-MODEL_ID = "tiny@0"
-CACHE_TOKENS = 64
-OPEN = OpenSession(MODEL_ID, start=1, end=4, rows=2, max_length=16)
-F32 = CODECS["f32"]
-
-
-class Serving:
-    """One server's session service, and hosts of clients that dial it."""
-
-    def __init__(self, span: BlockSpan, stack: AsyncExitStack, settings: SessionSettings) -> None:
-        self.span = span
-        thread = ComputeThread()
-        stack.callback(thread.close)
-        self.backend = Backend(span, cache_tokens=CACHE_TOKENS, thread=thread)
-        self._settings = settings
-        self._stack = stack
-
-    async def listen(self) -> None:
-        host = await self._stack.enter_async_context(Host(Identity.generate()))
-        (self.address,) = await host.listen([Multiaddr.parse("/ip4/127.0.0.1/tcp/0")])
-        self.host = host
-        self.service = SessionService(self.backend, MODEL_ID, host, self._resolve, self._settings)
-
-    async def _resolve(self, peer: PeerId) -> None:
-        raise Unreachable(f"{peer.short()} is nobody here")
-
-    async def client(self) -> Host:
-        return await self._stack.enter_async_context(Host(Identity.generate()))
-
-    async def open(self, client: Host, request: OpenSession = OPEN) -> Call:
-        call = await client.open(self.address, SESSION_METHOD, encode(request), timeout_s=20)
-        self._stack.callback(call.end)
-        message = await call.receive()
-        assert message is not None
-        assert decode(SessionOpened, message.body).codec == "f32"
-        return call
-
-    async def until_free(self) -> None:
-        """Every row is given back, and all of the budget with it."""
-        await until(lambda: not self.service.count and self.backend.free_tokens() == CACHE_TOKENS)
-
-
-@pytest.fixture(scope="module")
-def span(tmp_path_factory: pytest.TempPathFactory) -> BlockSpan:
-    folder: Path = tiny_llama(tmp_path_factory.mktemp("tiny"), num_hidden_layers=5)
-    return load_span(Checkpoint.open(folder), 1, 5)
-
-
-@pytest.fixture
-async def serving(span: BlockSpan, request: pytest.FixtureRequest) -> AsyncIterator[Serving]:
-    async with AsyncExitStack() as stack:
-        serving = Serving(span, stack, getattr(request, "param", SessionSettings()))
-        await serving.listen()
-        yield serving
-
-
-def hidden(span: BlockSpan, n_tokens: int, seed: int = 0) -> torch.Tensor:
-    return torch.randn(n_tokens, span.config.hidden_size, generator=torch.Generator().manual_seed(seed))
-
-
-async def step(
-    call: Call, states: torch.Tensor, *rows: tuple[int, int, int], output: str = "all"
-) -> torch.Tensor:
-    await call.send(write(Step(rows, "f32", 4, output)), [F32.encode(states)])
-    message = await call.receive()
-    assert message is not None
-    assert isinstance(read(FROM_SERVER, message.body), StepDone)
-    return F32.decode(message.buffers[0], states.shape[1]) if message.buffers else states[:0]
+from tests.server.serving import CACHE_TOKENS, F32, OPEN, Serving, hidden, step
 
 
 async def test_steps_equal_the_span_itself(serving: Serving) -> None:
@@ -315,75 +217,6 @@ async def test_draining_waits_for_who_leaves(serving: Serving) -> None:
         await draining
 
 
-async def heard(call: Call) -> tuple[object, list[memoryview]]:
-    message = await call.receive()
-    assert message is not None
-    return read(FROM_SERVER, message.body), list(message.buffers)
-
-
-TOKEN = bytes(range(16))
-
-
-async def test_a_predecessor_with_the_token_feeds_the_session(serving: Serving) -> None:
-    """Its steps are answered to the client; the token opens once."""
-    client, before = await serving.client(), await serving.client()
-    call = await serving.open(client, replace(OPEN, token=TOKEN))
-    pushing = await before.open(serving.address, ATTACH_METHOD, encode(Attach(TOKEN)))
-    states = hidden(serving.span, 3)
-    await pushing.send(write(Step(((0, 0, 3),), "f32", 4, number=7, epoch=1)), [F32.encode(states)])
-    done, buffers = await heard(call)
-    assert isinstance(done, StepDone)
-    assert (done.number, done.epoch, len(done.hops)) == (7, 1, 1)
-    direct = await step(await serving.open(client), states, (0, 0, 3))
-    assert torch.equal(F32.decode(buffers[0], states.shape[1]), direct)
-    await call.send(write(Probe()))
-    assert (await heard(call))[0] == Progress(7, 7)
-    again = await before.open(serving.address, ATTACH_METHOD, encode(Attach(TOKEN)))
-    with pytest.raises(Refused):
-        await again.receive()
-
-
-async def test_a_new_predecessor_takes_the_place_of_the_old(serving: Serving) -> None:
-    client, before, after = [await serving.client() for _ in range(3)]
-    call = await serving.open(client, replace(OPEN, token=TOKEN))
-    old = await before.open(serving.address, ATTACH_METHOD, encode(Attach(TOKEN)))
-    states = hidden(serving.span, 1)
-    await old.send(write(Step(((0, 0, 1),), "f32", 4, number=1)), [F32.encode(states)])
-    await heard(call)
-    other = bytes(16)
-    await call.send(write(Expect(other, epoch=3)))
-    new = await after.open(serving.address, ATTACH_METHOD, encode(Attach(other)))
-    await new.send(write(Step(((0, 1, 1),), "f32", 4, number=2, epoch=3)), [F32.encode(states)])
-    done, _ = await heard(call)
-    assert isinstance(done, StepDone)
-    assert done.number == 2
-    with pytest.raises(Cancelled):
-        await old.receive()
-
-
-async def test_what_is_pushed_on_is_kept_and_returns_on_request(serving: Serving) -> None:
-    """To a successor that cannot be reached: the client is told, and can have the inputs back."""
-    client = await serving.client()
-    stranger = Successor(Identity.generate().peer_id, TOKEN)
-    call = await serving.open(client, replace(OPEN, rows=1, successor=stranger))
-    said, _ = await heard(call)
-    assert isinstance(said, LinkDown)
-    assert stranger.peer.short() in said.reason
-    states = hidden(serving.span, 3)
-    await call.send(write(Step(((0, 0, 3),), "f32", 5, number=1, epoch=1)), [F32.encode(states)])
-    said, _ = await heard(call)
-    assert said == LinkDown(1, "the session was told of no successor")
-    token_bytes = 4 * serving.span.config.hidden_size
-    assert serving.service.kept_bytes == 3 * token_bytes
-    await call.send(write(Relink(None, number=9, epoch=2, stop=4, lengths=(2,))))
-    done, buffers = await heard(call)
-    assert isinstance(done, StepDone)
-    assert (done.rows, done.number, done.epoch) == (((0, 0, 2),), 9, 2)
-    direct = await step(await serving.open(client, replace(OPEN, rows=1)), states, (0, 0, 3))
-    assert torch.equal(F32.decode(buffers[0], states.shape[1]), direct[:2])
-    call.end()
-
-
 async def test_a_client_that_sends_ahead_without_end_is_cut(serving: Serving) -> None:
     """It sends steps and reads no answer; what waits here is bounded, and another session goes on."""
     client = await serving.client()
@@ -397,6 +230,21 @@ async def test_a_client_that_sends_ahead_without_end_is_cut(serving: Serving) ->
     bystander.end()
     call.end()
     await serving.until_free()
+
+
+@pytest.mark.parametrize("serving", [SessionSettings(idle_s=0.3)], indirect=True)
+async def test_a_client_that_sends_steps_and_never_reads_is_closed(serving: Serving) -> None:
+    """Its window holds one answer; the next ones wait for it to read, but not for ever."""
+    client, other = await serving.client(Windows(stream_bytes=4096)), await serving.client()
+    call = await serving.open(client)
+    states = F32.encode(hidden(serving.span, 16))
+    for _ in range(8):
+        await call.send(write(Step(((0, 0, 16),), "f32", 4)), [states])
+    await serving.until_free()
+    with pytest.raises(IdleClosed):
+        for _ in range(8):
+            await call.receive()
+    await step(await serving.open(other), hidden(serving.span, 3), (0, 0, 3))
 
 
 async def test_a_thousand_openings_of_one_peer(serving: Serving) -> None:
@@ -414,9 +262,3 @@ async def test_a_thousand_openings_of_one_peer(serving: Serving) -> None:
     for host in (flood, other):
         await host.close()
     await serving.until_free()
-
-
-async def test_a_token_of_nobody_is_refused(serving: Serving) -> None:
-    stranger = await (await serving.client()).open(serving.address, ATTACH_METHOD, encode(Attach(TOKEN)))
-    with pytest.raises(Refused):
-        await stranger.receive()
