@@ -8,14 +8,21 @@ from collections.abc import Sequence
 
 from petalite.client.hops import Answer, Listener, Opening
 from petalite.client.settings import RING, THROUGHPUT, Routing
-from petalite.errors import BadMessage, ConnectionLost, IdleClosed, MissingBlocks, PetaliteError
+from petalite.errors import (
+    BadMessage,
+    ConnectionLost,
+    IdleClosed,
+    MissingBlocks,
+    PetaliteError,
+    ShuttingDown,
+)
 from petalite.net.host import Host
 from petalite.net.identity import PeerId
 from petalite.net.messages import Message
 from petalite.net.rpc import Call
 from petalite.net.schema import decode, encode
 from petalite.net.streams import Priority
-from petalite.swarm.bans import Bans
+from petalite.swarm.bans import PENALTY_S, Bans
 from petalite.swarm.codecs import Codec, codec_named
 from petalite.swarm.directory import Directory, ServerEntry
 from petalite.swarm.messages import (
@@ -53,6 +60,7 @@ QUEUE_MOST_S = 10.0  # of what a server says that waits there: it is up to 30 s 
 MUCH_BETTER = 0.6  # of the present chain's time: what a change has to bring to be worth a replay
 UNKNOWN_RTT_S = 0.1  # of a server never connected to
 HOP_S = 0.001  # what software costs per hop, beside the link
+LEAVING_S = 15.0  # what a server said it leaves is avoided for so long, as records may still tell of it
 POLL_S = 0.5  # between looks for a server of missing blocks; grows to POLL_MOST_S
 POLL_MOST_S = 5.0
 
@@ -71,6 +79,7 @@ class SwarmServers:
         self._host = host
         self._directory = directory
         self._bans = bans or Bans()
+        self._leaving: dict[PeerId, tuple[Span, float]] = {}  # blocks, and until when they are avoided
 
     @property
     def pushing(self) -> bool:
@@ -125,9 +134,15 @@ class SwarmServers:
             raise
 
     def failed(self, peer: PeerId, error: Exception) -> None:
-        # A server that is full or leaving did nothing wrong, but asking it again at once is no use either.
-        if not isinstance(error, IdleClosed):
-            self._bans.failed(peer, asyncio.get_running_loop().time())
+        now_s = asyncio.get_running_loop().time()
+        if isinstance(error, ShuttingDown):
+            # No failure: it may be back, or has moved, and other blocks of it are as good as anybody's.
+            for entry in self._directory.servers:
+                if entry.peer == peer:
+                    self._leaving[peer] = entry.record.span, now_s + LEAVING_S
+        elif not isinstance(error, IdleClosed):
+            # A server that is full did nothing wrong, but asking it again at once is no use either.
+            self._bans.failed(peer, now_s)
 
     def succeeded(self, peer: PeerId) -> None:
         self._bans.succeeded(peer)
@@ -170,8 +185,10 @@ class SwarmServers:
 
     def _candidate(self, entry: ServerEntry) -> Candidate:
         self._host.book.add(entry.peer, entry.addresses)
-        penalty_s = self._bans.penalty_s(entry.peer, asyncio.get_running_loop().time())
-        record = entry.record
+        now_s, record = asyncio.get_running_loop().time(), entry.record
+        left, until_s = self._leaving.get(entry.peer, (None, 0.0))
+        is_left = left == record.span and now_s < until_s
+        penalty_s = self._bans.penalty_s(entry.peer, now_s) + (PENALTY_S if is_left else 0.0)
         queue_s = record.waiting_tokens / record.tokens_per_s if record.tokens_per_s else 0.0
         return Candidate(
             entry.peer, record.span, record.block_ms / 1e3, penalty_s, min(queue_s, QUEUE_MOST_S)
