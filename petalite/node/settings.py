@@ -13,11 +13,6 @@ from petalite.server.node import Node
 from petalite.swarm.peer import PeerSettings, load_swarm_key
 
 
-def addresses(texts: Sequence[str] | None) -> tuple[str, ...]:
-    """The addresses of a repeated option; each use may hold several, with commas between."""
-    return tuple(part for text in texts or () for part in text.split(",") if part)
-
-
 @dataclass(frozen=True, slots=True)
 class NodeSettings:
     """Who this node is and how it takes part."""
@@ -28,7 +23,7 @@ class NodeSettings:
     @classmethod
     def parse(
         cls,
-        peers: Sequence[str] | None,
+        peers: Sequence[str],
         new_swarm: bool,
         listen: Sequence[str],
         identity: Path | None,
@@ -48,7 +43,7 @@ class NodeSettings:
             )
         settings = PeerSettings(
             listen=tuple(map(Multiaddr.parse, listen)),
-            bootstrap=tuple(map(Multiaddr.parse, addresses(peers))),
+            bootstrap=tuple(map(Multiaddr.parse, peers)),
             swarm_key=None if swarm_key is None else load_swarm_key(swarm_key),
             lan=lan,
             peers_file=peers_file,
@@ -64,25 +59,3 @@ class NodeSettings:
             lan=self.peer.lan,
             peers_file=self.peer.peers_file,
         )
-
-
-@dataclass(frozen=True, slots=True)
-class ModelSource:
-    """Which model a client uses, and where its blocks are."""
-
-    model: str  # a folder or a repo id
-    peers: tuple[str, ...]
-    lan: bool
-    local: bool
-    swarm_key: Path | None
-    name: str | None
-    dtype: str
-    wait_s: float  # for servers of missing blocks
-
-    def check(self) -> None:
-        if (bool(self.peers) or self.lan) == self.local:
-            raise InvalidArgument(
-                "say where the blocks are: --peers ADDRESS or --lan in a swarm, --local in this process"
-                if not self.local
-                else "--local runs every block here, --peers and --lan in a swarm; give one of them"
-            )

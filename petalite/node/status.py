@@ -50,7 +50,7 @@ def show_model(model: ModelRecord, directory: Directory) -> None:
             record.dtype if record.quant == "none" else f"{record.dtype} {record.quant}",
             f"{record.block_ms:.2f}",
             str(record.free_tokens) if record.serving else "loading",
-            record.addresses[0].partition("/p2p/")[0] if record.addresses else "",
+            record.addresses[0] if record.addresses else str(entry.peer),
         )
     out.print(table)
 

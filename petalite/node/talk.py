@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager
 from statistics import median
 
 from rich.table import Table
 
 import petalite
-from petalite.client.options import Options
-from petalite.client.settings import SessionSettings
+from petalite.client.generation import TokenSession
+from petalite.client.model import Prompt
 from petalite.client.sync import DistributedModel
 from petalite.client.trace import HopTiming, Recovery, Trace
+from petalite.errors import InvalidArgument
 from petalite.node.console import err, out
-from petalite.node.settings import ModelSource
+from petalite.node.options import Blocks, Choosing, Way
 from petalite.swarm.messages import DECODE_TOKENS
 from petalite.swarm.peer import load_swarm_key
 
@@ -23,41 +24,53 @@ PROMPT = "[bold cyan]you[/]  "
 
 
 @contextmanager
-def _opened(source: ModelSource) -> Iterator[DistributedModel]:
-    source.check()
+def _opened(name: str, blocks: Blocks, way: Way) -> Iterator[DistributedModel]:
+    blocks.check()
+    if blocks.local and way != Way():
+        raise InvalidArgument("--local has no way to choose; leave out --route, --wire, --only and --avoid")
+    settings, routing = way.session(blocks.wait), way.routing()
     with err.status("loading the model's edges"):
         model = petalite.load(
-            source.model,
-            peers=None if source.local else source.peers,
-            lan=source.lan,
-            swarm_key=None if source.swarm_key is None else load_swarm_key(source.swarm_key),
-            name=source.name,
-            dtype=source.dtype,
-            settings=SessionSettings(open_s=source.wait_s, recovery_s=source.wait_s),
+            name,
+            peers=None if blocks.local else blocks.addresses(),
+            lan=blocks.lan,
+            swarm_key=None if blocks.swarm_key is None else load_swarm_key(blocks.swarm_key),
+            name=blocks.name,
+            dtype=blocks.dtype,
+            settings=settings,
+            routing=routing,
         )
     with model:
         yield model
 
 
 def generate(
-    source: ModelSource, prompt: str, options: Options, *, chat_template: bool, verbose: bool
+    name: str,
+    blocks: Blocks,
+    way: Way,
+    choosing: Choosing,
+    prompt: str,
+    *,
+    chat_template: bool,
+    verbose: bool,
 ) -> None:
-    with _opened(source) as model:
-        messages = [{"role": "user", "content": prompt}]
-        ids = model.encode(messages if chat_template else prompt)
+    options = choosing.options()
+    with _opened(name, blocks, way) as model:
+        ids = model.encode([{"role": "user", "content": prompt}] if chat_template else prompt)
         length = min(len(ids) + options.max_new_tokens, model.config.max_position_embeddings)
-        with model.session(length) as session:
-            began_s = time.perf_counter()
-            for piece in model.stream(ids, session=session, **options.as_keywords()):
-                print(piece, end="", flush=True)
-            print()
+        began_s = time.perf_counter()
+        with ExitStack() as stack:
+            session = None if choosing.beams > 1 else stack.enter_context(model.session(length))
+            _say(model, ids, choosing, session)
             if verbose:
-                show_trace(session.trace, time.perf_counter() - began_s)
-                err.print(f"{session.position - len(ids) + 1} new tokens")
+                show_trace(model.trace(), time.perf_counter() - began_s)
+                if session is not None:
+                    err.print(f"{session.position - len(ids) + 1} new tokens")
 
 
-def chat(source: ModelSource, system: str | None, options: Options) -> None:
-    with _opened(source) as model, model.session() as session:
+def chat(name: str, blocks: Blocks, way: Way, choosing: Choosing, system: str | None) -> None:
+    choosing.options()
+    with _opened(name, blocks, way) as model, model.session() as session:
         messages = [] if system is None else [{"role": "system", "content": system}]
         out.print("An empty line ends the talk.", style="dim")
         while True:
@@ -69,12 +82,24 @@ def chat(source: ModelSource, system: str | None, options: Options) -> None:
             if not said.strip():
                 return
             messages.append({"role": "user", "content": said})
-            pieces = []
-            for piece in model.stream(messages, session=session, **options.as_keywords()):
-                print(piece, end="", flush=True)
-                pieces.append(piece)
-            print()
-            messages.append({"role": "assistant", "content": "".join(pieces)})
+            answer = _say(model, messages, choosing, session)
+            messages.append({"role": "assistant", "content": answer})
+
+
+def _say(model: DistributedModel, prompt: Prompt, choosing: Choosing, session: TokenSession | None) -> str:
+    """Print what follows the prompt: as it comes, or what a search found, which has a session of its own."""
+    options = choosing.options().as_keywords()
+    pieces: Iterable[str]
+    if choosing.beams > 1:
+        pieces = [model.beam_search(prompt, beams=choosing.beams, **options)[0].text]
+    else:
+        pieces = model.stream(prompt, session=session, **options)
+    said = []
+    for piece in pieces:
+        print(piece, end="", flush=True)
+        said.append(piece)
+    print()
+    return "".join(said)
 
 
 def show_trace(trace: Trace, seconds: float) -> None:

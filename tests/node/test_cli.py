@@ -4,6 +4,7 @@ hangs.
 
 from __future__ import annotations
 
+import io
 import json
 import shutil
 import signal
@@ -17,6 +18,7 @@ from pathlib import Path
 import pytest
 
 from petalite.net.identity import Identity
+from petalite.node import cli
 from petalite.node.processes import NodeProcess, bootstrap_node, serve_node
 from tests.helpers.checkpoints import tiny_llama
 
@@ -32,19 +34,48 @@ def petalite(*arguments: str, stdin: str = "") -> subprocess.CompletedProcess[st
     )
 
 
-def refused(*arguments: str) -> str:
-    """Run it, expect exit code 2 and one sentence; the sentence."""
-    result = petalite(*arguments)
-    assert result.returncode == 2, result.stdout + result.stderr
-    assert "Traceback" not in result.stderr
-    lines = result.stderr.strip().splitlines()
-    assert len(lines) == 1 and lines[0].startswith("error: "), result.stderr
-    return lines[0]
+Here = Callable[..., subprocess.CompletedProcess[str]]
+Refused = Callable[..., str]
+
+
+@pytest.fixture
+def here(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Here:
+    """Runs the command line in this process, which is seconds quicker than in another. What is no error of
+    petalite's own is raised here, and fails the test.
+    """
+
+    def run(*arguments: str, stdin: str = "") -> subprocess.CompletedProcess[str]:
+        monkeypatch.setattr(sys, "argv", ["petalite", *arguments])
+        monkeypatch.setattr(sys, "stdin", io.StringIO(stdin))
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+        output = capsys.readouterr()
+        code = ended.value.code or 0
+        assert isinstance(code, int)
+        return subprocess.CompletedProcess(arguments, code, output.out, output.err)
+
+    return run
+
+
+@pytest.fixture
+def refused(here: Here) -> Refused:
+    """Expects exit code 2 and one sentence, which it returns."""
+
+    def run(*arguments: str) -> str:
+        result = here(*arguments)
+        assert result.returncode == 2, result.stdout + result.stderr
+        lines = result.stderr.strip().splitlines()
+        assert len(lines) == 1 and lines[0].startswith("error: "), result.stderr
+        return lines[0]
+
+    return run
 
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny_llama(tmp_path_factory.mktemp("models") / "tiny", num_hidden_layers=4)
+    folder = tiny_llama(tmp_path_factory.mktemp("models") / "tiny", num_hidden_layers=4)
+    (folder / "chat_template.jinja").write_text("{% for one in messages %}{{ one.content }}\n{% endfor %}")
+    return folder
 
 
 @pytest.fixture(scope="module")
@@ -97,7 +128,7 @@ BROKEN_FOLDERS: dict[str, tuple[Callable[[Path], None], str]] = {
 
 
 @pytest.mark.parametrize("case", BROKEN_FOLDERS)
-def test_serving_a_broken_folder(case: str, model: Path, tmp_path: Path) -> None:
+def test_serving_a_broken_folder(refused: Refused, case: str, model: Path, tmp_path: Path) -> None:
     folder = tmp_path / "broken"
     shutil.copytree(model, folder)
     breaks, named = BROKEN_FOLDERS[case]
@@ -119,15 +150,17 @@ def test_serving_a_broken_folder(case: str, model: Path, tmp_path: Path) -> None
         (["--listen", "/ip4/203.0.113.7/tcp/0"], "203.0.113.7"),
     ],
 )
-def test_serving_with_options_that_cannot_work(model: Path, arguments: list[str], named: str) -> None:
+def test_serving_with_options_that_cannot_work(
+    refused: Refused, model: Path, arguments: list[str], named: str
+) -> None:
     assert named in refused("serve", str(model), "--new-swarm", *arguments)
 
 
-def test_serving_without_saying_which_swarm(model: Path) -> None:
+def test_serving_without_saying_which_swarm(refused: Refused, model: Path) -> None:
     assert "--new-swarm" in refused("serve", str(model))
 
 
-def test_a_model_that_is_not_there() -> None:
+def test_a_model_that_is_not_there(refused: Refused) -> None:
     assert "nowhere" in refused("generate", "/tmp/nowhere-at-all", "--local", "--prompt", "x")
 
 
@@ -140,56 +173,100 @@ def test_a_model_that_is_not_there() -> None:
         (NOBODY, "/ip4/127.0.0.1/tcp/9"),
     ],
 )
-def test_a_peer_address_that_does_not_parse_or_answer(model: Path, address: str, named: str) -> None:
+def test_a_peer_address_that_does_not_parse_or_answer(
+    refused: Refused, model: Path, address: str, named: str
+) -> None:
     assert named in refused("generate", str(model), "--peers", address, "--prompt", "x")
     assert named in refused("status", "--peers", address)
 
 
-def test_somebody_else_answers_at_the_address(half_swarm: NodeProcess, model: Path) -> None:
+def test_somebody_else_answers_at_the_address(refused: Refused, half_swarm: NodeProcess, model: Path) -> None:
     address = str(half_swarm.address).replace(str(half_swarm.peer_id), ANYONE)
     assert ANYONE in refused("generate", str(model), "--peers", address, "--prompt", "x")
 
 
-def test_a_block_that_nobody_serves(half_swarm: NodeProcess, model: Path) -> None:
+def test_a_block_that_nobody_serves(
+    here: Here, refused: Refused, half_swarm: NodeProcess, model: Path
+) -> None:
     peers = ("--peers", str(half_swarm.address))
     assert "blocks 2:4" in refused("generate", str(model), *peers, "--prompt", "x", "--wait", "0")
-    status = petalite("status", *peers)
+    status = here("status", *peers)
     assert status.returncode == 0
     assert "nobody serves blocks 2:4" in status.stdout
     assert "1100" in status.stdout
 
 
-def test_a_prompt_longer_than_the_model_takes(model: Path) -> None:
+def test_a_prompt_longer_than_the_model_takes(refused: Refused, model: Path) -> None:
     message = refused("generate", str(model), "--local", "--prompt", "x " * 3000)
     assert "prompt" in message and "tokens" in message
 
 
-def test_generate_says_where_the_blocks_are_to_be(model: Path) -> None:
+def test_generate_says_where_the_blocks_are_to_be(refused: Refused, model: Path) -> None:
     assert "--local" in refused("generate", str(model), "--prompt", "x")
 
 
-def test_options_of_choosing_that_cannot_work_together(model: Path) -> None:
+def test_options_of_choosing_that_cannot_work_together(refused: Refused, model: Path) -> None:
     where = ("generate", str(model), "--local", "--prompt", "x")
     assert "temperature above 0" in refused(*where, "--top-p", "0.9")
     assert "repetition_penalty" in refused(*where, "--repetition-penalty", "0")
     assert "nowhere" in refused(*where, "--speculate", "/tmp/nowhere-at-all")
+    assert "leave out temperature" in refused(*where, "--beams", "2", "--temperature", "1")
 
 
-def test_generate_with_every_option_of_choosing(model: Path) -> None:
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        (["--route", "square"], "ring, star"),
+        (["--wire", "q3"], "q8"),
+        (["--only", "alice"], "alice"),
+        (["--avoid", "12D3Koo"], "12D3Koo"),
+        (["--local", "--peers", NOBODY], "one of them"),
+        (["--local", "--route", "star"], "--route"),
+    ],
+)
+def test_ways_that_do_not_exist(refused: Refused, model: Path, arguments: list[str], named: str) -> None:
+    where = [] if "--local" in arguments else ["--peers", NOBODY]
+    assert named in refused("generate", str(model), "--prompt", "x", *where, *arguments)
+    assert named in refused("chat", str(model), *where, *arguments)
+
+
+def test_errors_leave_a_process_with_one_sentence() -> None:
+    result = petalite("generate", "/tmp/nowhere-at-all", "--local", "--prompt", "x")
+    assert result.returncode == 2
+    assert result.stderr.startswith("error: ") and result.stderr.count("\n") == 1
+
+
+def test_the_way_through_a_swarm_is_a_matter_of_choice(model: Path, here: Here, refused: Refused) -> None:
+    """Ring, star, beams and a lossy wire give text; without its only server there are no blocks."""
+    with serve_node(str(model), "0:4", []) as server:
+        where = (str(model), "--peers", str(server.address), "--max-new-tokens", "8", "--wait", "0")
+        prompt = ("--prompt", "abc")
+        plain = here("generate", *where, *prompt, "--only", str(server.address))
+        other = here("generate", *where, *prompt, "--route", "star", "--wire", "f32", "--avoid", ANYONE)
+        assert plain.returncode == 0 and plain.stdout == other.stdout
+        searched = here("generate", *where, *prompt, "--beams", "3", "--wire", "q8", "--verbose")
+        assert searched.returncode == 0 and "whole step" in searched.stderr
+        talks = [here("chat", *where, "--beams", beams, stdin="hi\nho\n\n") for beams in ("1", "2")]
+        assert all(talk.returncode == 0 and talk.stdout.count("you  ") == 3 for talk in talks)
+        nobody = refused("generate", *where, *prompt, "--avoid", str(server.peer_id))
+        assert "no server holds blocks 0:4" in nobody
+
+
+def test_generate_with_every_option_of_choosing(here: Here, model: Path) -> None:
     """The same text with speculation as without, and a table of where the time went."""
     where = ("generate", str(model), "--local", "--prompt", "abcabcabc", "--max-new-tokens", "30")
     how = ("--temperature", "0.5", "--top-k", "9", "--min-p", "0.1", "--seed", "1", "--stop", "zzzz")
     how += ("--presence-penalty", "0.5", "--frequency-penalty", "0.1", "--repetition-penalty", "1.1")
-    plain = petalite(*where, *how)
-    speculative = petalite(*where, *how, "--speculate", "lookup", "--verbose")
+    plain = here(*where, *how)
+    speculative = here(*where, *how, "--speculate", "lookup", "--verbose")
     assert plain.returncode == speculative.returncode == 0, plain.stderr + speculative.stderr
     assert plain.stdout == speculative.stdout
     assert "whole step" in speculative.stderr and "new tokens" in speculative.stderr
 
 
-def test_an_empty_swarm_says_so() -> None:
+def test_an_empty_swarm_says_so(here: Here) -> None:
     with bootstrap_node() as bootstrap:
-        status = petalite("status", "--peers", str(bootstrap.address))
+        status = here("status", "--peers", str(bootstrap.address))
     assert status.returncode == 0
     assert "serves no model" in status.stdout
 
@@ -207,23 +284,24 @@ def test_bootstrap_keeps_its_identity_in_a_private_file(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_server_leaves_cleanly(number: signal.Signals, model: Path) -> None:
+def test_a_server_leaves_cleanly(here: Here, number: signal.Signals, model: Path) -> None:
     """Told to stop, it withdraws its records: the swarm that is left knows at once, without waiting for a
     TTL.
     """
     with bootstrap_node() as bootstrap:
         with serve_node(str(model), "0:4", [bootstrap.address]) as server:
             assert server.address
-            assert "0:4" in petalite("status", "--peers", str(bootstrap.address)).stdout
+            assert "0:4" in here("status", "--peers", str(bootstrap.address)).stdout
             assert server.stop(number) == 0
             assert "Traceback" not in server.output
-        assert "serves no model" in petalite("status", "--peers", str(bootstrap.address)).stdout
+        assert "serves no model" in here("status", "--peers", str(bootstrap.address)).stdout
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_a_node_that_is_still_joining_can_be_stopped(number: signal.Signals, code: int) -> None:
     """Its bootstrap accepts and says nothing; the signal comes once it has dialled."""
     with socket.create_server(("127.0.0.1", 0)) as silent:
+        silent.settimeout(DEADLINE_S)
         address = f"/ip4/127.0.0.1/tcp/{silent.getsockname()[1]}/p2p/{ANYONE}"
         node = NodeProcess("bootstrap", "--listen", "/ip4/127.0.0.1/tcp/0", "--peers", address)
         with node, silent.accept()[0]:
@@ -245,9 +323,9 @@ def test_ctrl_c_in_a_generation(model: Path) -> None:
         assert b"Traceback" not in errors
 
 
-def test_a_manifest_gives_the_folder_its_version(tmp_path: Path) -> None:
+def test_a_manifest_gives_the_folder_its_version(here: Here, refused: Refused, tmp_path: Path) -> None:
     folder = tiny_llama(tmp_path / "tiny")
-    assert "tiny@" in petalite("manifest", str(folder)).stdout
+    assert "tiny@" in here("manifest", str(folder)).stdout
     assert (folder / "manifest.json").is_file()
     assert "no folder" in refused("manifest", str(tmp_path / "none"))
 
