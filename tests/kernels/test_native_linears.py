@@ -1,0 +1,144 @@
+"""Every instruction set's products against the scalar reference, torch's kernels and float64."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch import Tensor
+
+from petalite.errors import InvalidArgument
+from petalite.kernels import native
+from petalite.kernels.int8 import ExactInt8
+from petalite.kernels.native.linears import NativeLinear
+from petalite.kernels.native.packing import FLOATS, pack
+from petalite.kernels.quantized import FORMATS, Int8Weight, Nf4Weight
+
+LIBRARY = native.library()
+pytestmark = pytest.mark.skipif(LIBRARY is None, reason="no native kernels are built, or torch's are forced")
+TABLES = list(native._instruction_sets(LIBRARY.functions)) if LIBRARY is not None else []
+SHAPES = [(96, 64), (100, 72), (33, 200), (2, 2), (17, 5), (150, 16), (48, 643)]
+
+
+@pytest.fixture(params=TABLES)
+def table(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Each instruction set in turn, forced."""
+    assert LIBRARY is not None
+    functions, before = LIBRARY.functions, LIBRARY.instructions
+    if not functions.petalite_table_runs(TABLES.index(request.param)):
+        pytest.skip(f"this processor has no {request.param}")
+    functions.petalite_table_choose(TABLES.index(request.param))
+    yield request.param
+    functions.petalite_table_choose(TABLES.index(before))
+
+
+def weights(n_out: int, n_in: int, seed: int = 1) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    weight = torch.randn(n_out, n_in, generator=generator) * torch.rand(n_in, generator=generator)
+    weight[n_out // 2] = 0
+    return weight
+
+
+def awkward(n_rows: int, n_columns: int, seed: int = 0) -> Tensor:
+    """Inputs with an outlier column, a row of zeros, a tiny row, a huge one, and one of denormals."""
+    x = torch.randn(n_rows, n_columns, generator=torch.Generator().manual_seed(seed))
+    x[:, min(3, n_columns - 1)] *= 60
+    for row, factor in enumerate((0, 1e-20, 1e6, 1e-39)[:n_rows]):
+        x[row] *= factor
+    return x
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("n_tokens", [1, 2, 7, 8, 9, 21])
+def test_int8_is_that_of_torch_to_the_bit(table: str, shape: tuple[int, int], n_tokens: int) -> None:
+    weight = Int8Weight.quantize(weights(*shape))
+    bias = torch.randn(shape[0])
+    x = awkward(n_tokens, shape[1])
+    assert torch.equal(NativeLinear(weight, bias)(x), ExactInt8(weight, bias)(x))
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("n_tokens", [1, 2, 7, 8, 9, 21])
+def test_nf4_is_near_its_meaning(table: str, shape: tuple[int, int], n_tokens: int) -> None:
+    """Half a step of 15-bit inputs and of 15-bit levels for each product, and float32's own rounding."""
+    weight = Nf4Weight.quantize(weights(*shape))
+    bias = torch.randn(shape[0])
+    x = awkward(n_tokens, shape[1])
+    dense = weight.dense()[:, : shape[1]].double()
+    expected = x.double() @ dense.t() + bias
+    largest = (x.abs().amax(1, keepdim=True) * weight.scales.amax(1)).double()
+    off = (NativeLinear(weight, bias)(x) - expected).abs()
+    assert bool((off <= 6e-5 * shape[1] * largest + 1e-5 * bias.abs() + 1e-37).all())
+
+
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("n_tokens", [1, 2, 7, 8, 9, 21])
+def test_floats_are_near_float64(
+    table: str, dtype: torch.dtype, shape: tuple[int, int], n_tokens: int
+) -> None:
+    weight = weights(*shape).to(dtype)
+    bias = torch.randn(shape[0])
+    x = awkward(n_tokens, shape[1]).clamp(-6e4, 6e4).to(dtype)
+    expected = x.double() @ weight.double().t() + bias
+    terms = x.double().abs() @ weight.double().abs().t() + bias.abs()
+    found = NativeLinear(weight, bias)(x.float())
+    assert found.dtype == torch.float32
+    assert bool(((found - expected).abs() <= 1e-6 * terms + 1e-35).all())
+
+
+@pytest.mark.parametrize("name", [*FORMATS, *FLOATS])
+def test_weights_come_back_out(name: str | torch.dtype) -> None:
+    dense = weights(50, 130)
+    if isinstance(name, str):
+        made = FORMATS[name].quantize(dense)
+        assert torch.equal(NativeLinear(made, None).dense(), made.dense())
+    else:
+        assert torch.equal(NativeLinear(dense.to(name), None).dense(), dense.to(name))
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("name", [*FORMATS, *FLOATS])
+def test_a_token_that_is_not_finite_stays_alone(table: str, name: str | torch.dtype, value: float) -> None:
+    dense = weights(40, 64)
+    linear = NativeLinear(FORMATS[name].quantize(dense) if isinstance(name, str) else dense.to(name), None)
+    x = torch.randn(3, 64)
+    before = linear(x)
+    x[1, 5] = value
+    after = linear(x)
+    assert not torch.isfinite(after[1]).all()
+    assert torch.equal(before[::2], after[::2])
+
+
+@pytest.mark.parametrize(
+    "x",
+    [
+        torch.ones(64),
+        torch.ones(2, 65),
+        torch.ones(2, 64, dtype=torch.int32),
+        torch.ones(2, 64, device="meta"),
+    ],
+    ids=["one axis", "too wide", "whole numbers", "elsewhere"],
+)
+def test_wrong_inputs_are_refused(x: Tensor) -> None:
+    linear = NativeLinear(weights(16, 64), None)
+    with pytest.raises(InvalidArgument, match=r"expected \(tokens, 64\)"):
+        linear(x)
+
+
+def test_wrong_weights_are_refused() -> None:
+    assert LIBRARY is not None
+    made = Int8Weight.quantize(weights(16, 64))
+    for wrong in (
+        Int8Weight(made.codes.short(), made.scales, made.fine_columns, made.fine_codes),
+        Int8Weight(made.codes, made.scales[1:], made.fine_columns, made.fine_codes),
+        Int8Weight(made.codes, made.scales, made.fine_columns + 60, made.fine_codes),
+        weights(16, 64).double(),
+        weights(16, 64).to("meta"),
+        weights(16, 64)[0],
+    ):
+        with pytest.raises(InvalidArgument):
+            pack(LIBRARY, wrong)
+    with pytest.raises(InvalidArgument, match="bias"):
+        pack(LIBRARY, made).struct(torch.ones(15))
