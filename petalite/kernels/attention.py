@@ -108,18 +108,39 @@ def attend(queries: Tensor, keys: Tensor, values: Tensor, masks: CausalMasks, wi
         mask = masks.view(1, keys.shape[2], None)
         output = scaled_dot_product_attention(folded, keys, values, attn_mask=mask)
         return output.view(1, n_heads * head_dim)
-    grouped = queries.view(n_tokens, n_kv_heads, -1, head_dim).transpose(0, 1)  # (K, T, G, D)
+    grouped = queries.view(1, n_tokens, n_kv_heads, -1, head_dim).transpose(1, 2)
+    return _in_blocks(grouped, keys, values, masks, window)
+
+
+def attend_rows(heads: Tensor, n_rows: int, n_heads: int, masks: CausalMasks, window: int | None) -> Tensor:
+    """Heads (B · T, H + 2K, D) of B rows of equal length that see only themselves → (B · T, H · D)."""
+    rows = heads.view(n_rows, -1, *heads.shape[1:])
+    n_kv_heads = (heads.shape[1] - n_heads) // 2
+    queries, keys, values = rows.split([n_heads, n_kv_heads, n_kv_heads], dim=2)  # type: ignore[no-untyped-call]
+    grouped = queries.unflatten(2, (n_kv_heads, -1)).transpose(1, 2)
+    return _in_blocks(grouped, keys.transpose(1, 2), values.transpose(1, 2), masks, window)
+
+
+def _in_blocks(
+    grouped: Tensor, keys: Tensor, values: Tensor, masks: CausalMasks, window: int | None
+) -> Tensor:
+    """Queries (B, K, T, G, D), keys and values (B, K, S, D) → (B · T, K · G · D)."""
+    n_rows, n_kv_heads, n_tokens, _, _ = grouped.shape
+    n_keys = keys.shape[2]
     outputs = []
     for start in range(0, n_tokens, masks.block_tokens):
-        block = grouped[:, start : start + masks.block_tokens]
-        length = block.shape[1]
+        block = grouped[:, :, start : start + masks.block_tokens]
+        length = block.shape[2]
         last = n_keys - n_tokens + start + length
         first = 0 if window is None else max(0, last - length - window + 1)
         output = scaled_dot_product_attention(
-            block.flatten(1, 2).unsqueeze(0),
+            block.flatten(2, 3),
             keys[:, :, first:last],
             values[:, :, first:last],
             attn_mask=masks.view(length, last - first, window),
         )
-        outputs.append(output.view(n_kv_heads, length, -1, head_dim).transpose(0, 1).flatten(1))
-    return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+        outputs.append(
+            output.view(n_rows, n_kv_heads, length, -1, output.shape[3]).transpose(1, 2).flatten(2)
+        )
+    joined = outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)
+    return joined.flatten(0, 1)

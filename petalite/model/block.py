@@ -7,10 +7,11 @@ in memory. Knows tensors and names of parts; knows no file.
 
 from __future__ import annotations
 
+import copy
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
-from typing import Protocol
+from typing import Protocol, Self
 
 import torch
 from torch import Tensor
@@ -39,10 +40,23 @@ class AttentionStep(Protocol):
 class Block(ABC):
     """Block `index` of a model. `vectors` and `linears` are named as its static methods say."""
 
+    index: int
+    linears: Mapping[str, Linear]
+
     @abstractmethod
     def __init__(
         self, config: ModelConfig, index: int, vectors: Mapping[str, Tensor], linears: Mapping[str, Linear]
     ) -> None: ...
+
+    def with_linears(self, linears: Mapping[str, Linear]) -> Self:
+        """The same block, with some of its linears replaced; everything else is shared."""
+        other = copy.copy(self)
+        other._take({**self.linears, **linears})
+        return other
+
+    @abstractmethod
+    def _take(self, linears: Mapping[str, Linear]) -> None:
+        """Compute with these."""
 
     @abstractmethod
     def __call__(self, hidden: Tensor, step: AttentionStep) -> Tensor:

@@ -27,7 +27,11 @@ class BloomBlock(Block):
         self._n_heads, self._head_dim = config.attention.n_heads, config.attention.head_dim
         self._eps = config.norm_eps
         self._residual_after_norm = config.residual_after_norm
-        self._vectors, self._linears = vectors, linears
+        self._vectors = vectors
+        self._take(linears)
+
+    def _take(self, linears: Mapping[str, Linear]) -> None:
+        self.linears = linears
         self._qkv, self._output = linears["qkv"], linears["output"]
         self._up, self._down = linears["up"], linears["down"]
 
@@ -49,7 +53,7 @@ class BloomBlock(Block):
     @property
     def nbytes(self) -> int:
         tensors = sum(vector.nbytes for vector in self._vectors.values())
-        return tensors + sum(linear.nbytes for linear in self._linears.values())
+        return tensors + sum(linear.nbytes for linear in self.linears.values())
 
     # -- its parts ---------------------------------------------------------------------------------
 

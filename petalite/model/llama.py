@@ -38,7 +38,10 @@ class LlamaBlock(Block):
         self._attention_norm = RmsNorm(vectors["attention_norm.weight"], config.norm_eps)
         self._mlp_norm = RmsNorm(vectors["mlp_norm.weight"], config.norm_eps)
         self._head_norm = self._fused_head_norm(vectors) if attention.qk_norm else None
-        self._linears = linears
+        self._take(linears)
+
+    def _take(self, linears: Mapping[str, Linear]) -> None:
+        self.linears = linears
         self._qkv, self._output = linears["qkv"], linears["output"]
         self._take_mlp(linears)
 
@@ -64,7 +67,7 @@ class LlamaBlock(Block):
     @property
     def nbytes(self) -> int:
         norms = self._attention_norm.nbytes + self._mlp_norm.nbytes
-        return norms + sum(linear.nbytes for linear in self._linears.values())
+        return norms + sum(linear.nbytes for linear in self.linears.values())
 
     def _fused_head_norm(self, vectors: Mapping[str, Tensor]) -> Tensor:
         """(H + K, D): the weights of both head norms, in the order of the rows they scale."""

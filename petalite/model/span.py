@@ -6,15 +6,16 @@ and can be differentiated. `load_span` makes one from a checkpoint. Knows no ses
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from petalite.errors import BadTensor, WrongSpan
-from petalite.kernels.attention import CausalMasks, alibi_slopes, attend
+from petalite.kernels.attention import CausalMasks, alibi_slopes, attend_rows
 from petalite.kernels.quantized import NONE
 from petalite.kernels.rope import RotationTable
 from petalite.model.block import Block
@@ -22,6 +23,7 @@ from petalite.model.cache import CacheShape, KVCache, Segment
 from petalite.model.checkpoint import Checkpoint
 from petalite.model.config import ModelConfig
 from petalite.model.loading import COMPUTE_DTYPES, Progress, load_blocks
+from petalite.model.lora import Adapter, Pair, stack, with_lora
 
 __all__ = ("COMPUTE_DTYPES", "BlockSpan", "Progress", "load_span")
 
@@ -84,9 +86,11 @@ class BlockSpan:
         *,
         start: int | None = None,
         end: int | None = None,
+        adapted: Sequence[Block] | None = None,
     ) -> Tensor:
         """One packed step: hidden states (T, E) of the segments, one after the other → (T, E).
 
+        `adapted` are blocks to compute with instead, as `adapted_blocks` makes them of a LoRA.
         The rows must have been opened over the same blocks [start, end). Raises what `KVCache.step` raises,
         and BadTensor; the lengths of the rows then stay as they were.
         """
@@ -98,29 +102,68 @@ class BlockSpan:
             hidden = hidden.to(self.device, self.dtype)
             if n_tokens < fewest:
                 hidden = torch.cat((hidden, hidden.new_zeros(fewest - n_tokens, hidden.shape[1])))
-            for block in self._blocks[first - self.start : last - self.start]:
+            for block in (adapted or self._blocks)[first - self.start : last - self.start]:
                 hidden = block(hidden, step)
             return hidden[:n_tokens]
 
+    def adapted_blocks(self, adapter: Adapter) -> list[Block]:
+        """All blocks with a LoRA added to their linears, to compute with and not to train."""
+        changed = []
+        for block in self._blocks:
+            pairs = self.factors(block.index, adapter)
+            cast = {name: (a.to(self.dtype), b.to(self.dtype)) for name, (a, b) in pairs.items()}
+            changed.append(with_lora(block, cast))
+        return changed
+
+    def factors(self, block: int, adapter: Adapter) -> dict[str, Pair]:
+        """Of each linear of a block that the adapter changes: A and scale · B, as `lora.stack` has them."""
+        kind = type(self._blocks[block - self.start])
+        return stack(kind, self.config, block, adapter, self.device)
+
     def forward_stateless(
-        self, hidden: Tensor, *, start: int | None = None, end: int | None = None
+        self,
+        hidden: Tensor,
+        *,
+        start: int | None = None,
+        end: int | None = None,
+        prompts: Tensor | None = None,
+        adapter: Adapter | None = None,
     ) -> Tensor:
-        """Whole sequences without a cache: (B, T, E) → (B, T, E), each row causal; differentiable in
-        `hidden`.
+        """Whole sequences without a cache: (B, T, E) → (B, T, E), each row causal.
+
+        Deep prompts (blocks, P, E) are added to the first P tokens of what enters each block (P-tuning v2,
+        arXiv 2110.07602). Differentiable in `hidden`, `prompts` and the adapter's tensors. Raises BadTensor,
+        WrongSpan.
         """
         first, last = self._range(start, end)
-        if hidden.ndim != 3:
-            raise BadTensor(
-                f"hidden states of shape {tuple(hidden.shape)}; expected (rows, tokens, hidden size)"
-            )
+        self.check_sequences(hidden, prompts, last - first)
+        hidden = hidden.to(self.device, self.dtype)
+        for index in range(first, last):
+            prompt = None if prompts is None else prompts[index - first]
+            factors = {} if adapter is None else self.factors(index, adapter)
+            hidden = self.block_stateless(index, hidden, prompt, factors)
+        return hidden
+
+    def block_stateless(
+        self, index: int, hidden: Tensor, prompt: Tensor | None = None, factors: Mapping[str, Pair] = {}
+    ) -> Tensor:
+        """One block of `forward_stateless`: hidden (B, T, E) in the span's dtype, prompt (P, E)."""
         n_rows, n_tokens, _ = hidden.shape
-        self._check(hidden, (n_rows, n_tokens, self.config.hidden_size))
+        if prompt is not None:
+            hidden = hidden + pad(prompt.to(self.device, self.dtype), (0, 0, 0, n_tokens - len(prompt)))
+        block = with_lora(self._blocks[index - self.start], factors)
         rotation = self._rotations.rows(0, n_tokens).repeat(n_rows, 1, 1)
         step = _UncachedStep(n_rows, rotation, self._masks)
-        packed = hidden.to(self.device, self.dtype).reshape(n_rows * n_tokens, -1)
-        for block in self._blocks[first - self.start : last - self.start]:
-            packed = block(packed, step)
-        return packed.view(n_rows, n_tokens, -1)
+        return block(hidden.reshape(n_rows * n_tokens, -1), step).view(hidden.shape)
+
+    def check_sequences(self, hidden: Tensor, prompts: Tensor | None, n_blocks: int) -> None:
+        """Raises BadTensor unless hidden is (B, T, E) and prompts are (n_blocks, P, E), P at most T."""
+        n_rows, n_tokens = hidden.shape[:2] if hidden.ndim == 3 else (0, 0)
+        self._check(hidden, (n_rows, n_tokens, self.config.hidden_size))
+        if prompts is not None:
+            n_prompts = prompts.shape[1] if prompts.ndim == 3 else 0
+            shape = (n_blocks, min(n_prompts, n_tokens), self.config.hidden_size)
+            self._check(prompts, shape, "deep prompts")
 
     def _range(self, start: int | None, end: int | None) -> tuple[int, int]:
         first = self.start if start is None else start
@@ -130,11 +173,9 @@ class BlockSpan:
         return first, last
 
     @staticmethod
-    def _check(hidden: Tensor, shape: tuple[int, ...]) -> None:
-        if tuple(hidden.shape) != shape or 0 in shape or not hidden.is_floating_point():
-            raise BadTensor(
-                f"hidden states of shape {tuple(hidden.shape)} in {hidden.dtype}; expected {shape}"
-            )
+    def _check(tensor: Tensor, shape: tuple[int, ...], what: str = "hidden states") -> None:
+        if tuple(tensor.shape) != shape or 0 in shape or not tensor.is_floating_point():
+            raise BadTensor(f"{what} of shape {tuple(tensor.shape)} in {tensor.dtype}; expected {shape}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,11 +187,7 @@ class _UncachedStep:
     masks: CausalMasks
 
     def attend(self, block: int, heads: Tensor, n_heads: int, window: int | None) -> Tensor:
-        outputs = []
-        for row in heads.chunk(self.n_rows):
-            keys, values = row[:, n_heads:].transpose(0, 1).unsqueeze(0).chunk(2, dim=1)
-            outputs.append(attend(row[:, :n_heads], keys, values, self.masks, window))
-        return torch.cat(outputs)
+        return attend_rows(heads, self.n_rows, n_heads, self.masks, window)
 
 
 def load_span(

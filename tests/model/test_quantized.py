@@ -52,7 +52,7 @@ def test_int8_linears_see_no_difference_between_alone_and_batched(smollm2: Path)
     span = load_span(Checkpoint.open(smollm2), 6, 8, quant="int8")
     hidden = torch.randn(40, 576, generator=torch.Generator().manual_seed(6)) * 8
     for block in span._blocks:
-        for made in block._linears.values():
+        for made in block.linears.values():
             x = hidden[:, : made._n_in] if made._n_in <= 576 else hidden.repeat(1, 3)[:, : made._n_in]
             assert torch.equal(made(x)[7:8], made(x[7:8]))
 
@@ -89,7 +89,7 @@ def test_int8_loses_less_than_bitsandbytes_on_real_inputs(smollm2: Path) -> None
     ids = load_tokenizer(checkpoint).encode((Path(__file__).parents[2] / "LICENSE").read_text())
     span = load_span(checkpoint, 0, 13)
     seen: dict[str, torch.Tensor] = {}
-    for name, made in span._blocks[12]._linears.items():
+    for name, made in span._blocks[12].linears.items():
 
         def product(x: torch.Tensor, name: str = name, plain=made.product) -> torch.Tensor:
             seen[name] = x.clone()
@@ -98,7 +98,7 @@ def test_int8_loses_less_than_bitsandbytes_on_real_inputs(smollm2: Path) -> None
         made.product = product
     run(span, edges.embed(ids), (len(ids),))
     layer = bitsandbytes().nn.Linear8bitLt
-    for name, made in span._blocks[12]._linears.items():
+    for name, made in span._blocks[12].linears.items():
         weight, x = made.dense(), seen[name]
         exact = x @ weight.t()
         theirs = layer(weight.shape[1], weight.shape[0], bias=False, has_fp16_weights=False, threshold=6.0)
@@ -108,7 +108,7 @@ def test_int8_loses_less_than_bitsandbytes_on_real_inputs(smollm2: Path) -> None
         theirs = theirs.to("cpu").eval()
         with torch.inference_mode():
             reference = theirs(x.half()).float()
-        ours = load_span(checkpoint, 12, 13, quant="int8")._blocks[0]._linears[name](x)
+        ours = load_span(checkpoint, 12, 13, quant="int8")._blocks[0].linears[name](x)
         assert float((ours - exact).norm()) < float((reference - exact).norm()), name
 
 
