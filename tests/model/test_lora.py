@@ -21,9 +21,8 @@ from petalite.model.loading import block_kind
 from petalite.model.lora import Adapter, names_of, read_adapter, read_peft, write_adapter
 from petalite.model.span import load_span
 from tests.helpers.checkpoints import tiny_llama
+from tests.helpers.lora import ALPHA, MODEL, RANK, adapter_of, factors, linear_roles
 
-MODEL = "tiny@0"
-RANK, ALPHA = 3, 6.0
 FAMILIES: dict[str, dict[str, Any]] = {
     "llama": {},
     "biases": {"attention_bias": True, "mlp_bias": True},
@@ -32,11 +31,6 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "mixtral": {"model_type": "mixtral", "num_local_experts": 3, "num_experts_per_tok": 2},
     "bloom": {"model_type": "bloom"},
 }
-ALL_ROLES = {
-    "bloom": ("qkv", "output", "up", "down"),
-    "mixtral": ("query", "value", "output", "experts.1.gate", "experts.2.down"),
-}
-LLAMA_ROLES = ("query", "key", "value", "output", "gate", "up", "down")
 
 
 @pytest.fixture(scope="module", params=FAMILIES)
@@ -47,25 +41,6 @@ def checkpoint(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPath
 @pytest.fixture(scope="module")
 def llama(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
     return Checkpoint.open(tiny_llama(tmp_path_factory.mktemp("tiny")))
-
-
-def factors(checkpoint: Checkpoint, roles: tuple[str, ...], blocks: range = range(3)) -> dict[str, Any]:
-    """Random A and B of these roles, by our names."""
-    generator = torch.Generator().manual_seed(5)
-    shapes = block_kind(checkpoint).tensor_shapes(checkpoint.config)
-    tensors = {}
-    for block in blocks:
-        for role in roles:
-            n_out, n_in = shapes[f"{role}.weight"]
-            a, b = names_of(block, role)
-            tensors[a] = torch.randn(RANK, n_in, generator=generator) / n_in**0.5
-            tensors[b] = torch.randn(n_out, RANK, generator=generator) * 0.2
-    return tensors
-
-
-def adapter_of(checkpoint: Checkpoint, tensors: dict[str, torch.Tensor]) -> Adapter:
-    blob = write_adapter(tensors, model=MODEL, alpha=ALPHA)
-    return read_adapter(blob, MODEL, checkpoint.config, block_kind(checkpoint))
 
 
 def merged(checkpoint: Checkpoint, tensors: dict[str, torch.Tensor], folder: Path) -> Checkpoint:
@@ -84,12 +59,8 @@ def merged(checkpoint: Checkpoint, tensors: dict[str, torch.Tensor], folder: Pat
     return Checkpoint.open(folder)
 
 
-def roles_of(checkpoint: Checkpoint) -> tuple[str, ...]:
-    return ALL_ROLES.get(checkpoint.config.family, LLAMA_ROLES)
-
-
 def test_an_adapter_computes_what_merged_weights_do(checkpoint: Checkpoint, tmp_path: Path) -> None:
-    tensors = factors(checkpoint, roles_of(checkpoint))
+    tensors = factors(checkpoint, linear_roles(checkpoint))
     expected = load_span(merged(checkpoint, tensors, tmp_path / "merged"), 0, 3)
     span, adapter = load_span(checkpoint, 0, 3), adapter_of(checkpoint, tensors)
     hidden = torch.randn(2, 9, 64, generator=torch.Generator().manual_seed(1))
@@ -233,7 +204,7 @@ def open_peft(checkpoint: Checkpoint, folder: Path) -> Adapter:
 
 
 def test_a_peft_folder_is_read(checkpoint: Checkpoint, tmp_path: Path) -> None:
-    tensors = factors(checkpoint, roles_of(checkpoint))
+    tensors = factors(checkpoint, linear_roles(checkpoint))
     adapter = open_peft(checkpoint, peft_folder(checkpoint, tensors, tmp_path / "peft"))
     assert set(adapter.tensors) == set(tensors)
     assert all(torch.equal(adapter.tensors[name], tensors[name]) for name in tensors)

@@ -1,0 +1,48 @@
+"""Random LoRA for tiny checkpoints."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from petalite.model.checkpoint import Checkpoint
+from petalite.model.loading import block_kind
+from petalite.model.lora import Adapter, names_of, read_adapter, write_adapter
+
+MODEL = "tiny@0"
+RANK, ALPHA = 3, 6.0
+ROLES = {
+    "bloom": ("qkv", "output", "up", "down"),
+    "mixtral": ("query", "value", "output", "experts.1.gate", "experts.2.down"),
+}
+LLAMA_ROLES = ("query", "key", "value", "output", "gate", "up", "down")
+
+
+def linear_roles(checkpoint: Checkpoint) -> tuple[str, ...]:
+    """Some roles of its linears, of every stack some."""
+    return ROLES.get(checkpoint.config.family, LLAMA_ROLES)
+
+
+def factors(
+    checkpoint: Checkpoint, roles: Sequence[str], blocks: range = range(3), seed: int = 5
+) -> dict[str, torch.Tensor]:
+    """Random A and B of these roles, by our names."""
+    generator = torch.Generator().manual_seed(seed)
+    shapes = block_kind(checkpoint).tensor_shapes(checkpoint.config)
+    tensors = {}
+    for block in blocks:
+        for role in roles:
+            n_out, n_in = shapes[f"{role}.weight"]
+            a, b = names_of(block, role)
+            tensors[a] = torch.randn(RANK, n_in, generator=generator) / n_in**0.5
+            tensors[b] = torch.randn(n_out, RANK, generator=generator) * 0.2
+    return tensors
+
+
+def blob_of(tensors: dict[str, torch.Tensor], model: str = MODEL) -> bytes:
+    return write_adapter(tensors, model=model, alpha=ALPHA)
+
+
+def adapter_of(checkpoint: Checkpoint, tensors: dict[str, torch.Tensor]) -> Adapter:
+    return read_adapter(blob_of(tensors), MODEL, checkpoint.config, block_kind(checkpoint))
