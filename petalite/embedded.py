@@ -34,10 +34,10 @@ class EmbeddedServers:
 
     pushing = False
 
-    async def plan(self, span: Span, *, fresh: bool, timeout_s: float) -> list[Hop]:
+    async def plan(self, span: Span, *, fresh: bool, timeout_s: float, replayed_tokens: int = 0) -> list[Hop]:
         return [Hop(HERE, span)]
 
-    async def is_much_better_than(self, chain: Sequence[Hop]) -> bool:
+    async def is_much_better_than(self, chain: Sequence[Hop], history_tokens: int) -> bool:
         return False
 
     async def open(self, hop: Hop, opening: Opening, listener: Listener) -> EmbeddedHop:

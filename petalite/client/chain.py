@@ -145,7 +145,10 @@ class Chain:
         await asyncio.gather(*(self._report(stage) for stage in lost))
         fresh = bool(lost) or attempt > 0
         hops = await self._servers.plan(
-            gap.span, fresh=fresh, timeout_s=max(deadline_s - asyncio.get_running_loop().time(), 0.0)
+            gap.span,
+            fresh=fresh,
+            timeout_s=max(deadline_s - asyncio.get_running_loop().time(), 0.0),
+            replayed_tokens=self.n_tokens,
         )
         pushed_after = after if after is not None and after.kept is None else None
         if pushed_after is not None and not self._pushes(hops[-1], pushed_after.hop):
@@ -176,7 +179,7 @@ class Chain:
             span=span,
             lost=tuple(stage.peer for stage in lost),
             replacements=tuple(stage.peer for stage in stages),
-            replayed_tokens=sum(self._lengths),
+            replayed_tokens=self.n_tokens,
             seconds=time.perf_counter() - began_s,
             cause=str(lost[0].error),
         )
@@ -202,6 +205,11 @@ class Chain:
     def _pushes(self, source: Hop, target: Hop) -> bool:
         """Whether one hop may be asked to push to another."""
         return self._servers.pushing and (source.peer, target.peer) not in self._answers.bad_edges
+
+    @property
+    def n_tokens(self) -> int:
+        """Of all rows: what a replay carries."""
+        return sum(self._lengths)
 
     @property
     def _lengths(self) -> tuple[int, ...]:

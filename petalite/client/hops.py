@@ -81,12 +81,13 @@ class Servers(Protocol):
         """Whether hops push to each other (the ring), or every edge passes the client (the star)."""
         ...
 
-    async def plan(self, span: Span, *, fresh: bool, timeout_s: float) -> list[Hop]:
-        """A chain over `span`. Raises MissingBlocks if none exists until the time is up."""
+    async def plan(self, span: Span, *, fresh: bool, timeout_s: float, replayed_tokens: int = 0) -> list[Hop]:
+        """A chain over `span`, to begin with a replay of so many tokens. Raises MissingBlocks if none exists
+        until the time is up."""
         ...
 
-    async def is_much_better_than(self, chain: Sequence[Hop]) -> bool:
-        """Whether to change to another chain, at the price of a replay."""
+    async def is_much_better_than(self, chain: Sequence[Hop], history_tokens: int) -> bool:
+        """Whether to change to another chain, at the price of a replay of so many tokens."""
         ...
 
     async def open(self, hop: Hop, opening: Opening, listener: Listener) -> OpenHop: ...

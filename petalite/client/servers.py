@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import asyncio
-import random
 from collections.abc import Sequence
 
 from petalite.client.hops import Answer, Listener, Opening
-from petalite.client.settings import RING, THROUGHPUT, Routing
+from petalite.client.outlook import Outlook
+from petalite.client.settings import RING, Routing
 from petalite.errors import (
     BadMessage,
     ConnectionLost,
-    IdleClosed,
     MissingBlocks,
     PetaliteError,
-    ShuttingDown,
 )
 from petalite.net.host import Host
 from petalite.net.identity import PeerId
@@ -22,9 +20,9 @@ from petalite.net.messages import Message
 from petalite.net.rpc import Call
 from petalite.net.schema import decode, encode
 from petalite.net.streams import Priority
-from petalite.swarm.bans import PENALTY_S, Bans
+from petalite.swarm.bans import Bans
 from petalite.swarm.codecs import Codec, codec_named
-from petalite.swarm.directory import Directory, ServerEntry
+from petalite.swarm.directory import Directory
 from petalite.swarm.messages import (
     DECODE_TOKENS,
     FROM_SERVER,
@@ -41,26 +39,12 @@ from petalite.swarm.messages import (
     read,
     write,
 )
-from petalite.swarm.routing import (
-    Candidate,
-    Hop,
-    LinkCost,
-    chain_cost,
-    find_chain,
-    ring_link,
-    sample_chain,
-    star_link,
-)
+from petalite.swarm.routing import Hop
 from petalite.swarm.spans import Span
 
 FRESH_S = 10.0  # a directory read so recently serves a new session
 KNOWN_S = 120.0  # one read so recently serves to replace a server; whoever left since is found out
 LOOK_S = 5.0  # for a look at whether there is a better chain
-QUEUE_MOST_S = 10.0  # of what a server says that waits there: it is up to 30 s old, and a liar's may be any
-MUCH_BETTER = 0.6  # of the present chain's time: what a change has to bring to be worth a replay
-UNKNOWN_RTT_S = 0.1  # of a server never connected to
-HOP_S = 0.001  # what software costs per hop, beside the link
-LEAVING_S = 15.0  # what a server said it leaves is avoided for so long, as records may still tell of it
 POLL_S = 0.5  # between looks for a server of missing blocks; grows to POLL_MOST_S
 POLL_MOST_S = 5.0
 
@@ -74,18 +58,19 @@ class SwarmServers:
         directory: Directory,
         bans: Bans | None = None,
         routing: Routing = Routing(),
+        *,
+        token_bytes: int = 0,
     ) -> None:
-        self.routing = routing
+        """`token_bytes`: of one token's hidden states on the wire, to weigh links by."""
+        self.outlook = Outlook(host, directory, bans or Bans(), routing, token_bytes)
         self._host = host
         self._directory = directory
-        self._bans = bans or Bans()
-        self._leaving: dict[PeerId, tuple[Span, float]] = {}  # blocks, and until when they are avoided
 
     @property
     def pushing(self) -> bool:
-        return self.routing.route == RING
+        return self.outlook.routing.route == RING
 
-    async def plan(self, span: Span, *, fresh: bool, timeout_s: float) -> list[Hop]:
+    async def plan(self, span: Span, *, fresh: bool, timeout_s: float, replayed_tokens: int = 0) -> list[Hop]:
         """A chain over `span`; waits for missing blocks until the time is up.
 
         `fresh` asks for another chain than the last: from what is known, if that has servers that did not
@@ -95,14 +80,14 @@ class SwarmServers:
         pause_s = POLL_S
         if fresh and self._directory.age_s <= KNOWN_S:
             try:
-                return self._chain(span, banned=False)
+                return self.outlook.chain(span, replayed_tokens, banned=False)
             except MissingBlocks:
                 pass  # nobody is left whom we know
         if fresh or self._directory.age_s > FRESH_S:
             await self._directory.refresh(timeout_s=max(timeout_s, 1.0))
         while True:
             try:
-                return self._chain(span)
+                return self.outlook.chain(span, replayed_tokens)
             except MissingBlocks:
                 left_s = deadline_s - asyncio.get_running_loop().time()
                 if left_s <= 0:
@@ -134,68 +119,16 @@ class SwarmServers:
             raise
 
     def failed(self, peer: PeerId, error: Exception) -> None:
-        now_s = asyncio.get_running_loop().time()
-        if isinstance(error, ShuttingDown):
-            # No failure: it may be back, or has moved, and other blocks of it are as good as anybody's.
-            for entry in self._directory.servers:
-                if entry.peer == peer:
-                    self._leaving[peer] = entry.record.span, now_s + LEAVING_S
-        elif not isinstance(error, IdleClosed):
-            # A server that is full did nothing wrong, but asking it again at once is no use either.
-            self._bans.failed(peer, now_s)
+        self.outlook.failed(peer, error)
 
     def succeeded(self, peer: PeerId) -> None:
-        self._bans.succeeded(peer)
+        self.outlook.succeeded(peer)
 
-    async def is_much_better_than(self, chain: Sequence[Hop]) -> bool:
-        """Whether a chain over the same blocks would take a fraction of the time, as far as is known."""
-        span = Span(chain[0].span.start, chain[-1].span.end)
+    async def is_much_better_than(self, chain: Sequence[Hop], history_tokens: int) -> bool:
+        """Whether to change to another chain, at the price of a replay, as far as is known."""
         if self._directory.age_s > FRESH_S:
             await self._directory.refresh(timeout_s=LOOK_S)
-        candidates = self._candidates()
-        now_s = chain_cost(candidates, chain, self._link)
-        best_s = chain_cost(candidates, find_chain(candidates, span, self._link), self._link)
-        return best_s < MUCH_BETTER * now_s
-
-    def _chain(self, span: Span, *, banned: bool = True) -> list[Hop]:
-        """Without servers that failed lately, if not `banned`."""
-        candidates = [one for one in self._candidates() if banned or not one.penalty_s]
-        if self.routing.aim == THROUGHPUT:
-            return sample_chain(candidates, span, random)
-        random.shuffle(candidates)  # equal clients spread over equal servers
-        return find_chain(candidates, span, self._link)
-
-    @property
-    def _link(self) -> LinkCost:
-        if not self.pushing:
-            return star_link(self._one_way_s, HOP_S)
-        said_s = {
-            (one.peer, link.peer): link.rtt_ms / 2e3
-            for one in self._directory.servers
-            for link in one.record.links
-        }
-        return ring_link(self._one_way_s, HOP_S, lambda source, target: said_s.get((source, target)))
-
-    def _candidates(self) -> list[Candidate]:
-        return [
-            self._candidate(one)
-            for one in self._directory.servers
-            if one.record.serving and self.routing.permits(one.peer)
-        ]
-
-    def _candidate(self, entry: ServerEntry) -> Candidate:
-        self._host.book.add(entry.peer, entry.addresses)
-        now_s, record = asyncio.get_running_loop().time(), entry.record
-        left, until_s = self._leaving.get(entry.peer, (None, 0.0))
-        is_left = left == record.span and now_s < until_s
-        penalty_s = self._bans.penalty_s(entry.peer, now_s) + (PENALTY_S if is_left else 0.0)
-        queue_s = record.waiting_tokens / record.tokens_per_s if record.tokens_per_s else 0.0
-        return Candidate(
-            entry.peer, record.span, record.block_ms / 1e3, penalty_s, min(queue_s, QUEUE_MOST_S)
-        )
-
-    def _one_way_s(self, peer: PeerId) -> float:
-        return (self._host.rtt_s(peer) or UNKNOWN_RTT_S) / 2
+        return self.outlook.is_much_better_than(chain, history_tokens)
 
 
 class RemoteHop:

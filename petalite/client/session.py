@@ -139,7 +139,7 @@ class Session:
         if not self._is_open or self._chain.gap is not None:
             return False
         try:
-            if not await self._servers.is_much_better_than(self.chain):
+            if not await self._servers.is_much_better_than(self.chain, self._chain.n_tokens):
                 return False
         except (NetworkError, RemoteError):
             return False  # whoever cannot look around goes on with what it has

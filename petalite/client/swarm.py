@@ -11,10 +11,11 @@ from petalite.client.settings import Routing, SessionSettings
 from petalite.errors import InvalidArgument
 from petalite.model.checkpoint import Checkpoint
 from petalite.model.compute import ComputeThread
-from petalite.model.dtypes import AUTO
+from petalite.model.dtypes import AUTO, compute_dtype
 from petalite.net.identity import Identity
 from petalite.net.multiaddr import Multiaddr
 from petalite.swarm.bans import Bans
+from petalite.swarm.codecs import codec_named, raw_codec
 from petalite.swarm.directory import Directory
 from petalite.swarm.peer import PeerSettings, SwarmPeer
 from petalite.swarm.spans import Span
@@ -71,7 +72,11 @@ class Swarm:
         async def servers(checkpoint: Checkpoint, thread: ComputeThread) -> SwarmServers:
             span = Span(0, checkpoint.config.n_blocks)
             directory = Directory(self._peer.dht, checkpoint.model_id(name), span)
-            return SwarmServers(self._peer.host, directory, self._bans, routing)
+            codec = (
+                codec_named(settings.wire) if settings.wire else raw_codec(compute_dtype(checkpoint, AUTO))
+            )
+            token_bytes = codec.nbytes(1, checkpoint.config.hidden_size)
+            return SwarmServers(self._peer.host, directory, self._bans, routing, token_bytes=token_bytes)
 
         model = await open_model(path_or_repo, servers, dtype=dtype, settings=settings)
         self._models.push_async_callback(model.close)

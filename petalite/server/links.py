@@ -62,19 +62,23 @@ class Links:
         near = neighbours(span, self._host.peer_id, servers)
         for entry in near:
             self._host.book.add(entry.peer, entry.addresses)
-        rates = []
+        rates: dict[PeerId, float] = {}
         for index, entry in enumerate(near):
             try:
                 if index < MOST_MEASURED:
-                    rates.append(await self._rate(entry.peer))
+                    rates[entry.peer] = await self._rate(entry.peer)
                 elif not self._host.is_connected(entry.peer):
                     await self._host.connect(entry.peer, timeout_s=CALL_S)
             except (NetworkError, RemoteError) as error:
                 logger.debug("no link to %s was measured: %s", entry.peer.short(), error)
         if rates:
-            self.bytes_per_s = statistics.median(rates)
+            self.bytes_per_s = statistics.median(rates.values())
         known = [(entry.peer, self._host.rtt_s(entry.peer)) for entry in near]
-        self.to = tuple(LinkTo(peer, min(rtt_s * 1e3, 1e5)) for peer, rtt_s in known if rtt_s is not None)
+        self.to = tuple(
+            LinkTo(peer, min(rtt_s * 1e3, 1e5), rates.get(peer, 0.0))
+            for peer, rtt_s in known
+            if rtt_s is not None
+        )
 
     async def _rate(self, peer: PeerId) -> float:
         """Bytes per second each way, the round trip that it takes to ask left out."""

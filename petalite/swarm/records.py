@@ -40,6 +40,7 @@ class LinkTo:
 
     peer: PeerId
     rtt_ms: Annotated[float, Bounds(0, 1e5)]
+    bytes_per_s: Annotated[float, Bounds(0, 1e13)] = 0.0  # each way; 0: not measured
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,7 +3,8 @@
 A pure function of what is known; it reads no clock and no DHT. Nodes of the search are (server, block
 reached), so a chain may leave a server before its span ends. The cost of a link is a function of the two
 ends, so that one search serves the star, where each edge passes the client, and the ring, where servers talk
-to each other.
+to each other. What a chain costs depends on the load: a decode step is all latency, a prefill and a replay
+are bytes and arithmetic.
 """
 
 from __future__ import annotations
@@ -18,6 +19,27 @@ from petalite.errors import MissingBlocks
 from petalite.net.identity import PeerId
 from petalite.swarm.spans import Span, describe, uncovered
 
+RELAY_S = 0.05  # one way through a third peer, where nobody has measured it
+RELAY_BYTES_PER_S = 1e6  # that a relay passes on
+
+
+@dataclass(frozen=True, slots=True)
+class Load:
+    """What is to go through a chain. The default is one decode step, of bytes that do not count."""
+
+    steps: int = 1  # of one token each, one after the other
+    tokens: int = 0  # of a prefill or a replay, on their way together
+    token_bytes: int = 0  # of one token's hidden states on the wire
+
+    def link_s(self, one_way_s: float, bytes_per_s: float) -> float:
+        """Over one link, seconds."""
+        nbytes = (self.steps + self.tokens) * self.token_bytes
+        return (self.steps + (self.tokens > 0)) * one_way_s + nbytes / bytes_per_s
+
+    def block_s(self, decode_s: float, prefill_s: float) -> float:
+        """Through one block, which takes so long for one token alone, and for one of many; seconds."""
+        return self.steps * decode_s + self.tokens * prefill_s
+
 
 @dataclass(frozen=True, slots=True)
 class Candidate:
@@ -25,7 +47,7 @@ class Candidate:
 
     peer: PeerId
     span: Span
-    block_s: float  # one token through one block, seconds
+    block_s: float  # the load through one block, seconds
     penalty_s: float = 0.0  # added once when the chain enters it, for past failures
     queue_s: float = 0.0  # likewise: what waits there has to be computed first
 
@@ -47,7 +69,7 @@ LinkCost = Callable[[PeerId | None, PeerId | None], float]
 
 
 def find_chain(candidates: Sequence[Candidate], span: Span, link_s: LinkCost) -> list[Hop]:
-    """The chain over `span` with the least sum of links, penalties and compute for one token.
+    """The chain over `span` with the least sum of links, penalties and compute.
 
     Dijkstra over (candidate, block reached). Ties go to the chain found first in the order of `candidates`,
     so a caller that spreads equal clients shuffles them. Raises MissingBlocks, naming every block nobody
@@ -114,7 +136,7 @@ def _chain(
 
 
 def chain_cost(candidates: Sequence[Candidate], chain: Sequence[Hop], link_s: LinkCost) -> float:
-    """Seconds of one token through a chain, as `find_chain` counts them; infinite where a hop is unknown."""
+    """Seconds of the load through a chain, as `find_chain` counts them; infinite where a hop is unknown."""
     known = {candidate.peer: candidate for candidate in candidates}
     total_s = link_s(chain[-1].peer, None)
     for before, hop in zip([None, *chain], chain, strict=False):
@@ -147,39 +169,74 @@ def sample_chain(candidates: Sequence[Candidate], span: Span, chance: Random | M
     return hops
 
 
-def star_link(to_client_s: Callable[[PeerId], float], per_hop_s: float) -> LinkCost:
-    """The star's link costs: every edge goes through the client, so a switch costs both half round trips.
+@dataclass(frozen=True, slots=True)
+class End:
+    """A server as an end of links. Of the client nothing is known: a link of its own is the server's."""
 
-    `to_client_s(peer)` is the one-way latency between client and peer, `per_hop_s` what software costs per
-    hop.
+    one_way_s: float  # between it and the client
+    bytes_per_s: float = float("inf")  # of its links, where nothing is known of the one in question
+    relayed: bool = False  # nobody reaches it but through a third peer
+    measured: bool = True  # the latency is; a relay on the way is in it
+
+
+@dataclass(frozen=True, slots=True)
+class Said:
+    """What a server says of its link to another."""
+
+    one_way_s: float
+    bytes_per_s: float | None = None  # None: not measured
+
+
+def star_link(end: Callable[[PeerId], End], load: Load, per_hop_s: float) -> LinkCost:
+    """The star's link costs: every edge goes through the client, so a switch costs both halves.
+
+    `per_hop_s` is what software costs per hop and step.
     """
 
     def link_s(source: PeerId | None, target: PeerId | None) -> float:
-        back = 0.0 if source is None else to_client_s(source)
-        out = 0.0 if target is None else to_client_s(target) + per_hop_s
-        return back + out
+        ways_s = [load.link_s(*_to_client(end(peer))) for peer in (source, target) if peer is not None]
+        return sum(ways_s) + (load.steps * per_hop_s if target is not None else 0.0)
 
     return link_s
 
 
 def ring_link(
-    to_client_s: Callable[[PeerId], float],
+    end: Callable[[PeerId], End],
+    load: Load,
     per_hop_s: float,
-    between_s: Callable[[PeerId, PeerId], float | None] = lambda source, target: None,
+    between: Callable[[PeerId, PeerId], Said | None] = lambda source, target: None,
 ) -> LinkCost:
     """The ring's link costs: servers push to each other, and the last answers the client.
 
-    What lies between two servers the client cannot see; `between_s` is what they say of it themselves, one
-    way. Where they say nothing: by the triangle inequality it is between the difference and the sum of
-    their distances to the client, and the larger of these distances is taken. Nor is what they say believed
-    beyond that.
+    What lies between two servers the client cannot see; `between` is what they say of it themselves. Where
+    they say nothing: by the triangle inequality the latency is between the difference and the sum of their
+    distances to the client, and the larger of these distances is taken, and a relay's for each that is
+    behind one. Nor is what they say of latency believed beyond that.
     """
 
     def link_s(source: PeerId | None, target: PeerId | None) -> float:
-        ends = [to_client_s(peer) for peer in (source, target) if peer is not None]
-        away_s = max(ends, default=0.0)
-        if source is not None and target is not None and (said_s := between_s(source, target)) is not None:
-            away_s = min(max(said_s, abs(ends[0] - ends[1])), sum(ends))
-        return away_s + (per_hop_s if target is not None else 0.0)
+        ends = [end(peer) for peer in (source, target) if peer is not None]
+        if source is None or target is None:
+            way = _to_client(*ends)
+        else:
+            way = _between(ends[0], ends[1], between(source, target))
+        return load.link_s(*way) + (load.steps * per_hop_s if target is not None else 0.0)
 
     return link_s
+
+
+def _to_client(end: End) -> tuple[float, float]:
+    """One way, seconds, and bytes per second."""
+    if not end.relayed:
+        return end.one_way_s, end.bytes_per_s
+    detour_s = 0.0 if end.measured else RELAY_S
+    return end.one_way_s + detour_s, min(end.bytes_per_s, RELAY_BYTES_PER_S)
+
+
+def _between(source: End, target: End, said: Said | None) -> tuple[float, float]:
+    relays = source.relayed + target.relayed
+    bytes_per_s = min(source.bytes_per_s, target.bytes_per_s, *[RELAY_BYTES_PER_S] * (relays > 0))
+    if said is None:
+        return max(source.one_way_s, target.one_way_s) + relays * RELAY_S, bytes_per_s
+    nearest_s, farthest_s = abs(source.one_way_s - target.one_way_s), source.one_way_s + target.one_way_s
+    return min(max(said.one_way_s, nearest_s), farthest_s), said.bytes_per_s or bytes_per_s

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 
-from petalite.client.servers import LEAVING_S
+from petalite.client.outlook import LEAVING_S
 from petalite.errors import ConnectionLost, ShuttingDown
 from petalite.sim import loop
 from petalite.swarm.bans import BanSettings

@@ -529,11 +529,11 @@ def test_a_much_better_chain_is_changed_to_when_the_time_is_good(pushing: bool) 
 def test_servers_that_are_not_wanted_are_not_used() -> None:
     async def main() -> None:
         swarm = FakeSwarm(SPANS)
-        swarm.routing = Routing(blocked=frozenset({peer(1), peer(3)}), aim="throughput")
+        swarm.outlook.routing = Routing(blocked=frozenset({peer(1), peer(3)}), aim="throughput")
         async with session_over(swarm) as session:
             await session.step(tokens(1), [(0, 0, 1)])
             assert not {peer(1), peer(3)} & {hop.peer for hop in session.chain}
-        swarm.routing = Routing(allowed=frozenset({peer(1)}))
+        swarm.outlook.routing = Routing(allowed=frozenset({peer(1)}))
         with pytest.raises(MissingBlocks):
             async with session_over(swarm):
                 pass
