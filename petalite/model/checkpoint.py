@@ -52,22 +52,49 @@ class Files(Protocol):
         """The same, but only these bytes of it need be there."""
         ...
 
+    def here(self, name: str, start: int, end: int) -> Path | None:
+        """The file if its bytes [start, end) are here; nothing is fetched for that."""
+        ...
+
 
 class FolderFiles:
-    """A checkpoint in a folder of this machine."""
+    """A checkpoint in a folder of this machine. A file that changes once it was looked at is refused: blocks
+    of two checkpoints would be served as one.
+    """
 
     version: str | None = None
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.name = folder.resolve().name
+        self._looks = {path.name: _look(path) for path in folder.glob("*.safetensors")}
 
     def find(self, name: str) -> Path | None:
         path = self.folder / name
-        return path if path.is_file() else None
+        if not path.is_file():
+            return None
+        look = _look(path)
+        if self._looks.setdefault(name, look) != look:
+            raise InvalidCheckpoint(
+                f"{path} has changed since it was opened; put models in folders that nobody writes to, and "
+                f"start again"
+            )
+        return path
 
     def part(self, name: str, ranges: Sequence[Range]) -> Path | None:
         return self.find(name)
+
+    def here(self, name: str, start: int, end: int) -> Path | None:
+        return self.find(name)
+
+
+def _look(path: Path) -> tuple[int, int, int]:
+    """What changes when a file does."""
+    try:
+        stat = path.stat()
+    except OSError as error:
+        raise InvalidCheckpoint(f"cannot read {path}: {error.strerror or error}") from error
+    return stat.st_ino, stat.st_size, stat.st_mtime_ns
 
 
 @dataclass(frozen=True, slots=True)
@@ -172,7 +199,7 @@ class Checkpoint:
         """Of the weights: the manifest's digest, else the hub's commit, else unknown."""
         if self.quantized is not None:
             return self.quantized.version
-        return self._manifest.digest if self._manifest else self._files.version
+        return self.manifest.digest if self.manifest else self._files.version
 
     def weights_key(self) -> list[Any]:
         """What changes when the weights do, found without reading them: the version, else every weight file's
@@ -200,6 +227,12 @@ class Checkpoint:
         """The object in a JSON file beside the weights; None if the checkpoint has none."""
         path = self.file(name)
         return None if path is None else _read_object(path)
+
+    @cached_property
+    def manifest(self) -> Manifest | None:
+        """What its tensors and files are, where somebody wrote that down."""
+        path = self.file(Manifest.FILE)
+        return None if path is None else Manifest.parse(_read_object(path), source=str(path))
 
     # -- tensors -----------------------------------------------------------------------------------
 
@@ -255,6 +288,21 @@ class Checkpoint:
             self.bytes_read += sum(header[name].nbytes for name in names)
         return found
 
+    def bring(self, prefix: str) -> None:
+        """Have the tensors whose names begin with `prefix` on this machine. Raises what `read` raises."""
+        for shard, names in self._by_shard(self.names(prefix)).items():
+            header = self._header(shard)
+            self._part(shard, [(header[name].start, header[name].end) for name in names if name in header])
+
+    def stored(self, name: str) -> tuple[Path, TensorInfo] | None:
+        """Where a tensor's bytes lie in a file; None where they are not on this machine."""
+        shard = self.shard_of.get(name)
+        info = None if shard is None else self._header(shard).get(name)
+        if shard is None or info is None:
+            return None
+        path = self._files.here(shard, info.start, info.end)
+        return None if path is None else (path, info)
+
     def _by_shard(self, names: Iterable[str]) -> dict[str, list[str]]:
         shards: dict[str, list[str]] = {}
         for name in names:
@@ -277,8 +325,8 @@ class Checkpoint:
             raise InvalidCheckpoint(
                 f"{path}: tensor {name!r} has shape {info.shape}; config.json makes it {shape}"
             )
-        if self._manifest is not None:
-            self._manifest.check(name, info.dtype, info.shape)
+        if self.manifest is not None:
+            self.manifest.check(name, info.dtype, info.shape)
 
     def _header(self, shard: str) -> dict[str, TensorInfo]:
         if shard not in self._headers:
@@ -295,11 +343,6 @@ class Checkpoint:
         if path is None:
             raise InvalidCheckpoint(f"{self.folder / shard} is missing; it was there just now")
         return path
-
-    @cached_property
-    def _manifest(self) -> Manifest | None:
-        path = self.file(Manifest.FILE)
-        return None if path is None else Manifest.parse(_read_object(path), source=str(path))
 
     def _read_config(self) -> ModelConfig:
         path = self.file("config.json")

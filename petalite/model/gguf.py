@@ -25,9 +25,11 @@ from torch import Tensor
 
 from petalite.errors import InvalidArgument, InvalidCheckpoint, PetaliteError, UnsupportedModel
 from petalite.kernels.rope import DefaultRope, Llama3Rope
+from petalite.model.checkpoint import FolderFiles
 from petalite.model.config import ModelConfig
 from petalite.model.gguf_file import GgufFile
 from petalite.model.gguf_tokenizer import build_tokenizer, token_at
+from petalite.model.hashing import file_digests
 from petalite.model.manifest import Manifest
 from petalite.model.tensorfile import DTYPES, stored_bytes, write_tensors
 
@@ -168,7 +170,8 @@ def _write_weights(file: _Source, folder: Path, model: ModelConfig, dtype: str, 
 
     shapes = {name: (DTYPES[stored], file.shape(source)) for name, source in named.items()}
     write_tensors(folder / "model.safetensors", shapes, tensors())
-    (folder / Manifest.FILE).write_text(Manifest(manifest).to_json(), encoding="utf-8")
+    others = file_digests(FolderFiles(folder).find)
+    (folder / Manifest.FILE).write_text(Manifest(manifest, others).to_json(), encoding="utf-8")
 
 
 # -- tensors ---------------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""Making a manifest: the SHA-256 of every tensor of a folder, read once from end to end."""
+"""Making a manifest: the SHA-256 of every tensor of a folder and of the files beside them, each read once."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def manifest_of(checkpoint: Checkpoint, progress: Progress | None = None) -> Man
         raise InvalidCheckpoint(
             f"{checkpoint.folder} does not hold tensor {min(missing)!r}, which its index names"
         )
-    return Manifest(tensors)
+    return Manifest(tensors, file_digests(checkpoint.file))
 
 
 def write_manifest(checkpoint: Checkpoint, progress: Progress | None = None) -> Manifest:
@@ -52,6 +52,23 @@ def write_manifest(checkpoint: Checkpoint, progress: Progress | None = None) -> 
     except OSError as error:
         raise InvalidArgument(f"cannot write to {folder}: {error.strerror or error}") from error
     return manifest
+
+
+def file_digests(find: Callable[[str], Path | None]) -> dict[str, tuple[int, str]]:
+    """Size and SHA-256 of the files beside the weights that a manifest names. Raises InvalidCheckpoint."""
+    digests = {}
+    for name in Manifest.OTHER_FILES:
+        path = find(name)
+        if path is None:
+            continue
+        try:
+            if path.stat().st_size > Manifest.MOST_FILE_BYTES:
+                raise InvalidCheckpoint(f"{path} is larger than {Manifest.MOST_FILE_BYTES >> 20} MiB")
+            data = path.read_bytes()
+        except OSError as error:
+            raise InvalidCheckpoint(f"cannot read {path}: {error.strerror or error}") from error
+        digests[name] = len(data), hashlib.sha256(data).hexdigest()
+    return digests
 
 
 def tensor_digest(path: Path, name: str, info: TensorInfo) -> str:

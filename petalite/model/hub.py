@@ -77,6 +77,13 @@ class HubFiles:
         partial.ensure(ranges, lambda start, end: self._fetch(name, start, end))
         return partial.path
 
+    def here(self, name: str, start: int, end: int) -> Path | None:
+        """The file if the cache has all of it."""
+        from huggingface_hub import try_to_load_from_cache
+
+        cached = try_to_load_from_cache(self.name, name, revision=self._revision)
+        return Path(cached) if isinstance(cached, str) else None
+
     def _locate(self, name: str) -> _Location:
         from huggingface_hub import get_hf_file_metadata, hf_hub_url
         from huggingface_hub.utils import build_hf_headers  # type: ignore[attr-defined]

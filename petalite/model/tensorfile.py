@@ -173,20 +173,31 @@ def stored_bytes(tensor: Tensor) -> memoryview:
     return memoryview(flat.numpy())  # type: ignore[arg-type]
 
 
+def write_header(tensors: Mapping[str, tuple[str, tuple[int, ...]]]) -> tuple[bytes, int]:
+    """The beginning of a file of tensors (dtype, as the format spells it, and shape) in this order, and the
+    size of the whole file. Raises InvalidCheckpoint for a dtype that the format does not have.
+    """
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    position = 0
+    for name, (dtype, shape) in tensors.items():
+        bits = math.prod(shape) * _BITS.get(dtype, 1)
+        if dtype not in _BITS or bits % 8:
+            raise InvalidCheckpoint(f"tensor {name!r} cannot be stored as {dtype}{list(shape)}")
+        end = position + bits // 8
+        header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [position, end]}
+        position = end
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # so that tensors are aligned in memory
+    return struct.pack("<Q", len(text)) + text, 8 + len(text) + position
+
+
 def write_tensors(
     path: Path, shapes: Mapping[str, tuple[torch.dtype, tuple[int, ...]]], tensors: Iterable[Tensor]
 ) -> None:
     """Write a new file with the tensors in the order of `shapes`, one in memory at a time. Raises OSError."""
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    position = 0
-    for name, (dtype, shape) in shapes.items():
-        end = position + math.prod(shape) * dtype.itemsize
-        header[name] = {"dtype": _NAMES[dtype], "shape": list(shape), "data_offsets": [position, end]}
-        position = end
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)  # so that tensors are aligned in memory
+    header, _ = write_header({name: (_NAMES[dtype], shape) for name, (dtype, shape) in shapes.items()})
     with path.open("xb") as file:
-        file.write(struct.pack("<Q", len(text)) + text)
+        file.write(header)
         for (name, expected), tensor in zip(shapes.items(), tensors, strict=True):
             assert (tensor.dtype, tuple(tensor.shape)) == expected, name
             file.write(stored_bytes(tensor))

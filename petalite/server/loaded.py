@@ -94,6 +94,14 @@ class BlockLoader:
         backend = Backend(blocks, cache_tokens=self._memory.cache_tokens, thread=self._thread)
         return LoadedBlocks(backend, speed)
 
+    def bring(self, span: Span) -> None:
+        """Have the tensors of these blocks on this machine, where they come from elsewhere. Takes as long as
+        that takes. Raises InvalidCheckpoint, or NetworkError where peers do not give them.
+        """
+        names = self._checkpoint.family.names
+        for block in span.blocks:
+            self._checkpoint.bring(self._checkpoint.outer + names.block_prefix.format(block=block))
+
     async def free(self) -> None:
         """After the last reference to some blocks went: their memory, too, where torch keeps it back."""
         await self._thread.run(_collect)

@@ -62,6 +62,10 @@ class Movable(Protocol):
         """Announce where it is about to go; None takes that back."""
         ...
 
+    async def prepare(self, span: Span) -> None:
+        """Bring to this machine what those blocks need, while it still serves its own."""
+        ...
+
     async def move(self, span: Span) -> None:
         """Drain, unload, load and serve."""
         ...
@@ -108,7 +112,7 @@ async def look(server: Movable, settings: MoveSettings) -> None:
         return
     await server.claim(target)
     try:
-        await asyncio.sleep(settings.claim_s * random.uniform(1, 2))
+        await asyncio.gather(server.prepare(target), asyncio.sleep(settings.claim_s * random.uniform(1, 2)))
         held = await server.holdings()
         confirmed = await aside(keeps_claim, me, held, n_blocks, server.cost(), policy)
     except BaseException:

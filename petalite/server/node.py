@@ -11,11 +11,13 @@ from contextlib import AsyncExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from petalite.errors import InvalidArgument
 from petalite.net.identity import Identity, PeerId
 from petalite.net.multiaddr import Multiaddr
 from petalite.swarm.peer import PeerSettings, SwarmPeer
 
 if TYPE_CHECKING:
+    from petalite.model.checkpoint import Checkpoint
     from petalite.server.server import BlockServer, ServerSettings
 
 
@@ -71,15 +73,34 @@ class Node:
     ) -> BlockServer:
         """Serve blocks of a checkpoint until this node is left. `progress(done, total)` counts loaded blocks.
 
-        Raises InvalidCheckpoint, UnsupportedModel or InvalidArgument for what cannot be served.
+        `path_or_repo` may also be a model's id, `name@digest`: then its weights come from servers that hold
+        them, and are kept in the cache folder. Raises InvalidCheckpoint, UnsupportedModel or InvalidArgument
+        for what cannot be served, Unreachable where nobody gives the weights.
         """
-        from petalite.model.checkpoint import Checkpoint
         from petalite.server.server import BlockServer, ServerSettings
 
-        server = BlockServer(self.peer, Checkpoint.open(path_or_repo), settings or ServerSettings())
-        await server.start(progress)
-        self._serving.push_async_callback(server.close)
+        settings = settings or ServerSettings()
+        async with AsyncExitStack() as stack:
+            checkpoint = await self._checkpoint(path_or_repo, settings.compute.cache, stack)
+            server = BlockServer(self.peer, checkpoint, settings)
+            await server.start(progress)
+            stack.push_async_callback(server.close)
+            self._serving.push_async_callback(stack.pop_all().aclose)
         return server
+
+    async def _checkpoint(self, path_or_repo: str, cache: Path | None, stack: AsyncExitStack) -> Checkpoint:
+        from petalite.model.checkpoint import Checkpoint
+        from petalite.swarm.weights import names_model, open_model
+
+        if not names_model(path_or_repo):
+            return Checkpoint.open(path_or_repo)
+        if cache is None:
+            raise InvalidArgument(
+                f"the weights of {path_or_repo} need a folder; give ComputeSettings a cache"
+            )
+        checkpoint, weights = await open_model(self.peer, path_or_repo, cache / "fetched")
+        stack.callback(weights.close)
+        return checkpoint
 
 
 def _address(address: str | Multiaddr) -> Multiaddr:

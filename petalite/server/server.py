@@ -19,6 +19,7 @@ from petalite.errors import NetworkError, Unreachable
 from petalite.model.checkpoint import Checkpoint
 from petalite.model.compute import ComputeThread
 from petalite.net.identity import PeerId
+from petalite.server.giving import WeightsService, gives
 from petalite.server.links import Links
 from petalite.server.loaded import BlockLoader, ComputeSettings, LoadedBlocks, Progress
 from petalite.server.memory import MemorySettings
@@ -90,6 +91,8 @@ class BlockServer:
                 loaded.backend, self.model_id, self.peer.host, self._resolve, settings.sessions
             )
             stack.push_async_callback(self._drain)
+            if gives(self.checkpoint):
+                WeightsService(self.peer.host, self.checkpoint, self.model_id)
             await self._announce()
             stack.push_async_callback(self._withdraw)  # before it drains
             stack.push_async_callback(_end, asyncio.create_task(self._keep_true()))
@@ -174,6 +177,9 @@ class BlockServer:
         reserved = backend.budget.reserved_bytes // backend.span.token_bytes()
         return MoveCost(self.settings.moving.drain_s + self._load_s, reserved)
 
+    async def prepare(self, span: Span) -> None:
+        await asyncio.to_thread(self._loader.bring, span)
+
     async def move(self, span: Span) -> None:
         """Drain, unload, load and serve; if the new blocks cannot be loaded, the old ones again."""
         source, self.span, self._claim = self.span, span, None
@@ -221,6 +227,7 @@ class BlockServer:
             pinned=self.pinned,
             claim_start=claim.start if claim else 0,
             claim_end=claim.end if claim else 0,
+            gives_weights=loaded is not None and gives(self.checkpoint),
         )
 
     def _entries(self) -> dict[tuple[str, bytes], bytes]:

@@ -71,6 +71,7 @@ class ServerRecord:
     pinned: bool = False  # its owner chose its blocks; it does not move
     claim_start: Block = 0  # the blocks it is about to move to; 0:0 where it stays
     claim_end: Block = 0
+    gives_weights: bool = False  # whoever joins can fetch the model's tensors from it
     adapters: Annotated[tuple[HostedAdapter, ...], Bounds(0, MAX_ADAPTERS)] = ()
     training_tokens: Annotated[int, Bounds(0, 2**40)] = 0  # most that it takes in one call; 0: it takes none
 

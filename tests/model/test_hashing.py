@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -38,6 +39,7 @@ def test_shards_make_no_difference(folder: Path, tmp_path: Path) -> None:
     other = tmp_path / "sharded"
     other.mkdir()
     (other / "config.json").write_text((folder / "config.json").read_text())
+    shutil.copy(folder / "tokenizer.json", other)
     names = sorted(tensors)
     parts = {"a.safetensors": names[::2], "b.safetensors": names[1::2]}
     for file, held in parts.items():

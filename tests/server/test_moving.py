@@ -35,6 +35,7 @@ class FakeServer:
     board: Board
     speed: float = 10.0
     moves: list[Span] = field(default_factory=list)
+    prepared: Span | None = None
     n_blocks: int = N_BLOCKS
 
     @property
@@ -54,7 +55,11 @@ class FakeServer:
             assert span is not None
             self.board[self.peer_id] = Holding(self.peer_id, span, self.speed, serving=False, claim=span)
 
+    async def prepare(self, span: Span) -> None:
+        self.prepared = span
+
     async def move(self, span: Span) -> None:
+        assert self.prepared == span
         self.moves.append(span)
         self.serve(span, serving=False)
         await asyncio.sleep(60.0)
