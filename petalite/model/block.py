@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from petalite.kernels.linear import Linear
+from petalite.kernels.native.span import BlockWeights
 from petalite.kernels.quantized import FORMATS, NONE
 from petalite.model.config import ModelConfig
 
@@ -61,6 +62,10 @@ class Block(ABC):
     @abstractmethod
     def __call__(self, hidden: Tensor, step: AttentionStep) -> Tensor:
         """(T, E) → (T, E)."""
+
+    def native(self) -> BlockWeights | None:
+        """Its parts for a native span; None for a kind of block that knows none."""
+        return None
 
     @property
     @abstractmethod

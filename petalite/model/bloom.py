@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn.functional import gelu, layer_norm
 
 from petalite.kernels.linear import Linear
+from petalite.kernels.native.span import BlockWeights, NormWeights
 from petalite.model.block import AttentionStep, Block, Shape
 from petalite.model.config import ModelConfig
 
@@ -49,6 +50,17 @@ class BloomBlock(Block):
     def _norm(self, name: str, x: Tensor) -> Tensor:
         weight, bias = self._vectors[f"{name}.weight"], self._vectors[f"{name}.bias"]
         return layer_norm(x, x.shape[-1:], weight, bias, self._eps)
+
+    def native(self) -> BlockWeights | None:
+        vectors = self._vectors
+        return BlockWeights(
+            *(self._qkv, self._output, self._up, self._down),
+            NormWeights(vectors["attention_norm.weight"], vectors["attention_norm.bias"]),
+            NormWeights(vectors["mlp_norm.weight"], vectors["mlp_norm.bias"]),
+            head_norm=None,
+            window=None,
+            rope=False,
+        )
 
     @property
     def nbytes(self) -> int:

@@ -16,12 +16,15 @@ import itertools
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from petalite.errors import BadMessage, InvalidArgument, SessionGap, SessionLimit, UnknownSession, WrongSpan
 from petalite.kernels.attention import CausalMasks, attend
+from petalite.kernels.native.span import NativeSegment, native_addresses
 from petalite.kernels.rope import RotationTable
 
 _SLAB_TOKENS = 64
@@ -59,13 +62,32 @@ class CacheShape:
 
 @dataclass(slots=True)
 class _Row:
-    """One sequence. `blocks[i]` is None until the first token reaches that block."""
+    """One sequence. `blocks` is empty until there is a token; then every block has room for `capacity`."""
 
     max_length: int
     start: int
     end: int
     length: int = 0
-    blocks: list[Tensor | None] = field(default_factory=list)
+    capacity: int = 0
+    blocks: list[Tensor] = field(default_factory=list)
+    addresses: Any = None  # of the blocks, as a native call takes them; None: not asked for since they moved
+
+    def grow(self, shape: CacheShape, used: int, needed: int) -> None:
+        """Room for `needed` tokens in every block, the first `used` kept. May be repeated after a failure."""
+        if needed <= self.capacity:
+            return
+        # A half more each time: a row of n tokens is copied at most three times over while it grows to n.
+        capacity = _capacity(max(needed, self.capacity * 3 // 2), self.max_length)
+        size = (2, 1, shape.n_kv_heads, capacity, shape.head_dim)
+        self.addresses, self.capacity = None, 0  # if memory ends in the middle, all is made again
+        for index in range(self.end - self.start):
+            room = torch.empty(size, dtype=shape.dtype, device=shape.device)
+            if index < len(self.blocks):
+                room.narrow(3, 0, used).copy_(self.blocks[index].narrow(3, 0, used))
+                self.blocks[index] = room
+            else:
+                self.blocks.append(room)
+        self.capacity = capacity
 
 
 class KVCache:
@@ -90,7 +112,7 @@ class KVCache:
             )
         if max_length < 1:
             raise InvalidArgument(f"a row needs room for at least one token, found max_length {max_length}")
-        return self._add(_Row(max_length, start, end, blocks=[None] * (end - start)))
+        return self._add(_Row(max_length, start, end))
 
     def length(self, row: int) -> int:
         """Tokens cached."""
@@ -110,13 +132,8 @@ class KVCache:
     def fork(self, row: int) -> int:
         """A new row with the same tokens so far; each then goes its own way."""
         source = self._row(row)
-        capacity = _capacity(source.length, source.max_length) if source.length else 0
-        copy = _Row(source.max_length, source.start, source.end, source.length)
-        for block in source.blocks:
-            if block is None or not capacity:
-                copy.blocks.append(None)
-            else:
-                copy.blocks.append(_resized(block, capacity, source.length))
+        copy = _Row(source.max_length, source.start, source.end)
+        self._copy(source, copy)
         return self._add(copy)
 
     def fork_onto(self, source: int, target: int) -> None:
@@ -127,18 +144,16 @@ class KVCache:
                 f"row {target} has room for {other.max_length} tokens of blocks {other.start}:{other.end}, "
                 f"row {source} holds {row.length} of {row.start}:{row.end}"
             )
-        other.length = 0
-        capacity = _capacity(row.length, other.max_length)
-        for index, block in enumerate(row.blocks):
-            room = other.blocks[index]
-            if block is None or not row.length:
-                continue
-            if room is None or room.shape[3] < row.length:
-                other.blocks[index] = _resized(block, capacity, row.length)
-            else:
-                with torch.inference_mode():  # as whatever filled the row
-                    room.narrow(3, 0, row.length).copy_(block.narrow(3, 0, row.length))
-        other.length = row.length
+        self._copy(row, other)
+
+    def _copy(self, source: _Row, target: _Row) -> None:
+        target.length = 0
+        if source.length:
+            with torch.inference_mode():  # as whatever filled the row
+                target.grow(self._shape, 0, source.length)
+                for block, room in zip(source.blocks, target.blocks, strict=True):
+                    room.narrow(3, 0, source.length).copy_(block.narrow(3, 0, source.length))
+        target.length = source.length
 
     def drop(self, row: int) -> None:
         """Forget a row and free its memory."""
@@ -158,7 +173,7 @@ class KVCache:
     @property
     def used_bytes(self) -> int:
         """What they hold now."""
-        return sum(block.nbytes for row in self._rows.values() for block in row.blocks if block is not None)
+        return sum(block.nbytes for row in self._rows.values() for block in row.blocks)
 
     def row_bytes(self, length: int, start: int | None = None, end: int | None = None) -> int:
         """What a row of `length` tokens holds over the blocks [start, end)."""
@@ -181,7 +196,8 @@ class KVCache:
         rows = self._checked(segments, start, end)
         for row, segment in zip(rows, segments, strict=True):
             row.length = min(row.length, segment.position)
-        yield Step(self._shape, rows, segments, self._gather(segments, min_tokens), self._masks)
+            row.grow(self._shape, segment.position, segment.end)
+        yield Step(self._shape, rows, segments, self._rotations, self._masks, min_tokens)
         for row, segment in zip(rows, segments, strict=True):
             row.length = segment.end
 
@@ -207,14 +223,6 @@ class KVCache:
                 )
         return rows
 
-    def _gather(self, segments: Sequence[Segment], min_tokens: int) -> Tensor:
-        """(T, 1, D/2), T at least `min_tokens`; what padding is rotated by does not matter."""
-        *others, last = segments
-        padding = max(0, min_tokens - sum(segment.n_tokens for segment in segments))
-        views = [self._rotations.rows(segment.position, segment.end) for segment in others]
-        views.append(self._rotations.rows(last.position, last.end + padding))
-        return views[0] if len(views) == 1 else torch.cat(views)
-
     def _add(self, row: _Row) -> int:
         number = next(self._numbers)
         self._rows[number] = row
@@ -235,11 +243,12 @@ class Step:
         shape: CacheShape,
         rows: Sequence[_Row],
         segments: Sequence[Segment],
-        rotation: Tensor,
+        rotations: RotationTable,
         masks: CausalMasks,
+        min_tokens: int,
     ) -> None:
-        self.rotation = rotation  # (T, 1, D/2)
         self._shape = shape
+        self._rotations = rotations
         self._masks = masks
         # Of each row: where its tokens begin in the pack, how many they are, first position and end.
         self._parts: list[tuple[_Row, int, int, int, int]] = []
@@ -247,8 +256,27 @@ class Step:
         for row, segment in zip(rows, segments, strict=True):
             self._parts.append((row, first, segment.n_tokens, segment.position, segment.end))
             first += segment.n_tokens
-        self._padding = rotation.shape[0] - first  # tokens that belong to no row
+        self._padding = max(0, min_tokens - first)  # tokens that belong to no row
         self._zeros: Tensor | None = None  # what they get, the same in every block
+
+    @cached_property
+    def rotation(self) -> Tensor:
+        """(T, 1, D/2), T at least `min_tokens`; what padding is rotated by does not matter."""
+        *others, (_, _, _, position, end) = self._parts
+        views = [self._rotations.rows(start, stop) for _, _, _, start, stop in others]
+        views.append(self._rotations.rows(position, end + self._padding))
+        return views[0] if len(views) == 1 else torch.cat(views)
+
+    def native(self) -> tuple[Tensor, list[NativeSegment]]:
+        """Rotations of all positions up to the last, (positions, 1, D/2), and the segments, as a native call
+        takes them.
+        """
+        segments = []
+        for row, _, n_tokens, position, _ in self._parts:
+            if row.addresses is None:
+                row.addresses = native_addresses(row.blocks)
+            segments.append(NativeSegment(position, n_tokens, row.capacity, row.addresses))
+        return self._rotations.rows(0, max(end for *_, end in self._parts)), segments
 
     def attend(self, block: int, heads: Tensor, n_heads: int, window: int | None) -> Tensor:
         """Append the keys and values in `heads` (T, H + 2K, D) to block `block` of every row → (T, H · D)."""
@@ -256,7 +284,7 @@ class Step:
         new = heads.narrow(1, n_heads, 2 * shape.n_kv_heads)
         new = new.view(-1, 2, 1, shape.n_kv_heads, shape.head_dim).permute(1, 2, 3, 0, 4)
         for row, first, n_tokens, position, end in self._parts:
-            cached = self._room(row, block, position, end)
+            cached = row.blocks[block - row.start]
             cached.narrow(3, position, n_tokens).copy_(new.narrow(3, first, n_tokens))
             keys, values = cached.narrow(3, 0, end).unbind()
             queries = heads.narrow(0, first, n_tokens).narrow(1, 0, n_heads)
@@ -267,35 +295,6 @@ class Step:
             outputs.append(self._zeros)
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
 
-    def _room(self, row: _Row, block: int, used: int, needed: int) -> Tensor:
-        """The row's tensor of that block, with room for `needed` tokens and its first `used` kept."""
-        cached = row.blocks[block - row.start]
-        if cached is None:
-            shape = self._shape
-            cached = torch.empty(
-                2,
-                1,
-                shape.n_kv_heads,
-                _capacity(needed, row.max_length),
-                shape.head_dim,
-                dtype=shape.dtype,
-                device=shape.device,
-            )
-        elif cached.shape[3] < needed:
-            # A half more each time: a row of n tokens is copied at most three times over while it grows to n.
-            grown = max(needed, cached.shape[3] * 3 // 2)
-            cached = _resized(cached, _capacity(grown, row.max_length), used)
-        else:
-            return cached
-        row.blocks[block - row.start] = cached
-        return cached
-
 
 def _capacity(length: int, max_length: int) -> int:
     return min(max_length, -(-length // _SLAB_TOKENS) * _SLAB_TOKENS)
-
-
-def _resized(cached: Tensor, capacity: int, used: int) -> Tensor:
-    resized = cached.new_empty(*cached.shape[:3], capacity, cached.shape[4])
-    resized.narrow(3, 0, used).copy_(cached.narrow(3, 0, used))
-    return resized

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn.functional import rms_norm, silu
 
 from petalite.kernels.linear import Linear
+from petalite.kernels.native.span import BlockWeights, NormWeights
 from petalite.kernels.norm import RmsNorm
 from petalite.kernels.rope import interleave_rows, rotate_
 from petalite.model.block import AttentionStep, Block, Shape
@@ -35,6 +36,7 @@ class LlamaBlock(Block):
         self._eps = config.norm_eps
         self._window = config.windows[index]
         self._has_rope = config.rope_blocks[index]
+        self._vectors = vectors
         self._attention_norm = RmsNorm(vectors["attention_norm.weight"], config.norm_eps)
         self._mlp_norm = RmsNorm(vectors["mlp_norm.weight"], config.norm_eps)
         self._head_norm = self._fused_head_norm(vectors) if attention.qk_norm else None
@@ -63,6 +65,16 @@ class LlamaBlock(Block):
     def _mlp(self, x: Tensor) -> Tensor:
         gate, up = self._gate_up(x).chunk(2, dim=-1)
         return self._down(silu(gate).mul_(up))
+
+    def native(self) -> BlockWeights | None:
+        return BlockWeights(
+            *(self._qkv, self._output, self._gate_up, self._down),
+            NormWeights(self._vectors["attention_norm.weight"]),
+            NormWeights(self._vectors["mlp_norm.weight"]),
+            self._head_norm,
+            self._window,
+            self._has_rope,
+        )
 
     @property
     def nbytes(self) -> int:

@@ -47,6 +47,9 @@ class MixtralBlock(LlamaBlock):
             result = result.index_add(0, tokens, down(silu(gate).mul_(up)) * share)
         return result
 
+    def native(self) -> None:
+        return None
+
     @property
     def nbytes(self) -> int:
         return super().nbytes + self._router.nbytes

@@ -16,6 +16,8 @@ from torch.nn.functional import pad
 
 from petalite.errors import BadTensor, WrongSpan
 from petalite.kernels.attention import CausalMasks, alibi_slopes, attend_rows
+from petalite.kernels.native import library
+from petalite.kernels.native.span import NativeSpan, SpanShape
 from petalite.kernels.quantized import NONE
 from petalite.kernels.rope import RotationTable
 from petalite.model.block import Block
@@ -57,6 +59,7 @@ class BlockSpan:
         self._rotations = RotationTable(attention.rope, attention.head_dim, device)
         slopes = alibi_slopes(attention.n_heads) if attention.alibi else None
         self._masks = CausalMasks(attention.n_heads // attention.n_kv_heads, dtype, device, slopes)
+        self._native = _native_span(config, blocks, dtype, device)
 
     @property
     def nbytes(self) -> int:
@@ -97,6 +100,11 @@ class BlockSpan:
         first, last = self._range(start, end)
         n_tokens = sum(segment.n_tokens for segment in segments)
         self._check(hidden, (n_tokens, self.config.hidden_size))
+        if self._native is not None and adapted is None:
+            with torch.inference_mode(), cache.step(segments, first, last) as step:
+                rotations, places = step.native()
+                blocks = first - self.start, last - self.start
+                return self._native.step(hidden, *blocks, places, rotations)
         fewest = self._min_tokens
         with torch.inference_mode(), cache.step(segments, first, last, min_tokens=fewest) as step:
             hidden = hidden.to(self.device, self.dtype)
@@ -176,6 +184,31 @@ class BlockSpan:
     def _check(tensor: Tensor, shape: tuple[int, ...], what: str = "hidden states") -> None:
         if tuple(tensor.shape) != shape or 0 in shape or not tensor.is_floating_point():
             raise BadTensor(f"{what} of shape {tuple(tensor.shape)} in {tensor.dtype}; expected {shape}")
+
+
+def _native_span(
+    config: ModelConfig, blocks: Sequence[Block], dtype: torch.dtype, device: torch.device
+) -> NativeSpan | None:
+    """The same blocks for one native call a step; None where there is no such thing for them."""
+    found = library() if device.type == "cpu" else None
+    if found is None:
+        return None
+    weights = [weights for block in blocks if (weights := block.native()) is not None]
+    attention = config.attention
+    shape = SpanShape(
+        hidden_size=config.hidden_size,
+        inner_size=config.inner_size,
+        n_heads=attention.n_heads,
+        n_kv_heads=attention.n_kv_heads,
+        head_dim=attention.head_dim,
+        eps=config.norm_eps,
+        gated=not attention.alibi,
+        residual_after_norm=config.residual_after_norm,
+        slopes=alibi_slopes(attention.n_heads) if attention.alibi else None,
+    )
+    if len(weights) < len(blocks) or not NativeSpan.takes(shape, weights):
+        return None
+    return NativeSpan(found, shape, weights, dtype)
 
 
 @dataclass(frozen=True, slots=True)

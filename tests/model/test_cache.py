@@ -20,6 +20,9 @@ from petalite.errors import (
     UnknownSession,
     WrongSpan,
 )
+from petalite.kernels import linear, native
+from petalite.kernels.native.linears import NativeLinear
+from petalite.kernels.native.span import NativeSpan
 from petalite.model.cache import Segment
 from petalite.model.checkpoint import Checkpoint
 from petalite.model.span import BlockSpan, load_span
@@ -29,9 +32,19 @@ TOKEN_BYTES = 2 * 2 * 16 * 4  # keys and values, 2 heads of 16, float32; per blo
 MAX_LENGTH = 100
 
 
-@pytest.fixture(scope="module")
-def span(tmp_path_factory: pytest.TempPathFactory) -> BlockSpan:
-    return load_span(Checkpoint.open(tiny_llama(tmp_path_factory.mktemp("cache"))), 0, 3)
+@pytest.fixture(scope="module", params=["native", "python"])
+def span(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> BlockSpan:
+    """Steps that run in one native call, and block by block."""
+    with pytest.MonkeyPatch.context() as patch:
+        if request.param == "native":
+            if native.library() is None:
+                pytest.skip("no native kernels are built, or torch's are forced")
+            kernel = linear.LinearKernel("native", NativeLinear, lambda device, dtype: True)
+            patch.setattr(linear, "pick", lambda *args: kernel)
+        span = load_span(Checkpoint.open(tiny_llama(tmp_path_factory.mktemp("cache"))), 0, 3)
+    if request.param == "python":
+        span._native = None
+    return span
 
 
 def tokens(count: int, seed: int = 0) -> Tensor:
@@ -209,7 +222,10 @@ def test_a_step_that_fails_midway_can_be_sent_again(span: BlockSpan, monkeypatch
         raise RuntimeError("out of memory")
 
     with monkeypatch.context() as patch:
-        patch.setattr(type(span._blocks[2]), "__call__", half_way(span, fails))
+        if span._native is None:
+            patch.setattr(type(span._blocks[2]), "__call__", half_way(span, fails))
+        else:
+            patch.setattr(NativeSpan, "step", then(NativeSpan.step, fails))
         with pytest.raises(RuntimeError):
             span.forward(more, rolled_back, cache)
     assert cache.length(row) == 20
@@ -226,6 +242,41 @@ def half_way(span: BlockSpan, fails):
         return fails() if block.index == 2 else whole(block, hidden, step)
 
     return call
+
+
+def then(whole, fails):
+    def call(*args):
+        whole(*args)  # the worst of moments: everything was written
+        fails()
+
+    return call
+
+
+def test_a_row_that_ran_out_of_memory_in_the_middle_is_whole_again(
+    span: BlockSpan, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Blocks that had grown already and blocks that had not."""
+    cache = span.new_cache()
+    row = cache.open_row(300)
+    hidden = tokens(150)
+    span.forward(hidden[:60], [Segment(row, 0, 60)], cache)
+    empty, made = torch.empty, []
+
+    def runs_out(*args, **options):
+        if args[:1] == ((2, 1, 2, 128, 16),):
+            if len(made) == 1:
+                raise MemoryError
+            made.append(args)
+        return empty(*args, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "empty", runs_out)
+        with pytest.raises(MemoryError):
+            span.forward(hidden[60:80], [Segment(row, 60, 20)], cache)
+    assert cache.length(row) == 60
+    span.forward(hidden[50:55], [Segment(row, 50, 5)], cache)  # which would have fitted as it was
+    output = span.forward(hidden[55:], [Segment(row, 55, 95)], cache)
+    close(output, span.forward_stateless(hidden.unsqueeze(0))[0, 55:])
 
 
 def test_rows_over_a_part_of_the_span(span: BlockSpan) -> None:

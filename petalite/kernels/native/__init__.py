@@ -136,6 +136,7 @@ _FUNCTIONS: dict[str, tuple[object, list[object]]] = {
     "petalite_pack_float": (None, [_I32, _POINTER, _I64, _I64, _POINTER]),
     "petalite_unpack_float": (None, [_I32, _POINTER, _I64, _I64, _POINTER]),
     "petalite_linear": (None, [_POINTER, _POINTER, _POINTER, _I64, _POINTER, _POINTER]),
+    "petalite_span_step": (_I64, [_POINTER, _POINTER]),
     "petalite_linear_scratch_bytes": (_I64, [_POINTER, _I64]),
 }
 
