@@ -37,7 +37,7 @@ setup(
                 "-fvisibility=hidden",
                 "-pthread",
             ],
-            extra_link_args=["-pthread"],
+            extra_link_args=["-pthread", "-Wno-maybe-uninitialized"],
             language="c++",
             optional=True,
             py_limited_api=True,  # it knows nothing of Python: one file serves every version

@@ -7,11 +7,20 @@ namespace petalite {
 namespace {
 
 bool runs(const Kernels& kernels) {
-    if (&kernels == &scalar_kernels) return true;
-    return false;
+#if defined(__x86_64__)
+    if (&kernels == &avx512_kernels)
+        return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+               __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
+               __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512vbmi") &&
+               __builtin_cpu_supports("avx512bf16");
+#endif
+    return &kernels == &scalar_kernels;
 }
 
 const Kernels* const kTables[] = {  // best first
+#if defined(__x86_64__)
+    &avx512_kernels,
+#endif
     &scalar_kernels,
 };
 

@@ -1,0 +1,344 @@
+// AVX512 with VNNI, VBMI and BF16: Zen 4, Cooper Lake's successors (Sapphire Rapids), and later.
+#if defined(__x86_64__)
+#include <immintrin.h>
+
+#include <cmath>
+#include <cstring>
+
+#include "digits.h"
+#include "kernels.h"
+#include "target.h"
+#include "tile.h"
+
+PETALITE_TARGET_BEGIN("avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx512vbmi,avx512bf16,fma")
+
+namespace petalite {
+namespace {
+
+constexpr int kAhead = 2048;  // bytes: how far before its use a line of weights is asked for
+
+inline void prefetch(const uint8_t* at) { _mm_prefetch(reinterpret_cast<const char*>(at + kAhead), _MM_HINT_T0); }
+inline __m512i line(const uint8_t* at) { return _mm512_loadu_si512(at); }
+inline __m512i every(int32_t word) { return _mm512_set1_epi32(word); }
+
+// Calls run<T, P>(panels…) for the panels [first, first + n_panels), P at a time.
+template <typename Run>
+void by_panels(int64_t first, int64_t n_panels, int64_t each, float* sums, int at_once, Run run) {
+    for (int64_t p = 0; p < n_panels;) {
+        const int64_t left = n_panels - p;
+        const int now = at_once >= 4 && left >= 4 ? 4 : at_once >= 2 && left >= 2 ? 2 : 1;
+        run(now, first + p, sums + p * each);
+        p += now;
+    }
+}
+
+// -- int8 ----------------------------------------------------------------------------------------------------
+
+inline __m512i largest_of(__m512i largest, __m512 x) {
+    return _mm512_max_epu32(largest, _mm512_and_si512(_mm512_castps_si512(x), every(0x7fffffff)));
+}
+
+inline __m512 load_some(const float* x, int64_t n) {
+    return n >= 16 ? _mm512_loadu_ps(x) : _mm512_maskz_loadu_ps(__mmask16((1u << n) - 1), x);
+}
+
+struct Sums {
+    __m512i high, low;
+};
+
+// 16 inputs into 4 words of each digit, at out[i · stride] and beside it.
+inline void put_digits(__m512 x, __m512 step, int32_t* out, int64_t stride, int64_t n_words, Sums& sums) {
+    const __m512 scaled = _mm512_div_ps(x, step);
+    const __m512 high = _mm512_roundscale_ps(scaled, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+    const __m512 rest = _mm512_mul_ps(_mm512_sub_ps(scaled, high), _mm512_set1_ps(kDigit));
+    const __m512i highs = _mm512_cvtps_epi32(high), lows = _mm512_cvtps_epi32(rest);
+    sums.high = _mm512_add_epi32(sums.high, highs);
+    sums.low = _mm512_add_epi32(sums.low, lows);
+    const __m128i a = _mm512_cvtepi32_epi8(highs), b = _mm512_cvtepi32_epi8(lows);
+    const __m128i pairs[2] = {_mm_unpacklo_epi32(a, b), _mm_unpackhi_epi32(a, b)};
+    for (int64_t i = 0; i < n_words; ++i)
+        std::memcpy(out + i * stride, reinterpret_cast<const char*>(pairs) + i * 8, 8);
+}
+
+void prepare_int8(const Linear& linear, const float* x, int64_t x_stride, int n_tokens, void* memory) {
+    const Int8Tile tile(linear, memory, n_tokens);
+    std::memset(tile.fine, 0, size_t(tile.n_fine) * n_tokens * 4);
+    for (int t = 0; t < n_tokens; ++t, x += x_stride) {
+        __m512i largest = _mm512_setzero_si512();
+        for (int64_t k = 0; k < linear.n_in; k += 16) largest = largest_of(largest, load_some(x + k, linear.n_in - k));
+        const float step = tile.step[t] = step_of(_mm512_reduce_max_epu32(largest));
+        Sums sums{_mm512_setzero_si512(), _mm512_setzero_si512()};
+        for (int64_t k = 0; k < tile.n_columns; k += 4) {
+            const __m512 values = std::isnan(step) ? _mm512_setzero_ps() : load_some(x + k * 4, linear.n_in - k * 4);
+            const int64_t n_words = tile.n_columns - k < 4 ? tile.n_columns - k : 4;
+            put_digits(values, _mm512_set1_ps(std::isnan(step) ? 1.0f : step), tile.columns + (k * n_tokens + t) * 2,
+                       n_tokens * 2, n_words, sums);
+        }
+        int32_t low_sum = _mm512_reduce_add_epi32(sums.low);
+        const int8_t* digits = reinterpret_cast<const int8_t*>(tile.columns);
+        int8_t* fine = reinterpret_cast<int8_t*>(tile.fine);
+        for (int64_t c = 0; c < linear.n_fine; ++c) {
+            const int64_t k = linear.fine_columns[c];
+            const int8_t high = digits[(k / 4 * n_tokens + t) * 8 + k % 4];
+            fine[(c / 4 * n_tokens + t) * 4 + c % 4] = high;
+            low_sum += high;
+        }
+        tile.offset[t * 2] = _mm512_reduce_add_epi32(sums.high) * 128;
+        tile.offset[t * 2 + 1] = low_sum * 128;
+    }
+}
+
+template <int T, int P>
+void int8_panels(const Linear& linear, const Int8Tile& tile, int64_t first, float* sums) {
+    const int64_t stride = panel_bytes(linear);
+    const uint8_t* weight = linear.weight + first * stride;
+    __m512i high[P][T], low[P][T];
+    for (int p = 0; p < P; ++p)
+        for (int t = 0; t < T; ++t)
+            high[p][t] = every(-tile.offset[t * 2]), low[p][t] = every(-tile.offset[t * 2 + 1]);
+    const int32_t* digits = tile.columns;
+    for (int64_t k = 0; k < tile.n_columns; ++k, weight += 64, digits += T * 2) {
+        for (int p = 0; p < P; ++p) {
+            const __m512i codes = line(weight + p * stride);
+            prefetch(weight + p * stride);
+            for (int t = 0; t < T; ++t) {
+                high[p][t] = _mm512_dpbusd_epi32(high[p][t], codes, every(digits[t * 2]));
+                low[p][t] = _mm512_dpbusd_epi32(low[p][t], codes, every(digits[t * 2 + 1]));
+            }
+        }
+    }
+    digits = tile.fine;
+    for (int64_t c = 0; c < tile.n_fine; ++c, weight += 64, digits += T)
+        for (int p = 0; p < P; ++p)
+            for (int t = 0; t < T; ++t)
+                low[p][t] = _mm512_dpbusd_epi32(low[p][t], line(weight + p * stride), every(digits[t]));
+    for (int p = 0; p < P; ++p) {
+        const __m512 scale = _mm512_loadu_ps(linear.scale + (first + p) * kPanelRows);
+        for (int t = 0; t < T; ++t, sums += kPanelRows) {
+            const __m512 coarse = _mm512_mul_ps(_mm512_cvtepi32_ps(high[p][t]), scale);
+            const __m512 exact = _mm512_mul_ps(_mm512_cvtepi32_ps(low[p][t]), scale);
+            const __m512 whole = _mm512_fmadd_ps(coarse, _mm512_set1_ps(kDigit), exact);
+            _mm512_storeu_ps(sums, _mm512_mul_ps(whole, _mm512_set1_ps(tile.step[t])));
+        }
+    }
+}
+
+// -- nf4 -----------------------------------------------------------------------------------------------------
+
+void prepare_nf4(const Linear& linear, const float* x, int64_t x_stride, int n_tokens, void* memory) {
+    int32_t* block = static_cast<int32_t*>(memory);
+    for (int64_t begin = 0; begin < linear.n_in; begin += kNf4Block, block += Nf4Tile::kWords * n_tokens) {
+        int32_t* offset = block + 32 * n_tokens;
+        float* factor = reinterpret_cast<float*>(offset + n_tokens);
+        for (int t = 0; t < n_tokens; ++t) {
+            __m512 values[4];
+            __m512i largest = _mm512_setzero_si512();
+            for (int i = 0; i < 4; ++i) {
+                const int64_t left = linear.n_in - begin - i * 16;
+                values[i] = load_some(x + t * x_stride + begin + i * 16, left < 0 ? 0 : left);
+                largest = largest_of(largest, values[i]);
+            }
+            const float step = step_of(_mm512_reduce_max_epu32(largest));
+            Sums sums{_mm512_setzero_si512(), _mm512_setzero_si512()};
+            for (int i = 0; i < 4; ++i)
+                put_digits(std::isnan(step) ? _mm512_setzero_ps() : values[i],
+                           _mm512_set1_ps(std::isnan(step) ? 1.0f : step), block + (i * 4 * n_tokens + t) * 2,
+                           n_tokens * 2, 4, sums);
+            offset[t] = 128 * (255 * _mm512_reduce_add_epi32(sums.high) + _mm512_reduce_add_epi32(sums.low));
+            factor[t] = step * kNf4Unit;
+        }
+    }
+}
+
+// The levels with 128 added, four times over: a look-up takes six bits, of which two are another code's.
+inline __m512i levels(const int8_t* digits) {
+    const __m128i once = _mm_loadu_si128(reinterpret_cast<const __m128i*>(digits));
+    return _mm512_xor_si512(_mm512_broadcast_i32x4(once), _mm512_set1_epi8(int8_t(0x80)));
+}
+
+template <int T, int P>
+void nf4_panels(const Linear& linear, const void* tile, int64_t first, float* sums) {
+    const int64_t stride = panel_bytes(linear), n_blocks = Nf4Tile::blocks(linear);
+    const uint8_t* weight = linear.weight + first * stride;
+    const __m512i high_levels = levels(kNf4High), low_levels = levels(kNf4Low);
+    __m512 total[P][T];
+    for (int p = 0; p < P; ++p)
+        for (int t = 0; t < T; ++t) total[p][t] = _mm512_setzero_ps();
+    const int32_t* block = static_cast<const int32_t*>(tile);
+    for (int64_t b = 0; b < n_blocks; ++b, weight += kNf4BlockBytes, block += Nf4Tile::kWords * T) {
+        __m512i high[P][T], low[P][T];
+        for (int p = 0; p < P; ++p)
+            for (int t = 0; t < T; ++t) high[p][t] = low[p][t] = _mm512_setzero_si512();
+        for (int k = 0; k < 16; k += 2) {
+            for (int p = 0; p < P; ++p) {
+                const uint8_t* at = weight + p * stride + k * 32;
+                __m512i codes = line(at);
+                prefetch(at);
+                for (int half = 0; half < 2; ++half) {
+                    const __m512i highs = _mm512_permutexvar_epi8(codes, high_levels);
+                    const __m512i lows = _mm512_permutexvar_epi8(codes, low_levels);
+                    const int32_t* digits = block + (k + half) * T * 2;
+                    for (int t = 0; t < T; ++t) {
+                        high[p][t] = _mm512_dpbusd_epi32(high[p][t], highs, every(digits[t * 2]));
+                        low[p][t] = _mm512_dpbusd_epi32(low[p][t], highs, every(digits[t * 2 + 1]));
+                        low[p][t] = _mm512_dpbusd_epi32(low[p][t], lows, every(digits[t * 2]));
+                    }
+                    codes = _mm512_srli_epi16(codes, 4);
+                }
+            }
+        }
+        const int32_t* offset = block + 32 * T;
+        const float* factor = reinterpret_cast<const float*>(offset + T);
+        for (int p = 0; p < P; ++p) {
+            const __m512 scale = _mm512_loadu_ps(weight + p * stride + 512);
+            for (int t = 0; t < T; ++t) {
+                // 254 · high + low − offset
+                const __m512i most = _mm512_sub_epi32(_mm512_slli_epi32(high[p][t], 8), _mm512_slli_epi32(high[p][t], 1));
+                const __m512i whole = _mm512_sub_epi32(_mm512_add_epi32(most, low[p][t]), every(offset[t]));
+                total[p][t] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(whole), _mm512_mul_ps(scale, _mm512_set1_ps(factor[t])),
+                                              total[p][t]);
+            }
+        }
+    }
+    for (int p = 0; p < P; ++p)
+        for (int t = 0; t < T; ++t, sums += kPanelRows) _mm512_storeu_ps(sums, total[p][t]);
+}
+
+// -- floats --------------------------------------------------------------------------------------------------
+
+int64_t even(int64_t n) { return (n + 1) / 2 * 2; }
+
+void prepare_float(const Linear& linear, const float* x, int64_t x_stride, int n_tokens, void* memory) {
+    float* columns = static_cast<float*>(memory);
+    for (int64_t k = 0; k < even(linear.n_in); ++k)
+        for (int t = 0; t < n_tokens; ++t) *columns++ = k < linear.n_in ? x[t * x_stride + k] : 0.0f;
+}
+
+void prepare_bf16(const Linear& linear, const float* x, int64_t x_stride, int n_tokens, void* memory) {
+    int32_t* columns = static_cast<int32_t*>(memory);
+    const int64_t n_words = (int64_t(linear.n_in) + 1) / 2;
+    for (int t = 0; t < n_tokens; ++t, x += x_stride) {
+        for (int64_t k = 0; k < n_words; k += 8) {
+            int32_t pairs[8];
+            const __m256bh rounded = _mm512_cvtneps_pbh(load_some(x + k * 2, linear.n_in - k * 2));
+            std::memcpy(pairs, &rounded, 32);
+            for (int64_t i = 0; i < (n_words - k < 8 ? n_words - k : 8); ++i) columns[(k + i) * n_tokens + t] = pairs[i];
+        }
+    }
+}
+
+template <Format F>
+struct Float;
+
+template <>
+struct Float<Format::F32> {
+    static constexpr int kBytes = 64;
+    static __m512 load(const uint8_t* at) { return _mm512_loadu_ps(at); }
+    static __m512 add(__m512 sum, __m512 weight, const void* columns, int64_t i) {
+        return _mm512_fmadd_ps(weight, _mm512_set1_ps(static_cast<const float*>(columns)[i]), sum);
+    }
+};
+
+template <>
+struct Float<Format::F16> : Float<Format::F32> {
+    static constexpr int kBytes = 32;
+    static __m512 load(const uint8_t* at) {
+        return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(at)));
+    }
+};
+
+template <>
+struct Float<Format::BF16> {
+    static constexpr int kBytes = 64;
+    static __m512bh load(const uint8_t* at) { return (__m512bh)line(at); }
+    static __m512 add(__m512 sum, __m512bh weight, const void* columns, int64_t i) {
+        return _mm512_dpbf16_ps(sum, weight, (__m512bh)every(static_cast<const int32_t*>(columns)[i]));
+    }
+};
+
+// Sums of the even steps and of the odd ones, added at the end: the same order for any T and P.
+template <Format F, int T, int P>
+void float_panels(const Linear& linear, const void* columns, int64_t first, float* sums) {
+    const int64_t stride = panel_bytes(linear);
+    const uint8_t* weight = linear.weight + first * stride;
+    const int64_t n_steps = F == Format::BF16 ? (int64_t(linear.n_in) + 1) / 2 : int64_t(linear.n_in);
+    __m512 halves[2][P][T];
+    for (int h = 0; h < 2; ++h)
+        for (int p = 0; p < P; ++p)
+            for (int t = 0; t < T; ++t) halves[h][p][t] = _mm512_setzero_ps();
+    const auto step = [&](int64_t k, int h) {
+        for (int p = 0; p < P; ++p) {
+            const uint8_t* at = weight + p * stride + k * Float<F>::kBytes;
+            const auto values = Float<F>::load(at);
+            prefetch(at);
+            for (int t = 0; t < T; ++t) halves[h][p][t] = Float<F>::add(halves[h][p][t], values, columns, k * T + t);
+        }
+    };
+    int64_t k = 0;
+    for (; k + 1 < n_steps; k += 2) step(k, 0), step(k + 1, 1);
+    if (k < n_steps) step(k, 0);
+    for (int p = 0; p < P; ++p)
+        for (int t = 0; t < T; ++t, sums += kPanelRows)
+            _mm512_storeu_ps(sums, _mm512_add_ps(halves[0][p][t], halves[1][p][t]));
+}
+
+// -- the table -----------------------------------------------------------------------------------------------
+
+size_t tile_bytes(const Linear& linear, int n_tokens) {
+    switch (linear.format) {
+        case Format::INT8: return Int8Tile::bytes(linear, n_tokens);
+        case Format::NF4: return Nf4Tile::bytes(linear, n_tokens);
+        case Format::BF16: return size_t(even(linear.n_in)) * n_tokens * 2;
+        default: return size_t(even(linear.n_in)) * n_tokens * 4;
+    }
+}
+
+void prepare(const Linear& linear, const float* x, int64_t x_stride, int n_tokens, void* tile) {
+    const auto run = linear.format == Format::INT8   ? prepare_int8
+                     : linear.format == Format::NF4  ? prepare_nf4
+                     : linear.format == Format::BF16 ? prepare_bf16
+                                                     : prepare_float;
+    run(linear, x, x_stride, n_tokens, tile);
+}
+
+template <int T, int P>
+void panels(const Linear& linear, const void* tile, int64_t first, float* sums) {
+    switch (linear.format) {
+        case Format::F32: return float_panels<Format::F32, T, P>(linear, tile, first, sums);
+        case Format::BF16: return float_panels<Format::BF16, T, P>(linear, tile, first, sums);
+        case Format::F16: return float_panels<Format::F16, T, P>(linear, tile, first, sums);
+        case Format::INT8: return int8_panels<T, P>(linear, Int8Tile(linear, tile, T), first, sums);
+        case Format::NF4: return nf4_panels<T, P>(linear, tile, first, sums);
+    }
+}
+
+template <int T>
+void multiply_tokens(const Linear& linear, const void* tile, int64_t first, int64_t n_panels, float* sums) {
+    constexpr int kAtOnce = T <= 2 ? 4 : T <= 4 ? 2 : 1;
+    by_panels(first, n_panels, T * kPanelRows, sums, kAtOnce, [&](int now, int64_t from, float* to) {
+        if constexpr (kAtOnce >= 4) {
+            if (now == 4) return panels<T, 4>(linear, tile, from, to);
+        }
+        if constexpr (kAtOnce >= 2) {
+            if (now == 2) return panels<T, 2>(linear, tile, from, to);
+        }
+        panels<T, 1>(linear, tile, from, to);
+    });
+}
+
+void multiply(const Linear& linear, const void* tile, int n_tokens, int64_t first, int64_t n_panels, float* sums) {
+    constexpr decltype(&multiply_tokens<1>) kByTokens[] = {
+        multiply_tokens<1>, multiply_tokens<2>, multiply_tokens<3>, multiply_tokens<4>,
+        multiply_tokens<5>, multiply_tokens<6>, multiply_tokens<7>, multiply_tokens<8>,
+    };
+    kByTokens[n_tokens - 1](linear, tile, first, n_panels, sums);
+}
+
+}  // namespace
+
+const Kernels avx512_kernels = {"avx512", tile_bytes, prepare, multiply};
+
+}  // namespace petalite
+
+PETALITE_TARGET_END
+#endif
