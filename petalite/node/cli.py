@@ -42,10 +42,20 @@ Model = Annotated[
 ]
 
 
+ServedModel = Annotated[
+    str,
+    typer.Argument(
+        metavar="MODEL",
+        help="A model folder, a hub repo id, or the id of a model that the swarm serves, NAME@DIGEST as "
+        "`status` shows it: its weights then come from servers that hold them, checked against the id.",
+    ),
+]
+
+
 @app.command()
 @grouped
 def serve(
-    model: Model,
+    model: ServedModel,
     node: Listening,
     compute: Compute,
     room: Room,
