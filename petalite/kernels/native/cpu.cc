@@ -8,6 +8,8 @@ namespace {
 
 bool runs(const Kernels& kernels) {
 #if defined(__x86_64__)
+    if (&kernels == &avx2_kernels)
+        return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
     if (&kernels == &avx512_kernels)
         return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
@@ -20,6 +22,7 @@ bool runs(const Kernels& kernels) {
 const Kernels* const kTables[] = {  // best first
 #if defined(__x86_64__)
     &avx512_kernels,
+    &avx2_kernels,
 #endif
     &scalar_kernels,
 };

@@ -1,0 +1,338 @@
+// AVX2 with FMA and F16C: every x86-64 server and desktop since 2013 (Haswell), 2015 (Excavator).
+#if defined(__x86_64__)
+#include <immintrin.h>
+
+#include <cmath>
+#include <cstring>
+
+#include "digits.h"
+#include "kernels.h"
+#include "target.h"
+#include "tile.h"
+
+PETALITE_TARGET_BEGIN("avx2,fma,f16c")
+
+namespace petalite {
+namespace {
+
+constexpr int kAhead = 2048;  // bytes: how far before its use a line of weights is asked for
+
+// Rows go in halves of a panel, 8 at a time: `V` of them from `half` on, of which two make a panel.
+struct Halves {
+    const uint8_t* weight;
+    int64_t stride;  // of a panel
+    int64_t half;
+
+    Halves(const Linear& linear, int64_t half)
+        : weight(linear.weight + half / 2 * panel_bytes(linear)), stride(panel_bytes(linear)), half(half) {}
+
+    // Of the v-th half, `step_bytes` being what all 16 rows of a step take.
+    const uint8_t* at(int v, int64_t offset, int step_bytes) const {
+        const int64_t which = half % 2 + v;
+        return weight + which / 2 * stride + which % 2 * (step_bytes / 2) + offset;
+    }
+};
+
+inline void prefetch(const uint8_t* at) { _mm_prefetch(reinterpret_cast<const char*>(at + kAhead), _MM_HINT_T0); }
+inline __m256i bytes_at(const void* at) { return _mm256_loadu_si256(static_cast<const __m256i*>(at)); }
+inline __m256i every(int32_t word) { return _mm256_set1_epi32(word); }
+
+// -- digits --------------------------------------------------------------------------------------------------
+
+inline __m256 load_some(const float* x, int64_t n) {
+    if (n >= 8) return _mm256_loadu_ps(x);
+    const __m256i mask = _mm256_cmpgt_epi32(every(int32_t(n < 0 ? 0 : n)), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
+    return _mm256_maskload_ps(x, mask);
+}
+
+inline __m256i largest_of(__m256i largest, __m256 x) {
+    return _mm256_max_epu32(largest, _mm256_and_si256(_mm256_castps_si256(x), every(0x7fffffff)));
+}
+
+inline uint32_t reduce_max(__m256i values) {
+    uint32_t each[8], largest = 0;
+    std::memcpy(each, &values, 32);
+    for (uint32_t value : each) largest = largest < value ? value : largest;
+    return largest;
+}
+
+// 8 inputs into 2 words of each digit: high and low at out, then at out + stride.
+inline void put_digits(__m256 x, __m256 step, int32_t* out, int64_t stride, int64_t n_words) {
+    const __m256 scaled = _mm256_div_ps(x, step);
+    const __m256 high = _mm256_round_ps(scaled, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+    const __m256 rest = _mm256_mul_ps(_mm256_sub_ps(scaled, high), _mm256_set1_ps(kDigit));
+    const __m256i words = _mm256_packs_epi32(_mm256_cvtps_epi32(high), _mm256_cvtps_epi32(rest));
+    const __m256i packed = _mm256_packs_epi16(words, words);
+    const int64_t pairs[2] = {_mm256_extract_epi64(packed, 0), _mm256_extract_epi64(packed, 2)};
+    for (int64_t i = 0; i < n_words; ++i) std::memcpy(out + i * stride, &pairs[i], 8);
+}
+
+// Codes are taken as they are, without 128 added, so `offset` is not needed.
+void prepare_int8(const Linear& linear, const float* x, int64_t x_stride, int n_tokens, void* memory) {
+    const Int8Tile tile(linear, memory, n_tokens);
+    std::memset(tile.fine, 0, size_t(tile.n_fine) * n_tokens * 4);
+    for (int t = 0; t < n_tokens; ++t, x += x_stride) {
+        __m256i largest = _mm256_setzero_si256();
+        for (int64_t k = 0; k < linear.n_in; k += 8) largest = largest_of(largest, load_some(x + k, linear.n_in - k));
+        const float step = tile.step[t] = step_of(reduce_max(largest));
+        for (int64_t k = 0; k < tile.n_columns; k += 2) {
+            const __m256 values = std::isnan(step) ? _mm256_setzero_ps() : load_some(x + k * 4, linear.n_in - k * 4);
+            put_digits(values, _mm256_set1_ps(std::isnan(step) ? 1.0f : step), tile.columns + (k * n_tokens + t) * 2,
+                       n_tokens * 2, tile.n_columns - k < 2 ? 1 : 2);
+        }
+        const int8_t* digits = reinterpret_cast<const int8_t*>(tile.columns);
+        int8_t* fine = reinterpret_cast<int8_t*>(tile.fine);
+        for (int64_t c = 0; c < linear.n_fine; ++c) {
+            const int64_t k = linear.fine_columns[c];
+            fine[(c / 4 * n_tokens + t) * 4 + c % 4] = digits[(k / 4 * n_tokens + t) * 8 + k % 4];
+        }
+    }
+}
+
+void prepare_nf4(const Linear& linear, const float* x, int64_t x_stride, int n_tokens, void* memory) {
+    int32_t* block = static_cast<int32_t*>(memory);
+    for (int64_t begin = 0; begin < linear.n_in; begin += kNf4Block, block += Nf4Tile::kWords * n_tokens) {
+        float* factor = reinterpret_cast<float*>(block + 33 * n_tokens);
+        for (int t = 0; t < n_tokens; ++t) {
+            __m256 values[8];
+            __m256i largest = _mm256_setzero_si256();
+            for (int i = 0; i < 8; ++i) {
+                values[i] = load_some(x + t * x_stride + begin + i * 8, linear.n_in - begin - i * 8);
+                largest = largest_of(largest, values[i]);
+            }
+            const float step = step_of(reduce_max(largest));
+            for (int i = 0; i < 8; ++i)
+                put_digits(std::isnan(step) ? _mm256_setzero_ps() : values[i],
+                           _mm256_set1_ps(std::isnan(step) ? 1.0f : step), block + (i * 2 * n_tokens + t) * 2,
+                           n_tokens * 2, 2);
+            factor[t] = step * kNf4Unit;
+        }
+    }
+}
+
+// -- whole numbers -------------------------------------------------------------------------------------------
+
+// sum += four codes · four digits in each lane. |codes| as bytes without a sign, and theirs given to the digits: two
+// products of at most 128 · 127 fit in 16 bits.
+inline __m256i dot(__m256i sum, __m256i sizes, __m256i codes, __m256i digits) {
+    const __m256i pairs = _mm256_maddubs_epi16(sizes, _mm256_sign_epi8(digits, codes));
+    return _mm256_add_epi32(sum, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
+}
+
+// T tokens of the tile from `from` on, V halves of panels.
+template <int T, int V>
+void int8_halves(const Linear& linear, const Int8Tile& tile, int n_tokens, int from, int64_t half, float* sums) {
+    const Halves halves(linear, half);
+    __m256i high[V][T], low[V][T];
+    for (int v = 0; v < V; ++v)
+        for (int t = 0; t < T; ++t) high[v][t] = low[v][t] = _mm256_setzero_si256();
+    const int32_t* digits = tile.columns + from * 2;
+    for (int64_t k = 0; k < tile.n_columns; ++k, digits += n_tokens * 2) {
+        for (int v = 0; v < V; ++v) {
+            const uint8_t* at = halves.at(v, k * 64, 64);
+            const __m256i codes = _mm256_xor_si256(bytes_at(at), _mm256_set1_epi8(int8_t(0x80)));
+            const __m256i sizes = _mm256_abs_epi8(codes);
+            prefetch(at);
+            for (int t = 0; t < T; ++t) {
+                high[v][t] = dot(high[v][t], sizes, codes, every(digits[t * 2]));
+                low[v][t] = dot(low[v][t], sizes, codes, every(digits[t * 2 + 1]));
+            }
+        }
+    }
+    digits = tile.fine + from;
+    for (int64_t c = 0; c < tile.n_fine; ++c, digits += n_tokens) {
+        for (int v = 0; v < V; ++v) {
+            const __m256i codes = _mm256_xor_si256(bytes_at(halves.at(v, (tile.n_columns + c) * 64, 64)),
+                                                   _mm256_set1_epi8(int8_t(0x80)));
+            const __m256i sizes = _mm256_abs_epi8(codes);
+            for (int t = 0; t < T; ++t) low[v][t] = dot(low[v][t], sizes, codes, every(digits[t]));
+        }
+    }
+    for (int v = 0; v < V; ++v) {
+        const __m256 scale = _mm256_loadu_ps(linear.scale + (half + v) * 8);
+        for (int t = 0; t < T; ++t) {
+            const __m256 coarse = _mm256_mul_ps(_mm256_cvtepi32_ps(high[v][t]), scale);
+            const __m256 exact = _mm256_mul_ps(_mm256_cvtepi32_ps(low[v][t]), scale);
+            const __m256 whole = _mm256_fmadd_ps(coarse, _mm256_set1_ps(kDigit), exact);
+            const int64_t which = half % 2 + v;
+            _mm256_storeu_ps(sums + (which / 2 * n_tokens + from + t) * kPanelRows + which % 2 * 8,
+                             _mm256_mul_ps(whole, _mm256_set1_ps(tile.step[from + t])));
+        }
+    }
+}
+
+inline __m256i table(const int8_t* levels) {
+    return _mm256_broadcastsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(levels)));
+}
+
+template <int T, int V>
+void nf4_halves(const Linear& linear, const void* tile, int n_tokens, int from, int64_t half, float* sums) {
+    const Halves halves(linear, half);
+    const __m256i high_levels = table(kNf4High), low_levels = table(kNf4Low);
+    __m256 total[V][T];
+    for (int v = 0; v < V; ++v)
+        for (int t = 0; t < T; ++t) total[v][t] = _mm256_setzero_ps();
+    const int32_t* block = static_cast<const int32_t*>(tile);
+    for (int64_t b = 0; b < Nf4Tile::blocks(linear); ++b, block += Nf4Tile::kWords * n_tokens) {
+        __m256i high[V][T], low[V][T];
+        for (int v = 0; v < V; ++v)
+            for (int t = 0; t < T; ++t) high[v][t] = low[v][t] = _mm256_setzero_si256();
+        for (int k = 0; k < 16; k += 2) {
+            for (int v = 0; v < V; ++v) {
+                const uint8_t* at = halves.at(v, b * kNf4BlockBytes + k * 32, 64);
+                __m256i codes = bytes_at(at);
+                prefetch(at);
+                for (int part = 0; part < 2; ++part) {
+                    const __m256i places = _mm256_and_si256(codes, _mm256_set1_epi8(15));
+                    const __m256i highs = _mm256_shuffle_epi8(high_levels, places);
+                    const __m256i lows = _mm256_shuffle_epi8(low_levels, places);
+                    const __m256i high_sizes = _mm256_abs_epi8(highs), low_sizes = _mm256_abs_epi8(lows);
+                    const int32_t* digits = block + ((k + part) * n_tokens + from) * 2;
+                    for (int t = 0; t < T; ++t) {
+                        high[v][t] = dot(high[v][t], high_sizes, highs, every(digits[t * 2]));
+                        low[v][t] = dot(low[v][t], high_sizes, highs, every(digits[t * 2 + 1]));
+                        low[v][t] = dot(low[v][t], low_sizes, lows, every(digits[t * 2]));
+                    }
+                    codes = _mm256_srli_epi16(codes, 4);
+                }
+            }
+        }
+        const float* factor = reinterpret_cast<const float*>(block + 33 * n_tokens) + from;
+        for (int v = 0; v < V; ++v) {
+            const float* scales = reinterpret_cast<const float*>(halves.at(v, b * kNf4BlockBytes + 512, 64));
+            const __m256 scale = _mm256_loadu_ps(scales);
+            for (int t = 0; t < T; ++t) {
+                const __m256i whole = _mm256_add_epi32(_mm256_mullo_epi32(high[v][t], every(254)), low[v][t]);
+                total[v][t] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(whole),
+                                              _mm256_mul_ps(scale, _mm256_set1_ps(factor[t])), total[v][t]);
+            }
+        }
+    }
+    for (int v = 0; v < V; ++v) {
+        const int64_t which = half % 2 + v;
+        for (int t = 0; t < T; ++t)
+            _mm256_storeu_ps(sums + (which / 2 * n_tokens + from + t) * kPanelRows + which % 2 * 8, total[v][t]);
+    }
+}
+
+// -- floats --------------------------------------------------------------------------------------------------
+
+int64_t even(int64_t n) { return (n + 1) / 2 * 2; }
+
+void prepare_float(const Linear& linear, const float* x, int64_t x_stride, int n_tokens, void* memory) {
+    float* columns = static_cast<float*>(memory);
+    for (int64_t k = 0; k < even(linear.n_in); ++k)
+        for (int t = 0; t < n_tokens; ++t) *columns++ = k < linear.n_in ? x[t * x_stride + k] : 0.0f;
+}
+
+// Inputs 2i and 2i + 1 of 8 rows.
+struct Pair {
+    __m256 even, odd;
+};
+
+template <Format F>
+inline Pair load_pair(const Halves& halves, int v, int64_t i) {
+    if constexpr (F == Format::F32) {
+        const auto* at = reinterpret_cast<const float*>(halves.at(v, i * 128, 64));
+        return {_mm256_loadu_ps(at), _mm256_loadu_ps(at + 16)};
+    } else if constexpr (F == Format::F16) {
+        const auto* at = reinterpret_cast<const __m128i*>(halves.at(v, i * 64, 32));
+        return {_mm256_cvtph_ps(_mm_loadu_si128(at)), _mm256_cvtph_ps(_mm_loadu_si128(at + 2))};
+    } else {
+        const __m256i both = bytes_at(halves.at(v, i * 64, 64));
+        return {_mm256_castsi256_ps(_mm256_slli_epi32(both, 16)),
+                _mm256_castsi256_ps(_mm256_and_si256(both, every(int32_t(0xffff0000))))};
+    }
+}
+
+// Sums of the inputs at even places and of those at odd ones, added at the end: the same order for any T and V.
+template <Format F, int T, int V>
+void float_halves(const Linear& linear, const void* tile, int n_tokens, int from, int64_t half, float* sums) {
+    const Halves halves(linear, half);
+    __m256 even[V][T], odd[V][T];
+    for (int v = 0; v < V; ++v)
+        for (int t = 0; t < T; ++t) even[v][t] = odd[v][t] = _mm256_setzero_ps();
+    const float* columns = static_cast<const float*>(tile) + from;
+    // A float32 panel of an odd number of inputs ends in the middle of a pair.
+    const int64_t n_pairs = F == Format::F32 ? linear.n_in / 2 : (int64_t(linear.n_in) + 1) / 2;
+    for (int64_t i = 0; i < n_pairs; ++i, columns += n_tokens * 2) {
+        for (int v = 0; v < V; ++v) {
+            const Pair weights = load_pair<F>(halves, v, i);
+            prefetch(halves.at(v, i * (F == Format::F32 ? 128 : 64), 64));
+            for (int t = 0; t < T; ++t) {
+                even[v][t] = _mm256_fmadd_ps(weights.even, _mm256_set1_ps(columns[t]), even[v][t]);
+                odd[v][t] = _mm256_fmadd_ps(weights.odd, _mm256_set1_ps(columns[n_tokens + t]), odd[v][t]);
+            }
+        }
+    }
+    if (F == Format::F32 && linear.n_in % 2) {
+        for (int v = 0; v < V; ++v) {
+            const __m256 last = _mm256_loadu_ps(reinterpret_cast<const float*>(halves.at(v, n_pairs * 128, 64)));
+            for (int t = 0; t < T; ++t) even[v][t] = _mm256_fmadd_ps(last, _mm256_set1_ps(columns[t]), even[v][t]);
+        }
+    }
+    for (int v = 0; v < V; ++v) {
+        const int64_t which = half % 2 + v;
+        for (int t = 0; t < T; ++t)
+            _mm256_storeu_ps(sums + (which / 2 * n_tokens + from + t) * kPanelRows + which % 2 * 8,
+                             _mm256_add_ps(even[v][t], odd[v][t]));
+    }
+}
+
+// -- the table -----------------------------------------------------------------------------------------------
+
+size_t tile_bytes(const Linear& linear, int n_tokens) {
+    switch (linear.format) {
+        case Format::INT8: return Int8Tile::bytes(linear, n_tokens);
+        case Format::NF4: return Nf4Tile::bytes(linear, n_tokens);
+        default: return size_t(even(linear.n_in)) * n_tokens * 4;
+    }
+}
+
+void prepare(const Linear& linear, const float* x, int64_t x_stride, int n_tokens, void* tile) {
+    const auto run = linear.format == Format::INT8  ? prepare_int8
+                     : linear.format == Format::NF4 ? prepare_nf4
+                                                    : prepare_float;
+    run(linear, x, x_stride, n_tokens, tile);
+}
+
+template <int T, int V>
+void halves_of(const Linear& linear, const void* tile, int n_tokens, int from, int64_t half, float* sums) {
+    switch (linear.format) {
+        case Format::F32: return float_halves<Format::F32, T, V>(linear, tile, n_tokens, from, half, sums);
+        case Format::BF16: return float_halves<Format::BF16, T, V>(linear, tile, n_tokens, from, half, sums);
+        case Format::F16: return float_halves<Format::F16, T, V>(linear, tile, n_tokens, from, half, sums);
+        case Format::INT8:
+            return int8_halves<T, V>(linear, Int8Tile(linear, tile, n_tokens), n_tokens, from, half, sums);
+        case Format::NF4: return nf4_halves<T, V>(linear, tile, n_tokens, from, half, sums);
+    }
+}
+
+// As many tokens and rows as the 16 registers hold sums of.
+void multiply(const Linear& linear, const void* tile, int n_tokens, int64_t first, int64_t n_panels, float* sums) {
+    for (int64_t p = 0; p < n_panels;) {
+        const int now = n_tokens == 1 && n_panels - p >= 2 ? 2 : 1;
+        const int64_t half = (first + p) * 2;
+        for (int from = 0; from < n_tokens; from += 4) {
+            const int left = n_tokens - from;
+            if (now == 2) halves_of<1, 4>(linear, tile, n_tokens, from, half, sums);
+            else if (left == 1) halves_of<1, 2>(linear, tile, n_tokens, from, half, sums);
+            else if (left == 2) halves_of<2, 2>(linear, tile, n_tokens, from, half, sums);
+            else
+                for (int v = 0; v < 2; ++v)
+                    left == 3 ? halves_of<3, 1>(linear, tile, n_tokens, from, half + v, sums)
+                              : halves_of<4, 1>(linear, tile, n_tokens, from, half + v, sums);
+        }
+        sums += now * n_tokens * kPanelRows;
+        p += now;
+    }
+}
+
+}  // namespace
+
+const Kernels avx2_kernels = {"avx2", tile_bytes, prepare, multiply};
+
+}  // namespace petalite
+
+PETALITE_TARGET_END
+#endif
