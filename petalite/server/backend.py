@@ -10,21 +10,26 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Generator, Hashable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from typing import Any, ParamSpec, TypeAlias, TypeVar
 
 import torch
 
 from petalite.errors import BadMessage, DeadlineExceeded, NotFinite, ShuttingDown
+from petalite.model.block import Block
 from petalite.model.cache import Segment
 from petalite.model.compute import ComputeThread, is_finite
 from petalite.model.span import BlockSpan
+from petalite.server.adapters import HeldAdapter
 from petalite.server.budget import Budget
 from petalite.server.gathering import Gathering
 from petalite.server.scheduler import Kind, Part, Request, Scheduler, SchedulerSettings
 from petalite.swarm.messages import ALL, DECODE_TOKENS, NONE, Step
 
+P = ParamSpec("P")
+R = TypeVar("R")
 _CLOSED = "the blocks that were to compute this are closed"
 
 
@@ -37,19 +42,47 @@ class Timing:
 
 
 @dataclass(slots=True, eq=False)
-class _Work:
-    """A step under way."""
+class _Asked:
+    """Something that was asked for, and is waited for."""
 
-    hidden: torch.Tensor
-    segments: Sequence[Segment]
-    start: int
-    end: int
+    answer: asyncio.Future[Any]  # of a result and its Timing
     asked_s: float
-    answer: asyncio.Future[tuple[torch.Tensor, Timing]]
-    done_tokens: int = 0
-    outputs: list[torch.Tensor] = field(default_factory=list)
     began_s: float = 0.0
     compute_s: float = 0.0
+
+    def timing(self) -> Timing:
+        return Timing(self.began_s - self.asked_s, self.compute_s)
+
+
+@dataclass(slots=True, eq=False)
+class _Step(_Asked):
+    """A step under way."""
+
+    hidden: torch.Tensor = field(kw_only=True)
+    segments: Sequence[Segment] = field(kw_only=True)
+    start: int = field(kw_only=True)
+    end: int = field(kw_only=True)
+    adapted: Sequence[Block] | None = field(kw_only=True)
+    done_tokens: int = 0
+    outputs: list[torch.Tensor] = field(default_factory=list)
+
+    def result(self) -> torch.Tensor:
+        return self.outputs[0] if len(self.outputs) == 1 else torch.cat(self.outputs)
+
+
+@dataclass(slots=True, eq=False)
+class _Turns(_Asked):
+    """A training call under way."""
+
+    pieces: Generator[None, None, Any] = field(kw_only=True)
+    ended: bool = False
+    value: Any = None  # that the pieces ended with
+
+    def result(self) -> Any:
+        return self.value
+
+
+_Work: TypeAlias = _Step | _Turns
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,6 +181,7 @@ class Backend:
         *,
         peer: Hashable = None,
         timeout_s: float = float("inf"),
+        adapter: HeldAdapter | None = None,
     ) -> tuple[torch.Tensor, Timing]:
         """hidden (T, E) through blocks [start, end) -> (T, E), the caches of the segments' rows extended.
 
@@ -156,16 +190,53 @@ class Backend:
         there.
         """
         now_s = time.perf_counter()
-        answer: asyncio.Future[tuple[torch.Tensor, Timing]] = asyncio.get_running_loop().create_future()
-        work = _Work(hidden, segments, start, end, now_s, answer)
+        adapted = None if adapter is None else await self._thread.run(adapter.blocks_of, self.span)
+        work = _Step(
+            asyncio.get_running_loop().create_future(),
+            now_s,
+            hidden=hidden,
+            segments=segments,
+            start=start,
+            end=end,
+            adapted=adapted,
+        )
         longest = max(segment.n_tokens for segment in segments)
         kind = Kind.DECODE if longest <= DECODE_TOKENS else Kind.PREFILL
-        request = Request(work, kind, (start, end), peer, len(hidden), deadline_s=now_s + timeout_s)
+        group = (start, end, adapter and adapter.digest)
         self._gathering.came(segments[0].row, now_s)
+        request = Request[_Work](work, kind, group, peer, len(hidden), deadline_s=now_s + timeout_s)
+        output, timing = await self._answer(request)
+        return output, timing
+
+    async def train(
+        self,
+        pieces: Generator[None, None, R],
+        n_pieces: int,
+        *,
+        peer: Hashable = None,
+        timeout_s: float = float("inf"),
+    ) -> tuple[R, Timing]:
+        """What `pieces` ends with, computed piece by piece on the thread, after everything that sessions ask.
+
+        Raises what it raises, or DeadlineExceeded if it is not done in time.
+        """
+        now_s = time.perf_counter()
+        work = _Turns(asyncio.get_running_loop().create_future(), now_s, pieces=pieces)
+        # One turn more than there are pieces: the last is for what comes after the last yield.
+        request = Request[_Work](work, Kind.TRAINING, None, peer, n_pieces + 1, deadline_s=now_s + timeout_s)
+        result, timing = await self._answer(request)
+        return result, timing
+
+    def aside(self, function: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> asyncio.Future[R]:
+        """Something short on the thread, before the next pass."""
+        return self._thread.run(function, *args, **kwargs)
+
+    async def _answer(self, request: Request[_Work]) -> tuple[Any, Timing]:
         self._scheduler.add(request)
         self._pump()
         try:
-            return await answer
+            result = await request.work.answer
+            return result, request.work.timing()
         except asyncio.CancelledError:
             self._scheduler.remove(request)
             raise
@@ -175,7 +246,7 @@ class Backend:
         if self._computing:
             return
         for late in self._scheduler.expired(time.perf_counter()):
-            _fail(late.work, DeadlineExceeded("the server was too busy to begin the step in time"))
+            _fail(late.work, DeadlineExceeded("the server was too busy to do this in time"))
         if self._lingers():
             return
         while parts := self._scheduler.next_batch():
@@ -207,15 +278,20 @@ class Backend:
         else:
             result = passed.result()
             self._scheduler.observe(parts, result.seconds)
-            self._gathering.passed(result.seconds)
+            if parts[0].request.kind is not Kind.TRAINING:  # its pace is not that of sessions
+                self._gathering.passed(result.seconds)
             now_s = time.perf_counter()
             for part, error in result.errors:
                 self._scheduler.remove(part.request)
                 _fail(part.request.work, error)
             for part in parts:
-                if not part.request.n_tokens:
-                    self._gathering.answered(part.request.work.segments[0].row, now_s)
-                    _finish(part.request.work)
+                work = part.request.work
+                if isinstance(work, _Step) and not part.request.n_tokens:
+                    self._gathering.answered(work.segments[0].row, now_s)
+                    _finish(work)
+                elif isinstance(work, _Turns) and work.ended:
+                    self._scheduler.remove(part.request)
+                    _finish(work)
         self._pump()
 
     # -- on the compute thread ---------------------------------------------------------------------------
@@ -244,19 +320,32 @@ class Backend:
 
     def _forward(self, parts: list[Part[_Work]]) -> None:
         first = parts[0].request.work
+        if isinstance(first, _Turns):
+            _next_piece(first)
+            return
         pieces = [(part.request.work, part.n_tokens) for part in parts]
-        hidden = [work.hidden[work.done_tokens : work.done_tokens + n_tokens] for work, n_tokens in pieces]
+        steps = [(work, n_tokens) for work, n_tokens in pieces if isinstance(work, _Step)]
+        hidden = [work.hidden[work.done_tokens : work.done_tokens + n_tokens] for work, n_tokens in steps]
         segments = [
-            segment for work, n_tokens in pieces for segment in cut(work.segments, work.done_tokens, n_tokens)
+            segment for work, n_tokens in steps for segment in cut(work.segments, work.done_tokens, n_tokens)
         ]
         packed = hidden[0] if len(hidden) == 1 else torch.cat([one.to(self.span.dtype) for one in hidden])
-        output = self.span.forward(packed, segments, self._cache, start=first.start, end=first.end)
-        outputs = output.split([n_tokens for _, n_tokens in pieces])  # type: ignore[no-untyped-call]
+        output = self.span.forward(
+            packed, segments, self._cache, start=first.start, end=first.end, adapted=first.adapted
+        )
+        outputs = output.split([n_tokens for _, n_tokens in steps])  # type: ignore[no-untyped-call]
         for given, computed in zip(hidden, outputs, strict=True):
             check_finite(given, computed)
-        for (work, n_tokens), computed in zip(pieces, outputs, strict=True):
+        for (work, n_tokens), computed in zip(steps, outputs, strict=True):
             work.outputs.append(computed)
             work.done_tokens += n_tokens
+
+
+def _next_piece(work: _Turns) -> None:
+    try:
+        next(work.pieces)
+    except StopIteration as end:
+        work.ended, work.value = True, end.value
 
 
 def _fail(work: _Work, error: Exception) -> None:
@@ -266,8 +355,7 @@ def _fail(work: _Work, error: Exception) -> None:
 
 def _finish(work: _Work) -> None:
     if not work.answer.done():
-        output = work.outputs[0] if len(work.outputs) == 1 else torch.cat(work.outputs)
-        work.answer.set_result((output, Timing(work.began_s - work.asked_s, work.compute_s)))
+        work.answer.set_result(work.result())
 
 
 def cut(segments: Sequence[Segment], skip: int, take: int) -> list[Segment]:
@@ -286,8 +374,10 @@ def check_finite(given: torch.Tensor, computed: torch.Tensor) -> None:
     """Raises NotFinite, saying whether the numbers came in broken or broke here."""
     if not is_finite(computed):
         if is_finite(given):
-            raise NotFinite("these blocks made NaN or Inf of hidden states that had none")
-        raise NotFinite("the hidden states that came in have NaN or Inf; whoever sent them computes wrongly")
+            raise NotFinite("these blocks made NaN or Inf of hidden states that had none", given=False)
+        raise NotFinite(
+            "the hidden states that came in have NaN or Inf; whoever sent them computes wrongly", given=True
+        )
 
 
 def checked_forks(step: Step, numbers: Sequence[int]) -> list[tuple[int, int]]:

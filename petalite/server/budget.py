@@ -1,4 +1,5 @@
-"""Memory promised to sessions: reserved when they open, given back when they close, with a line of who waits.
+"""Memory promised to sessions and training calls: reserved when they begin, given back when they end, with
+a line of who waits.
 
 First come, first served: a large request at the head of the line is not overtaken by small ones, or it
 would wait for ever. Knows bytes and waiters; not what the memory is for.
@@ -8,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from petalite.errors import Busy
@@ -23,11 +25,15 @@ class _Waiter:
 
 
 class Budget:
-    """`total` bytes to promise."""
+    """`total` bytes to promise. `what` is promised them, in words."""
 
-    def __init__(self, total_bytes: int) -> None:
+    def __init__(self, total_bytes: int, what: str = "the session") -> None:
         self.total_bytes = total_bytes
         self.reserved_bytes = 0
+        self.reclaim: Callable[[int], None] = lambda nbytes: (
+            None
+        )  # asked to release so much, if it can be spared
+        self._what = what
         self._line: deque[_Waiter] = deque()
 
     @property
@@ -43,9 +49,11 @@ class Budget:
         """Promise `nbytes`, after at most `wait_s` in line. Raises Busy, saying when to try again."""
         if nbytes > self.total_bytes:
             raise Busy(
-                f"the session needs {nbytes >> 20} MiB of cache, all of this server's is "
-                f"{self.total_bytes >> 20} MiB; open it for fewer tokens or rows",
+                f"{self._what} needs {nbytes >> 20} MiB of cache, all of this server's is "
+                f"{self.total_bytes >> 20} MiB; ask for fewer tokens or rows",
             )
+        if nbytes > self.free_bytes:
+            self.reclaim(nbytes - self.free_bytes)
         if not self._line and nbytes <= self.free_bytes:
             self.reserved_bytes += nbytes
             return
@@ -81,7 +89,7 @@ class Budget:
 
     def _busy(self, nbytes: int) -> Busy:
         return Busy(
-            f"the session needs {nbytes >> 20} MiB of cache, {self.free_bytes >> 20} MiB are free and "
-            f"{len(self._line)} sessions wait; try again later or elsewhere",
+            f"{self._what} needs {nbytes >> 20} MiB of cache, {self.free_bytes >> 20} MiB are free and "
+            f"{len(self._line)} wait; try again later or elsewhere",
             retry_after_s=RETRY_S * (1 + len(self._line)),
         )

@@ -9,7 +9,8 @@ whoever waits is overtaken for a bounded number of passes, and a peer that asks 
 not the others.
 
 A prefill is taken in chunks, so long that one pass keeps within a target time as measured on the passes
-before.
+before. A training call is taken in turns, of which each is a pass of its own: after one, all training lets
+the others go first again. Among themselves training calls take turns by peer, one call of each at a time.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ class SchedulerSettings:
     pass_tokens: int = 1024  # no pass packs more
     least_chunk_tokens: int = 16  # of a prefill, however slow the device is
     prefill_patience: int = 4  # passes that a prefill chunk lets decode steps go first
-    training_patience: int = 16  # passes that a training call lets others go first
+    training_patience: int = 16  # passes that a training call's turn lets others go first
 
 
 @dataclass(slots=True, eq=False)
@@ -47,7 +48,7 @@ class Request(Generic[W]):
     kind: Kind
     group: Hashable
     peer: Hashable
-    n_tokens: int  # still to do
+    n_tokens: int  # still to do; of a training call, turns
     deadline_s: float = float("inf")  # nobody wants it later, by the caller's clock
     due: int = 0  # the pass it is due in; set by the scheduler
 
@@ -68,6 +69,7 @@ class Scheduler(Generic[W]):
         self.passes = 0
         self._waiting: list[Request[W]] = []
         self._last_due: dict[tuple[Hashable, Kind], int] = {}
+        self._last_turn: dict[Hashable, int] = {}  # of each peer that trains: the pass
         self._token_s = 0.0  # measured on passes with prefill in them, seconds per token
 
     def __len__(self) -> int:
@@ -75,7 +77,8 @@ class Scheduler(Generic[W]):
 
     @property
     def waiting_tokens(self) -> int:
-        return sum(request.n_tokens for request in self._waiting)
+        """Of sessions' steps."""
+        return sum(request.n_tokens for request in self._waiting if request.kind is not Kind.TRAINING)
 
     @property
     def chunk_tokens(self) -> int:
@@ -115,9 +118,8 @@ class Scheduler(Generic[W]):
         ordered = sorted(self._waiting, key=lambda request: request.due)  # stable: of equals, the older first
         lead = ordered[0]
         if lead.kind is Kind.TRAINING:
-            parts = [Part(lead, lead.n_tokens)]
-        else:
-            parts = self._fill(lead, (other for other in ordered[1:] if other.group == lead.group))
+            return [self._turn()]
+        parts = self._fill(lead, (other for other in ordered[1:] if other.group == lead.group))
         for part in parts:
             part.request.n_tokens -= part.n_tokens
             if part.request.n_tokens:
@@ -125,6 +127,22 @@ class Scheduler(Generic[W]):
             else:
                 self._waiting.remove(part.request)
         return parts
+
+    def _turn(self) -> Part[W]:
+        """A training call's: the first of the peer that has waited longest since its last."""
+        training = [request for request in self._waiting if request.kind is Kind.TRAINING]
+        lead = min(training, key=lambda request: self._last_turn.get(request.peer, -1))
+        self._last_turn = {
+            request.peer: self._last_turn[request.peer]
+            for request in training
+            if request.peer in self._last_turn
+        } | {lead.peer: self.passes}
+        lead.n_tokens -= 1
+        if not lead.n_tokens:
+            self._waiting.remove(lead)
+        for request in training:
+            request.due = max(request.due, self.passes + self.settings.training_patience)
+        return Part(lead, 1)
 
     def _fill(self, lead: Request[W], others: Iterable[Request[W]]) -> list[Part[W]]:
         """The lead, every decode step that fits beside it, and prefill if the lead is one."""

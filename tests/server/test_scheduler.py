@@ -53,18 +53,42 @@ def test_nothing_waits_when_nothing_else_is_there() -> None:
     scheduler: Scheduler[str] = Scheduler(SchedulerSettings(least_chunk_tokens=8))
     scheduler.add(request("long", Kind.PREFILL, 20))
     assert [served(scheduler.next_batch()) for _ in range(3)] == [{"long": 8}, {"long": 8}, {"long": 4}]
-    scheduler.add(request("train", Kind.TRAINING, 700))
-    assert served(scheduler.next_batch()) == {"train": 700}
+    scheduler.add(request("train", Kind.TRAINING, 2))
+    assert [served(scheduler.next_batch()) for _ in range(3)] == [{"train": 1}, {"train": 1}, {}]
 
 
 def test_training_comes_last_and_alone() -> None:
     scheduler: Scheduler[str] = Scheduler(SchedulerSettings(training_patience=2))
-    scheduler.add(request("train", Kind.TRAINING, 64))
+    scheduler.add(request("train", Kind.TRAINING, 2))
     order = []
-    for number in range(4):
+    for number in range(7):
         scheduler.add(request(f"step {number}"))
         order.append(served(scheduler.next_batch()))
-    assert order == [{"step 0": 1}, {"step 1": 1}, {"train": 64}, {"step 2": 1, "step 3": 1}]
+    assert order[:4] == [{"step 0": 1}, {"step 1": 1}, {"train": 1}, {"step 2": 1, "step 3": 1}]
+    assert order[4:] == [{"step 4": 1}, {"train": 1}, {"step 5": 1, "step 6": 1}]
+
+
+def test_however_much_trains_it_has_one_turn_before_the_others_go() -> None:
+    scheduler: Scheduler[str] = Scheduler(SchedulerSettings(training_patience=2))
+    for number in range(8):
+        scheduler.add(request(f"train {number}", Kind.TRAINING, 5, peer=number))
+    for _ in range(10):
+        scheduler.next_batch()
+    for number in range(2):
+        scheduler.add(request(f"step {number}"))
+        assert served(scheduler.next_batch()) == {f"step {number}": 1}
+
+
+def test_training_takes_turns_by_peer() -> None:
+    """One peer's eight calls get as many turns as the other's one; each peer's calls go one by one."""
+    scheduler: Scheduler[str] = Scheduler()
+    for number in range(8):
+        scheduler.add(request(f"greedy {number}", Kind.TRAINING, 3, peer="greedy"))
+    scheduler.add(request("modest", Kind.TRAINING, 3, peer="modest"))
+    order = [name for _ in range(9) for name in served(scheduler.next_batch())]
+    assert order[:6] == ["greedy 0", "modest"] * 3
+    assert order[6:] == ["greedy 1"] * 3
+    assert scheduler.waiting_tokens == 0
 
 
 def test_a_peer_that_asks_for_much_delays_itself() -> None:
@@ -149,8 +173,11 @@ def test_no_request_starves(arrivals: list[list[tuple[Kind, int, object, str]]])
             done[part.request.work] = done.get(part.request.work, 0) + part.n_tokens
     wanted = [n for step in arrivals for n in step]
     assert len(begun) == len(wanted)
+    turns = sum(n for kind, n, _, _ in wanted if kind is Kind.TRAINING)
     for one in everything:
         kind, n_tokens, _, _ = wanted[one.work]
         assert done[one.work] == (min(n_tokens, 16) if kind is Kind.DECODE else n_tokens)
         rivals = sum(due <= first_due[one.work] for due in first_due.values())
+        if kind is Kind.TRAINING:  # others' turns, each of which lets everybody else go first
+            rivals += (scheduler.settings.training_patience + 1) * turns
         assert begun[one.work] <= first_due[one.work] + rivals

@@ -1,0 +1,112 @@
+"""The LoRAs that a server holds: those its owner lends for as long as it runs, and those that clients sent.
+
+What clients sent is kept within a number of bytes; the longest unused goes first, and what a session or a
+call is using stays. An adapter is named by its digest alone, so nobody can change another's, and the same
+one sent twice is held once. Knows adapters and blocks; knows no socket.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+
+from petalite.errors import BadAdapter, Busy, UnknownAdapter
+from petalite.model.block import Block
+from petalite.model.lora import Adapter
+from petalite.model.span import BlockSpan
+
+COPIES = 2  # of an adapter's bytes: as it came, and stacked for the blocks
+
+
+class HeldAdapter:
+    """One adapter, and the blocks that compute with it."""
+
+    def __init__(self, adapter: Adapter) -> None:
+        self.adapter = adapter
+        self.users = 0
+        self._span: BlockSpan | None = None
+        self._blocks: Sequence[Block] = ()
+
+    @property
+    def digest(self) -> bytes:
+        return self.adapter.digest
+
+    @property
+    def nbytes(self) -> int:
+        """At most."""
+        return COPIES * self.adapter.nbytes
+
+    def blocks_of(self, span: BlockSpan) -> Sequence[Block]:
+        """All blocks of the span with the adapter, made once. On the compute thread."""
+        if self._span is not span:
+            self._span, self._blocks = span, span.adapted_blocks(self.adapter)
+        return self._blocks
+
+    def let_go(self) -> None:
+        """Of the blocks, before they are unloaded."""
+        self._span, self._blocks = None, ()
+
+
+class Adapters:
+    """All that one server holds."""
+
+    def __init__(self, limit_bytes: int, lent: Mapping[str, Adapter] | None = None) -> None:
+        """`limit_bytes` for those of clients. `lent` are the owner's, by name."""
+        self.limit_bytes = limit_bytes
+        self.lent = {name: adapter.digest for name, adapter in (lent or {}).items()}
+        self._lent = {adapter.digest: HeldAdapter(adapter) for adapter in (lent or {}).values()}
+        self._sent: dict[bytes, HeldAdapter] = {}  # the longest unused first
+
+    @property
+    def sent_bytes(self) -> int:
+        """What clients' adapters take."""
+        return sum(held.nbytes for held in self._sent.values())
+
+    def __contains__(self, digest: bytes) -> bool:
+        return digest in self._lent or digest in self._sent
+
+    def check_size(self, nbytes: int) -> None:
+        """Raises BadAdapter for a file that could never be held."""
+        if COPIES * nbytes > self.limit_bytes:
+            raise BadAdapter(
+                f"the adapter has {nbytes} bytes, this server takes {self.limit_bytes // COPIES} at most; "
+                f"send the tensors of fewer blocks, or of a lower rank"
+            )
+
+    def put(self, adapter: Adapter) -> None:
+        """Hold it; others go for it. Raises BadAdapter where it is too large, Busy where all are in use."""
+        if adapter.digest in self:
+            return
+        held = HeldAdapter(adapter)
+        if held.nbytes > self.limit_bytes:
+            self.check_size(adapter.nbytes)
+        spare = [digest for digest, other in self._sent.items() if not other.users]
+        while self.sent_bytes + held.nbytes > self.limit_bytes:
+            if not spare:
+                raise Busy(
+                    "all adapters that this server holds are in use; try again later", retry_after_s=5.0
+                )
+            del self._sent[spare.pop(0)]
+        self._sent[adapter.digest] = held
+
+    @contextmanager
+    def use(self, digest: bytes | None) -> Iterator[HeldAdapter | None]:
+        """The adapter, which stays as long as this is open. Raises UnknownAdapter."""
+        if digest is None:
+            yield None
+            return
+        held = self._lent.get(digest) or self._sent.pop(digest, None)
+        if held is None:
+            raise UnknownAdapter(f"this server holds no adapter {digest.hex()[:16]}…; send it first")
+        if digest not in self._lent:
+            self._sent[digest] = held  # the last to go
+        held.users += 1
+        try:
+            yield held
+        finally:
+            held.users -= 1
+
+    def let_go(self) -> None:
+        """Of all blocks, before they are unloaded."""
+        for held in (*self._lent.values(), *self._sent.values()):
+            held.let_go()
