@@ -294,6 +294,11 @@ class Checkpoint:
             header = self._header(shard)
             self._part(shard, [(header[name].start, header[name].end) for name in names if name in header])
 
+    def check_unchanged(self) -> None:
+        """Raises InvalidCheckpoint if a file that tensors were read from has changed meanwhile."""
+        for shard in self._headers:
+            self._part(shard, [])
+
     def stored(self, name: str) -> tuple[Path, TensorInfo] | None:
         """Where a tensor's bytes lie in a file; None where they are not on this machine."""
         shard = self.shard_of.get(name)

@@ -72,6 +72,7 @@ def load_blocks(
             blocks.append(_quantized_block(checkpoint, index, source(index), dtype, device, kernel))
         if progress is not None:
             progress(index + 1 - start, end - start)
+    checkpoint.check_unchanged()
     return blocks, kernel, quant
 
 
@@ -141,11 +142,21 @@ def _dense_block(
     kernel: linear.LinearKernel,
 ) -> Block:
     kind, config = block_kind(checkpoint), checkpoint.config
-    parts = {part: tensor.to(device, dtype) for part, tensor in _read_parts(checkpoint, kind, index).items()}
-    vectors = _vectors(checkpoint, kind, index, parts)
+    mapped = _read_parts(checkpoint, kind, index)
+    places = {tensor.data_ptr() for tensor in mapped.values()}
+
+    def own(tensor: Tensor) -> Tensor:
+        # What stayed mapped would change with its file, or be cut off, which kills the process.
+        return tensor.clone() if tensor.data_ptr() in places else tensor
+
+    parts = {part: tensor.to(device, dtype) for part, tensor in mapped.items()}
+    vectors = {part: own(vector) for part, vector in _vectors(checkpoint, kind, index, parts).items()}
     linears = {}
     for name, roles in kind.stacks(config).items():
-        linears[name] = kernel.make(*stacked(kind, config, index, parts, name))
+        weight, bias = stacked(kind, config, index, parts, name)
+        # All kernels but this one make something of their own of the weight.
+        weight = own(weight) if kernel.make is linear.DenseLinear else weight
+        linears[name] = kernel.make(weight, None if bias is None else own(bias))
         for role in roles:
             parts.pop(f"{role}.weight")
     return kind(config, index, vectors, linears)
@@ -162,8 +173,8 @@ def _quantized_block(
     linears = {}
     for name, (weight, bias) in block.linears.items():
         moved = type(weight)(**{field: part.to(device) for field, part in weight.tensors().items()})
-        linears[name] = kernel.make(moved, None if bias is None else bias.to(device, dtype))
-    vectors = {part: vector.to(device, dtype) for part, vector in block.vectors.items()}
+        linears[name] = kernel.make(moved, None if bias is None else bias.to(device, dtype, copy=True))
+    vectors = {part: vector.to(device, dtype, copy=True) for part, vector in block.vectors.items()}
     return block_kind(checkpoint)(checkpoint.config, index, vectors, linears)
 
 

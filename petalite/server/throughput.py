@@ -94,9 +94,9 @@ def measured_once(folder: Path, key: str, measure: Callable[[], BlockSpeed]) -> 
     speed = measure()
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile("w", dir=folder, prefix=".writing-", delete=False) as file:
-            json.dump(asdict(speed), file)
-        Path(file.name).replace(path)
+        with tempfile.TemporaryDirectory(dir=folder, prefix=".writing-") as unfinished:
+            (Path(unfinished) / path.name).write_text(json.dumps(asdict(speed)))
+            (Path(unfinished) / path.name).replace(path)
     except OSError as error:
         logger.warning("cannot keep the measured speed: %s", error)
     return speed

@@ -95,6 +95,18 @@ async def test_what_is_pushed_on_is_kept_and_returns_on_request(serving: Serving
     call.end()
 
 
+async def test_a_step_of_an_older_epoch_is_dropped(serving: Serving) -> None:
+    """It was sent before a repair; the row stays as the newer epoch's steps made it."""
+    call = await serving.open(await serving.client())
+    states = F32.encode(hidden(serving.span, 1))
+    for number, position, epoch in ((1, 0, 5), (2, 0, 3), (3, 1, 5)):
+        await call.send(write(Step(((0, position, 1),), "f32", 4, number=number, epoch=epoch)), [states])
+    done = [(await heard(call))[0] for _ in range(2)]
+    assert [(one.number, one.epoch) for one in done if isinstance(one, StepDone)] == [(1, 5), (3, 5)]
+    call.end()
+    await serving.until_free()
+
+
 async def test_a_token_of_nobody_is_refused(serving: Serving) -> None:
     stranger = await (await serving.client()).open(serving.address, ATTACH_METHOD, encode(Attach(TOKEN)))
     with pytest.raises(Refused):
