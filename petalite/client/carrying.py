@@ -219,15 +219,21 @@ class Carrier:
         leg.kept.put(part.rows, data)
 
     async def _late(self, awaited: Awaited, timeout_s: float) -> StageFailed:
-        """Whose fault it is that an answer did not come: the first that has not passed the step on."""
+        """Whose fault it is that an answer did not come: the first that has not passed the step on; or the
+        link to it, where the stage before says that it has, and it knows nothing of the step."""
         progress = await asyncio.gather(*map(_probe, awaited.stages))
-        culprit = awaited.stages[-1]
+        before, culprit = None, awaited.stages[-1]
         for stage, reached in zip(awaited.stages, progress, strict=True):
             if reached is None or reached.sent < awaited.number:
                 culprit = stage
                 break
+            before = stage
         text = f"{culprit.peer.short()} did not pass a step on within {timeout_s:.1f} s"
-        return self._failed(culprit, DeadlineExceeded(text))
+        late = DeadlineExceeded(text)
+        if before is not None and reached is not None and reached.received < awaited.number:
+            before.link_down(before.epoch, f"nothing of {before.peer.short()} reaches {culprit.peer.short()}")
+            return StageFailed(culprit, culprit.error or late)
+        return self._failed(culprit, late)
 
 
 async def _probe(stage: Stage) -> Progress | None:

@@ -147,16 +147,11 @@ class Session:
         return True
 
     async def _survive(self, parts: Sequence[Part]) -> list[Carried]:
-        """Carry, mend, carry on: as long as there is progress, or time for it."""
+        """Carry, mend, carry on: as long as there is progress, or time for it since a failure was noticed."""
         done: list[Carried] = []
-        reached, doubts, deadline_s = 0, 0, 0.0
+        clock = asyncio.get_running_loop().time
+        reached, doubts, deadline_s = -1, 0, clock() + self.settings.recovery_s
         while True:
-            if len(done) > reached or not deadline_s:
-                reached, doubts, deadline_s = (
-                    len(done),
-                    0,
-                    asyncio.get_running_loop().time() + self.settings.recovery_s,
-                )
             try:
                 if self._chain.gap is not None:
                     await self._chain.mend(deadline_s)
@@ -167,8 +162,10 @@ class Session:
                     await self._carrier.flow(self._chain.legs, left, done)
                 return done
             except StageFailed as failure:
+                if len(done) > reached:
+                    reached, doubts, deadline_s = len(done), 0, clock() + self.settings.recovery_s
                 doubts += isinstance(failure.cause, DOUBTFUL)
-                if doubts > 1 or asyncio.get_running_loop().time() > deadline_s:
+                if doubts > 1 or clock() > deadline_s:
                     raise failure.cause from failure
                 self._chain.blame(failure)
 

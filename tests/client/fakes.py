@@ -51,14 +51,28 @@ def reference(span: Span, history: torch.Tensor) -> torch.Tensor:
 
 
 class FakeBackend:
-    """Rows are the histories that they were fed. `stuck` computes no more; `lies` makes NaN of everything."""
+    """Rows are the histories that they were fed. `stuck` computes nothing until it is not; `lies` makes NaN
+    of everything.
+    """
 
     def __init__(self, span: Span, dtype: torch.dtype) -> None:
         config = SimpleNamespace(hidden_size=E)
         self.span: Any = SimpleNamespace(start=span.start, end=span.end, dtype=dtype, config=config)
         self.rows: dict[int, torch.Tensor] = {}
-        self.stuck = False
         self.lies = False
+        self._goes = asyncio.Event()
+        self._goes.set()
+
+    @property
+    def stuck(self) -> bool:
+        return not self._goes.is_set()
+
+    @stuck.setter
+    def stuck(self, stuck: bool) -> None:
+        if stuck:
+            self._goes.clear()
+        else:
+            self._goes.set()
 
     async def open_rows(self, count: int, max_length: int, start: int, end: int, **_: Any) -> Rows:
         numbers = tuple(max(self.rows, default=-1) + 1 + i for i in range(count))
@@ -78,8 +92,7 @@ class FakeBackend:
         self, hidden: torch.Tensor, segments: Sequence[Segment], start: int, end: int, **_: Any
     ) -> tuple[torch.Tensor, Timing]:
         await asyncio.sleep(0)
-        if self.stuck:
-            await asyncio.Event().wait()
+        await self._goes.wait()
         if not torch.isfinite(hidden).all():
             raise NotFinite("the hidden states that came in have NaN or Inf")
         outputs, offset = [], 0
