@@ -36,8 +36,9 @@ setup(
                 "-ffp-contract=off",
                 "-fvisibility=hidden",
                 "-pthread",
+                "-Wno-maybe-uninitialized",  # gcc's own intrinsics
             ],
-            extra_link_args=["-pthread", "-Wno-maybe-uninitialized"],
+            extra_link_args=["-pthread"],
             language="c++",
             optional=True,
             py_limited_api=True,  # it knows nothing of Python: one file serves every version

@@ -20,6 +20,8 @@ from torch.nn.functional import linear
 
 from petalite.kernels.frozen import FrozenLinear
 from petalite.kernels.int8 import ExactInt8, FbgemmInt8, IntMmInt8
+from petalite.kernels.native import library
+from petalite.kernels.native.linears import NativeLinear
 from petalite.kernels.nf4 import DenseNf4, PackedNf4, nf4_on, packed_kernel_runs
 from petalite.kernels.quantized import FORMATS, NONE, Int8Weight, Nf4Weight
 
@@ -107,6 +109,10 @@ def _onednn_works_on(device: torch.device, dtype: torch.dtype) -> bool:
     )
 
 
+def _native_works_on(device: torch.device, dtype: torch.dtype) -> bool:
+    return device.type == "cpu" and library() is not None
+
+
 def _on_cpu(device: torch.device, dtype: torch.dtype) -> bool:
     return device.type == "cpu"
 
@@ -127,18 +133,23 @@ def _packed_nf4_works_on(device: torch.device, dtype: torch.dtype) -> bool:
 _SLOW = "it is far slower than float32; serve without --quant for speed"
 _TWICE = "it takes twice the memory of nf4"
 
+_NATIVE = LinearKernel("native", NativeLinear, _native_works_on)
+
 # Per format of the weights, best first.
 KERNELS: dict[str, tuple[LinearKernel, ...]] = {
     NONE: (
+        _NATIVE,
         LinearKernel("onednn", OneDnnLinear, _onednn_works_on, OneDnnLinear.MIN_ROWS),
         LinearKernel("dense", DenseLinear, _everywhere),
     ),
     Int8Weight.NAME: (
+        _NATIVE,
         LinearKernel("fbgemm", FbgemmInt8, _on_cpu),
         LinearKernel("_int_mm", IntMmInt8, _on_wide_cpu),
         LinearKernel("exact", ExactInt8, _everywhere, caution=_SLOW),
     ),
     Nf4Weight.NAME: (
+        _NATIVE,
         LinearKernel("bitsandbytes", PackedNf4, _packed_nf4_works_on),
         LinearKernel("fbgemm, as int8", nf4_on(FbgemmInt8), _on_cpu, caution=_TWICE),
         LinearKernel("_int_mm, as int8", nf4_on(IntMmInt8), _on_wide_cpu, caution=_TWICE),

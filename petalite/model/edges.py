@@ -15,6 +15,7 @@ from torch.nn.functional import layer_norm, rms_norm
 from petalite.errors import InvalidArgument, InvalidCheckpoint
 from petalite.kernels import linear
 from petalite.kernels.int8 import Int8Linear
+from petalite.kernels.native.linears import NativeLinear
 from petalite.kernels.quantized import FORMATS, NONE
 from petalite.model.checkpoint import Checkpoint
 from petalite.model.config import ModelConfig
@@ -67,7 +68,7 @@ class Edges:
     def head(self, hidden: Tensor) -> Tensor:
         """Hidden states (T, E) → logits (T, V) in float32, the final norm included."""
         normed = self._normed(hidden.to(self.device, self.dtype), self._norm)
-        if isinstance(self._head, Int8Linear):  # sums in float32 and rounds to what it was given
+        if isinstance(self._head, Int8Linear | NativeLinear):  # sum in float32, round to what they were given
             normed = normed.float()
         return self._head(normed).float()
 

@@ -39,7 +39,8 @@ def test_kernels_equal_the_product(dtype, tolerance, has_bias, n_rows) -> None:
         assert result.shape == (n_rows, 48) and result.dtype == dtype
         torch.testing.assert_close(result.double(), exact, rtol=tolerance, atol=tolerance * 10)
         assert torch.equal(made.dense(), weight)
-        assert made.nbytes == (weight.numel() + (48 if has_bias else 0)) * dtype.itemsize
+        biases = 48 if has_bias else 0  # native kernels hold them in float32
+        assert weight.nbytes + biases * dtype.itemsize <= made.nbytes <= weight.nbytes + biases * 4
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), DTYPES)

@@ -11,13 +11,14 @@ from torch import Tensor
 from petalite.kernels import linear, nf4
 from petalite.kernels.int8 import ExactInt8, FbgemmInt8, Int8Linear, IntMmInt8
 from petalite.kernels.linear import KERNELS, LinearKernel, pick
+from petalite.kernels.native.linears import NativeLinear
 from petalite.kernels.nf4 import PackedNf4
 from petalite.kernels.quantized import FORMATS, NF4_LEVELS, Int8Weight, Nf4Weight
 
 CPU = torch.device("cpu")
 INT8 = [
     kernel
-    for kernel, row in zip((FbgemmInt8, IntMmInt8, ExactInt8), KERNELS["int8"], strict=True)
+    for kernel, row in zip((NativeLinear, FbgemmInt8, IntMmInt8, ExactInt8), KERNELS["int8"], strict=True)
     if row.works_on(CPU, torch.float32)
 ]
 needs_packed_nf4 = pytest.mark.skipif(not nf4.packed_kernel_runs(), reason="needs AVX512-BF16")
@@ -124,7 +125,7 @@ def test_int8_weights_come_back_out(kernel: type[Int8Linear], weight: Tensor) ->
     made = Int8Weight.quantize(weight)
     packed = kernel(made, None)
     assert torch.equal(packed.dense(), made.dense())
-    assert packed.nbytes == made.nbytes
+    assert made.nbytes <= packed.nbytes <= 2 * made.nbytes  # native ones fill up panels of 16 rows
     assert packed(awkward(4, weight.shape[1]).bfloat16()).dtype == torch.bfloat16
 
 
