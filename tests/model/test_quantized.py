@@ -53,7 +53,7 @@ def test_int8_linears_see_no_difference_between_alone_and_batched(smollm2: Path)
     hidden = torch.randn(40, 576, generator=torch.Generator().manual_seed(6)) * 8
     for block in span._blocks:
         for made in block.linears.values():
-            x = hidden[:, : made._n_in] if made._n_in <= 576 else hidden.repeat(1, 3)[:, : made._n_in]
+            x = hidden.repeat(1, 3)[:, : made.dense().shape[1]]
             assert torch.equal(made(x)[7:8], made(x[7:8]))
 
 
@@ -88,6 +88,7 @@ def test_int8_loses_less_than_bitsandbytes_on_real_inputs(smollm2: Path) -> None
     edges = load_edges(checkpoint)
     ids = load_tokenizer(checkpoint).encode((Path(__file__).parents[2] / "LICENSE").read_text())
     span = load_span(checkpoint, 0, 13)
+    span._native = None  # whose inputs of linears nobody sees
     seen: dict[str, torch.Tensor] = {}
     for name, made in span._blocks[12].linears.items():
 

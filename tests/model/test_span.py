@@ -231,7 +231,7 @@ def test_weights_are_counted(tmp_path: Path) -> None:
     assert loaded.span.nbytes == per_block * loaded.n_blocks
     assert loaded.span.token_bytes() == 2 * 2 * 16 * 4 * loaded.n_blocks
     assert loaded.span.token_bytes(0, 1) == 2 * 2 * 16 * 4
-    assert loaded.edges.nbytes == (260 * 64 + 64) * 4
+    assert loaded.edges.nbytes in ((260 * 64 + 64) * 4, (272 * 64 + 64) * 4)  # native: whole panels of rows
 
 
 def block_shapes(loaded: Loaded, block: int) -> dict[str, tuple[int, ...]]:
