@@ -26,6 +26,7 @@ from petalite.model.families import FAMILIES, Family
 from petalite.model.hub import HubFiles
 from petalite.model.manifest import Manifest
 from petalite.model.ranges import Range
+from petalite.model.reading import read_through
 from petalite.model.tensorfile import DTYPES, TensorInfo, header_end, mapped_tensors, read_header
 
 _LENGTH = (0, 8)  # the bytes that say how long a safetensors header is
@@ -307,6 +308,15 @@ class Checkpoint:
             return None
         path = self._files.here(shard, info.start, info.end)
         return None if path is None else (path, info)
+
+    def warm(self, names: Iterable[str]) -> None:
+        """Have the bytes of tensors that were read in the page cache, so that whoever looks at them does not
+        wait for the disk. Raises InvalidCheckpoint.
+        """
+        for shard, of_shard in self._by_shard(names).items():
+            header = self._header(shard)
+            ranges = [(header[name].start, header[name].end) for name in of_shard]
+            read_through(self._part(shard, ranges), ranges)
 
     def _by_shard(self, names: Iterable[str]) -> dict[str, list[str]]:
         shards: dict[str, list[str]] = {}

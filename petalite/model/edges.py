@@ -18,6 +18,7 @@ from petalite.kernels.int8 import Int8Linear
 from petalite.kernels.native.linears import NativeLinear
 from petalite.kernels.quantized import FORMATS, NONE
 from petalite.model.checkpoint import Checkpoint
+from petalite.model.compute import is_finite
 from petalite.model.config import ModelConfig
 
 Norm = tuple[Tensor, Tensor | None]  # weight (E,), and bias (E,) where it is a LayerNorm
@@ -105,7 +106,8 @@ def load_edges(
     in_memory = shapes.keys() - ({embedding} - {head})  # the embedding stays in its file, but as a head
     parts = {name: tensors[name].to(device, dtype) for name in in_memory}
     for name, tensor in parts.items():
-        _check_finite(checkpoint, name, tensor)
+        if not is_finite(tensor):
+            raise InvalidCheckpoint(f"{checkpoint.folder}: there are NaN or Inf in {name!r}")
     weight = parts[head] if quant == NONE else FORMATS[quant].quantize(parts[head])
     return Edges(
         config,
@@ -122,9 +124,3 @@ def load_edges(
 
 def _bias(weight: str) -> str:
     return weight.removesuffix("weight") + "bias"
-
-
-def _check_finite(checkpoint: Checkpoint, name: str, tensor: Tensor) -> None:
-    # The sum of finite numbers may overflow; only then is every one looked at.
-    if not torch.isfinite(tensor.sum(dtype=torch.float32)) and not torch.isfinite(tensor).all():
-        raise InvalidCheckpoint(f"{checkpoint.folder}: there are NaN or Inf in {name!r}")

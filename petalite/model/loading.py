@@ -1,13 +1,14 @@
 """Making blocks from a checkpoint: their tensors and no others, one block at a time, quantized on the way.
 
-Peak memory is the finished blocks plus one linear: a block's tensors are mapped from their file, and each
-linear is stacked, quantized and packed before the next is touched. Knows files and blocks; runs none.
+Peak memory is the finished blocks plus one: a block's tensors are mapped from their file, and each linear is
+stacked, quantized and packed before the next is touched. A thread reads the next block meanwhile. Knows files
+and blocks; runs none.
 """
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -19,15 +20,20 @@ from petalite.kernels.quantized import FORMATS, NONE
 from petalite.model.block import Block, stacked, vector_shapes
 from petalite.model.bloom import BloomBlock
 from petalite.model.checkpoint import Checkpoint
+from petalite.model.compute import is_finite
 from petalite.model.llama import LlamaBlock
 from petalite.model.mixtral import MixtralBlock
 from petalite.model.quantfolder import (
     QuantizedBlock,
     QuantizedBlocks,
     cached_blocks,
-    read_or_make,
+    keep,
+    read_kept,
     write_folder,
 )
+from petalite.model.reading import one_ahead
+
+logger = logging.getLogger(__name__)
 
 COMPUTE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _IGNORED = ("rotary_emb.inv_freq",)  # old conversions stored what the config says anyway
@@ -35,6 +41,7 @@ _IGNORED = ("rotary_emb.inv_freq",)  # old conversions stored what the config sa
 BLOCKS: Mapping[str, type[Block]] = {"llama": LlamaBlock, "mixtral": MixtralBlock, "bloom": BloomBlock}
 
 Progress = Callable[[int, int], None]  # (done, total)
+Stored = QuantizedBlock | dict[str, Tensor]
 
 
 def block_kind(checkpoint: Checkpoint) -> type[Block]:
@@ -63,13 +70,11 @@ def load_blocks(
         )
     quant = _format(checkpoint, quant)
     kernel = linear.pick(device, dtype, quant)
-    source = _source(checkpoint, quant, cache)
-    blocks = []
-    for index in range(start, end):
-        if source is None:
-            blocks.append(_dense_block(checkpoint, index, dtype, device, kernel))
-        else:
-            blocks.append(_quantized_block(checkpoint, index, source(index), dtype, device, kernel))
+    make = _Maker(checkpoint, dtype, device, quant, kernel, cache)
+    indices, blocks = range(start, end), []
+    for index, stored in zip(indices, one_ahead(make.read, indices), strict=True):
+        blocks.append(make.block(index, stored))
+        del stored
         if progress is not None:
             progress(index + 1 - start, end - start)
     checkpoint.check_unchanged()
@@ -89,7 +94,12 @@ def quantize_folder(
     if quant not in FORMATS or checkpoint.quantized is not None:
         raise InvalidArgument(f"cannot make {quant!r} of {checkpoint.folder}; {_choices(checkpoint)}")
     kind = block_kind(checkpoint)
-    make = partial(_quantize, checkpoint, kind, quant)
+
+    def make(index: int) -> QuantizedBlock:
+        parts = _read_parts(checkpoint, kind, index)
+        _check_finite(checkpoint, index, parts)
+        return _quantize(checkpoint, kind, quant, index, parts)
+
     write_folder(checkpoint, kind, quant, (start, end), folder, make, progress)
 
 
@@ -120,45 +130,86 @@ def _choices(checkpoint: Checkpoint) -> str:
     return f"choose {', '.join(linear.KERNELS)}"
 
 
-def _source(checkpoint: Checkpoint, quant: str, cache: Path | None) -> Callable[[int], QuantizedBlock] | None:
-    """Where quantized blocks come from; None where none are wanted."""
-    if quant == NONE:
-        return None
-    kind = block_kind(checkpoint)
-    if checkpoint.quantized is not None:
-        return QuantizedBlocks(checkpoint.folder, kind, checkpoint.config, quant).read
-    make = partial(_quantize, checkpoint, kind, quant)
-    if cache is None:
-        return make
-    kept = cached_blocks(checkpoint, kind, quant, cache)
-    return lambda index: read_or_make(kept, index, partial(make, index))
+class _Maker:
+    """Blocks of a checkpoint in two parts: what is read, on any thread, and what is computed of it."""
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        dtype: torch.dtype,
+        device: torch.device,
+        quant: str,
+        kernel: linear.LinearKernel,
+        cache: Path | None,
+    ) -> None:
+        self._checkpoint = checkpoint
+        self._place = (dtype, device, kernel)
+        self._quant = quant
+        self._kind = block_kind(checkpoint)
+        self._kept: QuantizedBlocks | None = None  # where blocks are kept that were quantized before
+        self._finished: QuantizedBlocks | None = None  # where there is nothing else
+        if checkpoint.quantized is not None:
+            self._finished = QuantizedBlocks(checkpoint.folder, self._kind, checkpoint.config, quant)
+        elif quant != NONE and cache is not None:
+            self._kept = cached_blocks(checkpoint, self._kind, quant, cache)
+
+    def read(self, index: int) -> Stored:
+        """A block as it is quantized already, or its parts. Raises InvalidCheckpoint."""
+        if self._finished is not None:
+            return self._finished.read(index)
+        kept = None if self._kept is None else read_kept(self._kept, index)
+        return _read_parts(self._checkpoint, self._kind, index) if kept is None else kept
+
+    def block(self, index: int, stored: Stored) -> Block:
+        """The block of what was read, which is used up. Raises InvalidCheckpoint."""
+        if isinstance(stored, QuantizedBlock):
+            stored = self._checked(index, stored)
+        if isinstance(stored, dict):
+            _check_finite(self._checkpoint, index, stored)
+            if self._quant == NONE:
+                return _dense_block(self._checkpoint, index, stored, *self._place)
+            stored = _quantize(self._checkpoint, self._kind, self._quant, index, stored)
+            if self._kept is not None:
+                keep(self._kept, index, stored)
+        return _quantized_block(self._checkpoint, index, stored, *self._place)
+
+    def _checked(self, index: int, block: QuantizedBlock) -> Stored:
+        """The block if its numbers are sound; else, where it was only kept, the parts it was made of."""
+        try:
+            block.check()
+        except InvalidCheckpoint as error:
+            if self._kept is None:
+                raise
+            logger.warning("quantizing block %d again: %s", index, error)
+            return _read_parts(self._checkpoint, self._kind, index)
+        return block
 
 
 def _dense_block(
     checkpoint: Checkpoint,
     index: int,
+    parts: dict[str, Tensor],
     dtype: torch.dtype,
     device: torch.device,
     kernel: linear.LinearKernel,
 ) -> Block:
     kind, config = block_kind(checkpoint), checkpoint.config
-    mapped = _read_parts(checkpoint, kind, index)
-    places = {tensor.data_ptr() for tensor in mapped.values()}
+    mapped = {tensor.data_ptr() for tensor in parts.values()}
 
     def own(tensor: Tensor) -> Tensor:
         # What stayed mapped would change with its file, or be cut off, which kills the process.
-        return tensor.clone() if tensor.data_ptr() in places else tensor
+        tensor = tensor.to(device, dtype)
+        return tensor.clone() if tensor.data_ptr() in mapped else tensor
 
-    parts = {part: tensor.to(device, dtype) for part, tensor in mapped.items()}
     vectors = {part: own(vector) for part, vector in _vectors(checkpoint, kind, index, parts).items()}
     linears = {}
     for name, roles in kind.stacks(config).items():
         weight, bias = stacked(kind, config, index, parts, name)
         # All kernels but this one make something of their own of the weight.
-        weight = own(weight) if kernel.make is linear.DenseLinear else weight
+        weight = own(weight) if kernel.make is linear.DenseLinear else weight.to(device, dtype)
         linears[name] = kernel.make(weight, None if bias is None else own(bias))
         for role in roles:
-            parts.pop(f"{role}.weight")
+            del parts[f"{role}.weight"]
     return kind(config, index, vectors, linears)
 
 
@@ -172,16 +223,19 @@ def _quantized_block(
 ) -> Block:
     linears = {}
     for name, (weight, bias) in block.linears.items():
-        moved = type(weight)(**{field: part.to(device) for field, part in weight.tensors().items()})
+        # Codes are packed into something of the kernel's own; what it may keep as it is must not stay mapped.
+        fields = weight.tensors().items()
+        moved = type(weight)(**{field: part.to(device, copy=part.ndim == 1) for field, part in fields})
         linears[name] = kernel.make(moved, None if bias is None else bias.to(device, dtype, copy=True))
     vectors = {part: vector.to(device, dtype, copy=True) for part, vector in block.vectors.items()}
     return block_kind(checkpoint)(checkpoint.config, index, vectors, linears)
 
 
-def _quantize(checkpoint: Checkpoint, kind: type[Block], quant: str, index: int) -> QuantizedBlock:
+def _quantize(
+    checkpoint: Checkpoint, kind: type[Block], quant: str, index: int, parts: Mapping[str, Tensor]
+) -> QuantizedBlock:
     """A block of a checkpoint, each linear stacked and quantized by itself."""
     config = checkpoint.config
-    parts = _read_parts(checkpoint, kind, index)
     linears = {}
     for name in kind.stacks(config):
         weight, bias = stacked(kind, config, index, parts, name)
@@ -200,14 +254,12 @@ def _vectors(
 
 
 def _read_parts(checkpoint: Checkpoint, kind: type[Block], index: int) -> dict[str, Tensor]:
-    """A block's tensors by part, mapped, as they are stored; no other name may stand under its prefix."""
-    names = checkpoint.family.names
-    prefix = checkpoint.outer + names.block_prefix.format(block=index)
+    """A block's tensors by part, mapped, as they are stored, and at hand; no other name may stand under its
+    prefix.
+    """
+    prefix = _prefix(checkpoint, index)
     shapes = kind.tensor_shapes(checkpoint.config)
-    stored = {}
-    for part in shapes:
-        role, _, what = part.rpartition(".")
-        stored[part] = f"{prefix}{names.of(role)}.{what}"
+    stored = {part: _stored_name(checkpoint, index, part) for part in shapes}
     unknown = [
         name for name in set(checkpoint.names(prefix)) - set(stored.values()) if not name.endswith(_IGNORED)
     ]
@@ -216,9 +268,21 @@ def _read_parts(checkpoint: Checkpoint, kind: type[Block], index: int) -> dict[s
             f"{checkpoint.folder}: block {index} has a tensor {min(unknown)!r} unknown to config.json"
         )
     mapped = checkpoint.read({stored[part]: shape for part, shape in shapes.items()})
-    parts = {part: mapped[name] for part, name in stored.items()}
+    checkpoint.warm(mapped)
+    return {part: mapped[name] for part, name in stored.items()}
+
+
+def _check_finite(checkpoint: Checkpoint, index: int, parts: Mapping[str, Tensor]) -> None:
     for part, tensor in parts.items():
-        # The sum of finite numbers may overflow; only then is every one looked at.
-        if not torch.isfinite(tensor.sum(dtype=torch.float32)) and not torch.isfinite(tensor).all():
-            raise InvalidCheckpoint(f"{checkpoint.folder}: block {index} has NaN or Inf in {stored[part]!r}")
-    return parts
+        if not is_finite(tensor):
+            name = _stored_name(checkpoint, index, part)
+            raise InvalidCheckpoint(f"{checkpoint.folder}: block {index} has NaN or Inf in {name!r}")
+
+
+def _prefix(checkpoint: Checkpoint, index: int) -> str:
+    return checkpoint.outer + checkpoint.family.names.block_prefix.format(block=index)
+
+
+def _stored_name(checkpoint: Checkpoint, index: int, part: str) -> str:
+    role, _, what = part.rpartition(".")
+    return f"{_prefix(checkpoint, index)}{checkpoint.family.names.of(role)}.{what}"

@@ -27,7 +27,9 @@ from petalite.errors import InvalidArgument, InvalidCheckpoint, PetaliteError
 from petalite.kernels.quantized import FORMATS, QuantizedWeight
 from petalite.model.block import Block, linear_shapes, vector_shapes
 from petalite.model.checkpoint import Checkpoint, QuantizedFrom
+from petalite.model.compute import is_finite
 from petalite.model.config import ModelConfig
+from petalite.model.reading import read_through
 from petalite.model.tensorfile import DTYPES, mapped_tensors, read_header, write_tensors
 
 logger = logging.getLogger(__name__)
@@ -42,6 +44,28 @@ class QuantizedBlock:
 
     vectors: Mapping[str, Tensor]
     linears: Mapping[str, tuple[QuantizedWeight, Tensor | None]]
+    source: str = "what was quantized"  # the file
+
+    def tensors(self) -> dict[str, Tensor]:
+        """By the names they have in a file."""
+        tensors = {f"vector.{part}": tensor for part, tensor in self.vectors.items()}
+        for name, (weight, bias) in self.linears.items():
+            tensors |= {f"linear.{name}.{field}": tensor for field, tensor in weight.tensors().items()}
+            if bias is not None:
+                tensors[f"linear.{name}.bias"] = bias
+        return tensors
+
+    def check(self) -> None:
+        """Look at every number that is not a code. Raises InvalidCheckpoint."""
+        for name, tensor in self.tensors().items():
+            if tensor.is_floating_point() and not is_finite(tensor):
+                raise InvalidCheckpoint(f"{self.source} has NaN or Inf in {name!r}; quantize again")
+        for name, (weight, _) in self.linears.items():
+            columns = weight.tensors().get("fine_columns", torch.empty(0))
+            if columns.numel() and not 0 <= int(columns.min()) <= int(columns.max()) < weight.shape[1]:
+                raise InvalidCheckpoint(
+                    f"{self.source}: linear {name!r} names columns beyond {weight.shape[1]}; quantize again"
+                )
 
 
 class QuantizedBlocks:
@@ -57,7 +81,9 @@ class QuantizedBlocks:
         return self._folder / f"block-{index:05d}.safetensors"
 
     def read(self, index: int) -> QuantizedBlock:
-        """Mapped from its file. Raises InvalidCheckpoint for what is not as the config makes it."""
+        """Mapped from its file and at hand. Raises InvalidCheckpoint for what is not as the config makes it;
+        the numbers are `QuantizedBlock.check`'s.
+        """
         path = self.path(index)
         header = read_header(path)
         tensors: dict[str, Tensor] = {}
@@ -73,22 +99,18 @@ class QuantizedBlocks:
                     f"{'/'.join(map(str, dtypes))}{list(shape)}; quantize again"
                 )
         tensors.update(mapped_tensors(path, sorted(header, key=lambda name: header[name].start)))
-        self._check(path, tensors)
+        read_through(path, [(0, max(info.end for info in header.values()))])
         vectors = {part: tensors[f"vector.{part}"] for part in vector_shapes(self._kind, self._config)}
         linears = {}
         for name, (n_out, n_in, _) in linear_shapes(self._kind, self._config).items():
             stem = f"linear.{name}"
             fields = {field: tensors[f"{stem}.{field}"] for field in self._format.shapes(n_out, n_in)}
             linears[name] = (self._format(**fields), tensors.get(f"{stem}.bias"))
-        return QuantizedBlock(vectors, linears)
+        return QuantizedBlock(vectors, linears, str(path))
 
     def write(self, index: int, block: QuantizedBlock) -> None:
         """Raises OSError."""
-        tensors = {f"vector.{part}": tensor for part, tensor in block.vectors.items()}
-        for name, (weight, bias) in block.linears.items():
-            tensors |= {f"linear.{name}.{field}": tensor for field, tensor in weight.tensors().items()}
-            if bias is not None:
-                tensors[f"linear.{name}.bias"] = bias
+        tensors = block.tensors()
         # Large alignments first, so that every tensor is aligned in memory.
         names = sorted(tensors, key=lambda name: (-tensors[name].dtype.itemsize, name))
         shapes = {name: (tensors[name].dtype, tuple(tensors[name].shape)) for name in names}
@@ -111,15 +133,6 @@ class QuantizedBlocks:
                 found[f"linear.{name}.bias"] = (_FLOATS, (n_out,))
         return found
 
-    def _check(self, path: Path, tensors: Mapping[str, Tensor]) -> None:
-        for name, tensor in tensors.items():
-            if tensor.is_floating_point() and not torch.isfinite(tensor).all():
-                raise InvalidCheckpoint(f"{path} has NaN or Inf in {name!r}; quantize again")
-            if name.endswith(".fine_columns") and tensor.numel():
-                n_in = tensors[name.replace("fine_columns", "codes")].shape[1]
-                if int(tensor.min()) < 0 or int(tensor.max()) >= n_in:
-                    raise InvalidCheckpoint(f"{path}: {name!r} names columns beyond {n_in}; quantize again")
-
 
 def cached_blocks(checkpoint: Checkpoint, kind: type[Block], quant: str, folder: Path) -> QuantizedBlocks:
     """Where quantized blocks of a checkpoint are kept under `folder`: by a digest of their source."""
@@ -128,19 +141,23 @@ def cached_blocks(checkpoint: Checkpoint, kind: type[Block], quant: str, folder:
     return QuantizedBlocks(folder / digest, kind, checkpoint.config, quant)
 
 
-def read_or_make(blocks: QuantizedBlocks, index: int, make: Callable[[], QuantizedBlock]) -> QuantizedBlock:
-    """The block from its file; else what `make` gives, kept for the next time if the disk allows."""
-    if blocks.path(index).exists():
-        try:
-            return blocks.read(index)
-        except InvalidCheckpoint as error:
-            logger.warning("quantizing block %d again: %s", index, error)
-    block = make()
+def read_kept(blocks: QuantizedBlocks, index: int) -> QuantizedBlock | None:
+    """The block from its file, not yet checked; None if there is none, or a broken one."""
+    if not blocks.path(index).exists():
+        return None
+    try:
+        return blocks.read(index)
+    except InvalidCheckpoint as error:
+        logger.warning("quantizing block %d again: %s", index, error)
+        return None
+
+
+def keep(blocks: QuantizedBlocks, index: int, block: QuantizedBlock) -> None:
+    """Write the block for the next time, if the disk allows."""
     try:
         blocks.write(index, block)
     except OSError as error:
         logger.warning("cannot keep quantized block %d: %s", index, error)
-    return block
 
 
 def write_folder(
