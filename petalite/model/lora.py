@@ -107,9 +107,18 @@ def write_adapter(tensors: Mapping[str, Tensor], *, model: str, alpha: float) ->
     return b"".join((struct.pack("<Q", len(text)), text, *data))
 
 
-def read_adapter(blob: bytes | memoryview, model: str, config: ModelConfig, kind: type[Block]) -> Adapter:
-    """Raises WrongModel, and InvalidAdapter for anything that is not a LoRA of this model's blocks."""
-    digest = hashlib.sha256(blob).digest()
+def read_adapter(
+    blob: bytes | memoryview,
+    model: str,
+    config: ModelConfig,
+    kind: type[Block],
+    *,
+    digest: bytes | None = None,
+) -> Adapter:
+    """Raises WrongModel, and InvalidAdapter for anything that is not a LoRA of this model's blocks.
+    `digest` is the file's, where it is known already.
+    """
+    digest = digest or hashlib.sha256(blob).digest()
     blob = memoryview(blob)
     length = struct.unpack("<Q", blob[:8])[0] if len(blob) > 8 else 0
     if not 0 < length <= min(MAX_HEADER_BYTES, len(blob) - 8):

@@ -66,6 +66,10 @@ class BlockSpan:
         """Bytes of its weights."""
         return sum(block.nbytes for block in self._blocks)
 
+    @property
+    def block_kind(self) -> type[Block]:
+        return type(self._blocks[0])
+
     def token_bytes(self, start: int | None = None, end: int | None = None) -> int:
         """Bytes of one token in a KV cache over the blocks [start, end), by default the whole span."""
         first, last = self._range(start, end)
@@ -125,8 +129,7 @@ class BlockSpan:
 
     def factors(self, block: int, adapter: Adapter) -> dict[str, Pair]:
         """Of each linear of a block that the adapter changes: A and scale · B, as `lora.stack` has them."""
-        kind = type(self._blocks[block - self.start])
-        return stack(kind, self.config, block, adapter, self.device)
+        return stack(self.block_kind, self.config, block, adapter, self.device)
 
     def forward_stateless(
         self,

@@ -34,6 +34,7 @@ BACKWARD_METHOD = "train.backward"
 ADAPTER_METHOD = "train.adapter"
 
 MAX_CALL_TOKENS = 1 << 16  # rows · tokens of one call; a server's own limit is what its record announces
+MAX_PROMPT_TOKENS = 256  # of deep prompts in a block
 MAX_ADAPTER_BYTES = 256 << 20  # of one LoRA on the wire; a server's own limit may be lower
 
 # The gradients that a backward call can ask for.

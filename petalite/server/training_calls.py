@@ -1,0 +1,193 @@
+"""The RPC methods of training: who may call, and how calls end when the blocks leave.
+
+Lengths are checked against what the message says before anything is computed or reserved; what is wrong ends
+that call with a code, and no other.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from petalite.errors import BadMessage, BatchTooLarge, ShuttingDown, WrongModel, WrongSpan
+from petalite.net.host import Host
+from petalite.net.messages import Message
+from petalite.net.rpc import Call, MethodPolicy
+from petalite.net.schema import encode
+from petalite.net.streams import Priority
+from petalite.server.backend import Backend
+from petalite.server.training import Trainer, TrainingSettings
+from petalite.swarm.codecs import codec_named
+from petalite.swarm.messages import HopReport
+from petalite.swarm.spans import Span
+from petalite.swarm.training import (
+    ADAPTER_METHOD,
+    BACKWARD_METHOD,
+    F32,
+    FORWARD_METHOD,
+    MAX_PROMPT_TOKENS,
+    AdapterHeld,
+    PutAdapter,
+    TrainCall,
+    TrainDone,
+    decode_rows,
+    encode_rows,
+    gradient_buffers,
+    read_inputs,
+)
+
+_ADAPTERS_AT_ONCE = 4  # being received
+
+
+class TrainingService:
+    """Serves training calls through one trainer's blocks."""
+
+    def __init__(
+        self,
+        trainer: Trainer,
+        backend: Backend,
+        model_id: str,
+        host: Host,
+        settings: TrainingSettings,
+    ) -> None:
+        self._trainer = trainer
+        self._backend = backend
+        self._model_id = model_id
+        self._most_tokens = settings.most_tokens
+        self._open: set[Call] = set()
+        self._draining = False
+        self._none_open = asyncio.Event()
+        self._none_open.set()
+        # Hidden states, a gradient like them, and prompts of every block.
+        config = backend.span.config
+        most_vectors = 2 * settings.most_tokens + config.n_blocks * MAX_PROMPT_TOKENS
+        most_bytes = most_vectors * config.hidden_size * F32.dtype.itemsize
+        calls = MethodPolicy(max_message_bytes=most_bytes, max_buffers=3, priority=Priority.BULK)
+        adapters = MethodPolicy(
+            max_message_bytes=settings.adapter_bytes,
+            max_buffers=1,
+            max_concurrent=_ADAPTERS_AT_ONCE,
+            priority=Priority.BULK,
+        )
+        host.serve(FORWARD_METHOD, self._forward, request=TrainCall, policy=calls)
+        host.serve(BACKWARD_METHOD, self._backward, request=TrainCall, policy=calls)
+        host.serve(ADAPTER_METHOD, self._put_adapter, request=PutAdapter, policy=adapters)
+
+    @property
+    def count(self) -> int:
+        """Calls under way."""
+        return len(self._open)
+
+    async def drain(self, timeout_s: float) -> None:
+        """Refuse new calls and wait for those under way; what outlasts `timeout_s` is cut with a code."""
+        self._draining = True
+        try:
+            async with asyncio.timeout(timeout_s):
+                await self._none_open.wait()
+        except TimeoutError:
+            for call in list(self._open):
+                call.cancel(ShuttingDown.code)
+            await self._none_open.wait()
+
+    def suspend(self) -> None:
+        """After draining: let go of the blocks. Calls are refused until others are given to `resume`."""
+        assert self._draining
+        assert not self._open
+        self._trainer.close()
+        del self._trainer, self._backend
+
+    def resume(self, trainer: Trainer, backend: Backend) -> None:
+        """Serve calls over these blocks."""
+        self._trainer, self._backend = trainer, backend
+        self._draining = False
+
+    # -- the methods -------------------------------------------------------------------------------------
+
+    async def _forward(self, call: Call, request: TrainCall) -> Message:
+        with self._entered(call, request.model_id):
+            span, codec = self._checked(request), codec_named(request.codec)
+            inputs = await self._backend.aside(read_inputs, request, call.request.buffers, self._hidden_size)
+            done = await self._trainer.forward(
+                span, inputs, keep=request.keep, peer=call.peer, timeout_s=_left_s(call)
+            )
+            data = await self._backend.aside(encode_rows, codec, done.hidden)
+            return Message(_done(request, done.report, done.kept), [data])
+
+    async def _backward(self, call: Call, request: TrainCall) -> Message:
+        with self._entered(call, request.model_id):
+            span, codec = self._checked(request), codec_named(request.codec)
+            buffers = call.request.buffers
+            if len(buffers) < 1 or (request.kept is not None and len(buffers) > 1):
+                raise BadMessage(
+                    f"{len(buffers)} buffers came; a backward call has a gradient, and its inputs"
+                )
+            shape = (request.rows, request.tokens, self._hidden_size)
+            gradient = await self._backend.aside(decode_rows, codec, buffers[0], shape)
+            inputs = None
+            if request.kept is None:
+                inputs = await self._backend.aside(read_inputs, request, buffers[1:], self._hidden_size)
+            found = await self._trainer.backward(
+                span,
+                inputs,
+                gradient,
+                request.wants,
+                kept=request.kept,
+                peer=call.peer,
+                timeout_s=_left_s(call),
+            )
+            data = await self._backend.aside(gradient_buffers, codec, found)
+            return Message(_done(request, found.report), data)
+
+    async def _put_adapter(self, call: Call, request: PutAdapter) -> Message:
+        with self._entered(call, request.model_id):
+            if len(call.request.buffers) != 1:
+                raise BadMessage(
+                    f"{len(call.request.buffers)} buffers came; an adapter is one file in one buffer"
+                )
+            await self._trainer.put_adapter(call.request.buffers[0], request.digest)
+            return Message(encode(AdapterHeld(request.digest)))
+
+    @property
+    def _hidden_size(self) -> int:
+        return self._backend.span.config.hidden_size
+
+    @contextmanager
+    def _entered(self, call: Call, model_id: str) -> Iterator[None]:
+        if self._draining:
+            raise ShuttingDown("these blocks are leaving this server; call another")
+        if model_id != self._model_id:
+            raise WrongModel(f"this server holds {self._model_id}, the call is for {model_id}")
+        self._open.add(call)
+        self._none_open.clear()
+        try:
+            yield
+        finally:
+            self._open.discard(call)
+            if not self._open:
+                self._none_open.set()
+
+    def _checked(self, request: TrainCall) -> Span:
+        """The blocks. Raises WrongSpan, BatchTooLarge, BadMessage for what cannot be right."""
+        if not request.start < request.end:
+            raise WrongSpan(f"blocks {request.start}:{request.end} are none")
+        if request.rows * request.tokens > self._most_tokens:
+            rows = self._most_tokens // request.tokens
+            raise BatchTooLarge(
+                f"{request.rows} rows of {request.tokens} tokens are more than this server takes in one "
+                f"call: at most {self._most_tokens} tokens",
+                rows * request.tokens or None,
+            )
+        if request.prompt_tokens > request.tokens:
+            raise BadMessage(f"{request.prompt_tokens} prompts cannot be added to {request.tokens} tokens")
+        return Span(request.start, request.end)
+
+
+def _left_s(call: Call) -> float:
+    left_s = call.remaining_s()
+    return math.inf if left_s is None else left_s
+
+
+def _done(request: TrainCall, report: HopReport, kept: bytes | None = None) -> dict[str, object]:
+    return encode(TrainDone(request.codec, report.queue_ms, report.compute_ms, kept))
