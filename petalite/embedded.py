@@ -14,11 +14,15 @@ from petalite.model.compute import ComputeThread
 from petalite.model.dtypes import AUTO, compute_dtype
 from petalite.model.span import load_span
 from petalite.net.identity import PeerId
+from petalite.server.adapters import Adapters
 from petalite.server.backend import Backend, Rows, checked_forks, wanted_outputs
+from petalite.server.memory import available_bytes
+from petalite.server.training import Trainer, TrainingSettings
 from petalite.swarm.codecs import Codec, raw_codec
 from petalite.swarm.messages import FromClient, HopReport, Progress, Step, StepDone
 from petalite.swarm.routing import Hop
 from petalite.swarm.spans import Span
+from petalite.swarm.training import SpanTraining
 
 HERE = PeerId(bytes(32))
 """Stands in traces for this process."""
@@ -29,8 +33,16 @@ CACHE_TOKENS = 1 << 24  # nobody else uses this memory, and it is only taken as 
 class EmbeddedServers:
     """Implements `client.hops.Servers`: one hop that holds everything and never fails."""
 
-    def __init__(self, backend: Backend) -> None:
+    def __init__(self, backend: Backend, model_id: str) -> None:
         self._backend = backend
+        self.model_id = model_id
+        room = available_bytes(backend.span.device) // 4  # the budget is no bound here, memory is
+        self.adapters = Adapters(room)
+        self._trainer = Trainer(backend, model_id, self.adapters, TrainingSettings(limit_bytes=room))
+
+    def training(self, peer: PeerId, settings: object) -> SpanTraining:
+        """The training calls of this process."""
+        return self._trainer
 
     pushing = False
 
@@ -93,6 +105,7 @@ async def open_embedded(
     async def servers(checkpoint: Checkpoint, thread: ComputeThread) -> EmbeddedServers:
         load = partial(load_span, dtype=compute_dtype(checkpoint, dtype))
         blocks = await thread.run(load, checkpoint, 0, checkpoint.config.n_blocks)
-        return EmbeddedServers(Backend(blocks, cache_tokens=CACHE_TOKENS, thread=thread))
+        backend = Backend(blocks, cache_tokens=CACHE_TOKENS, thread=thread)
+        return EmbeddedServers(backend, checkpoint.model_id())
 
     return await open_model(path_or_repo, servers, dtype=dtype, settings=settings)

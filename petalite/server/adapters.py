@@ -9,13 +9,32 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 
-from petalite.errors import BadAdapter, Busy, UnknownAdapter
+from petalite.errors import BadAdapter, Busy, InvalidArgument, UnknownAdapter
 from petalite.model.block import Block
-from petalite.model.lora import Adapter
+from petalite.model.checkpoint import Checkpoint
+from petalite.model.loading import block_kind
+from petalite.model.lora import Adapter, read_peft
 from petalite.model.span import BlockSpan
+from petalite.swarm.records import MAX_ADAPTERS
 
 COPIES = 2  # of an adapter's bytes: as it came, and stacked for the blocks
+
+
+def read_lent(folders: Sequence[Path], checkpoint: Checkpoint) -> dict[str, Adapter]:
+    """PEFT folders by their names. Raises InvalidAdapter, InvalidArgument for what cannot be announced."""
+    names = [folder.resolve().name[:64] for folder in folders]
+    if len(set(names)) < len(names) or len(names) > MAX_ADAPTERS:
+        raise InvalidArgument(
+            f"adapters {', '.join(names)}: a server lends {MAX_ADAPTERS} at most, in folders of different "
+            f"names"
+        )
+    kind, family = block_kind(checkpoint), checkpoint.family.names
+    return {
+        name: read_peft(folder, checkpoint.config, kind, family)
+        for name, folder in zip(names, folders, strict=True)
+    }
 
 
 class HeldAdapter:

@@ -97,6 +97,7 @@ class Rows:
 
     numbers: tuple[int, ...]
     reserved_bytes: int
+    adapter: HeldAdapter | None = None  # that its steps are computed with
 
 
 class Backend:
@@ -132,20 +133,29 @@ class Backend:
     # -- rows --------------------------------------------------------------------------------------------
 
     async def open_rows(
-        self, count: int, max_length: int, start: int, end: int, *, extra_bytes: int = 0, wait_s: float = 0.0
+        self,
+        count: int,
+        max_length: int,
+        start: int,
+        end: int,
+        *,
+        extra_bytes: int = 0,
+        wait_s: float = 0.0,
+        adapter: HeldAdapter | None = None,
     ) -> Rows:
         """Reserve `count` cache rows over blocks [start, end), and `extra_bytes` beside them.
 
-        Waits in line for at most `wait_s`. Raises Busy where there is no room by then.
+        Waits in line for at most `wait_s`. Raises Busy where there is no room by then. The `adapter` is the
+        caller's to hold for as long as it has the rows.
         """
         nbytes = count * self._cache.row_bytes(max_length, start, end) + extra_bytes
         await self.budget.reserve(nbytes, wait_s)
         try:
-            numbers = await self._thread.run(self._open_rows, count, max_length, start, end)
+            numbers = await self._thread.run(self._open_rows, count, max_length, start, end, adapter)
         except BaseException:
             self.budget.release(nbytes)
             raise
-        return Rows(tuple(numbers), nbytes)
+        return Rows(tuple(numbers), nbytes, adapter)
 
     def drop_rows(self, rows: Rows) -> None:
         """Free them once the thread gets to it; waits for nothing. A closed thread's rows went with it."""
@@ -163,7 +173,11 @@ class Backend:
         for source, target in forks:
             self._cache.fork_onto(source, target)
 
-    def _open_rows(self, count: int, max_length: int, start: int, end: int) -> list[int]:
+    def _open_rows(
+        self, count: int, max_length: int, start: int, end: int, adapter: HeldAdapter | None
+    ) -> list[int]:
+        if adapter is not None:
+            adapter.blocks_of(self.span)  # makes them, so that no step has to
         return [self._cache.open_row(max_length, start, end) for _ in range(count)]
 
     def _drop_rows(self, numbers: Sequence[int]) -> None:
@@ -190,7 +204,6 @@ class Backend:
         there.
         """
         now_s = time.perf_counter()
-        adapted = None if adapter is None else await self._thread.run(adapter.blocks_of, self.span)
         work = _Step(
             asyncio.get_running_loop().create_future(),
             now_s,
@@ -198,11 +211,11 @@ class Backend:
             segments=segments,
             start=start,
             end=end,
-            adapted=adapted,
+            adapted=None if adapter is None else adapter.blocks_of(self.span),
         )
         longest = max(segment.n_tokens for segment in segments)
         kind = Kind.DECODE if longest <= DECODE_TOKENS else Kind.PREFILL
-        group = (start, end, adapter and adapter.digest)
+        group = (start, end, None if adapter is None else adapter.digest)
         self._gathering.came(segments[0].row, now_s)
         request = Request[_Work](work, kind, group, peer, len(hidden), deadline_s=now_s + timeout_s)
         output, timing = await self._answer(request)

@@ -13,12 +13,14 @@ import time
 from collections.abc import Sequence
 from contextlib import AsyncExitStack, suppress
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from petalite.dht.announcements import Announcement
 from petalite.errors import NetworkError, Unreachable
 from petalite.model.checkpoint import Checkpoint
 from petalite.model.compute import ComputeThread
 from petalite.net.identity import PeerId
+from petalite.server.adapters import Adapters, read_lent
 from petalite.server.giving import WeightsService, gives
 from petalite.server.links import Links
 from petalite.server.loaded import BlockLoader, ComputeSettings, LoadedBlocks, Progress
@@ -26,6 +28,8 @@ from petalite.server.memory import MemorySettings
 from petalite.server.moving import MoveSettings, join, keep_placed
 from petalite.server.sessions import SessionService, SessionSettings
 from petalite.server.throughput import BlockSpeed, tokens_per_s
+from petalite.server.training import TrainingSettings
+from petalite.server.training_calls import TrainingService
 from petalite.swarm import records
 from petalite.swarm.directory import Directory, ServerEntry
 from petalite.swarm.peer import SwarmPeer
@@ -49,6 +53,8 @@ class ServerSettings:
     memory: MemorySettings = field(default_factory=MemorySettings)
     sessions: SessionSettings = field(default_factory=SessionSettings)
     moving: MoveSettings = field(default_factory=MoveSettings)
+    training: TrainingSettings = field(default_factory=TrainingSettings)
+    adapters: tuple[Path, ...] = ()  # PEFT folders of LoRAs to lend
     record_ttl_s: int = 90  # announcements live so long, and are renewed three times in it
     drain_s: float = 10.0  # sessions may go on for so long once the server is told to leave
 
@@ -78,6 +84,8 @@ class BlockServer:
             stack.callback(thread.close)
             settings = self.settings
             self._loader = BlockLoader(self.checkpoint, settings.compute, settings.memory, thread)
+            lent = read_lent(self.settings.adapters, self.checkpoint)
+            self.adapters = Adapters(settings.training.adapter_bytes, lent)
             self.links = Links(self.peer.host)
             stack.push_async_callback(self._withdraw)
             fixed = self._loader.fixed_span(settings.blocks)
@@ -88,7 +96,10 @@ class BlockServer:
                 await self._announce()
             self._loaded = loaded = await self._load(self.span, progress)
             self.sessions = SessionService(
-                loaded.backend, self.model_id, self.peer.host, self._resolve, settings.sessions
+                loaded.backend, self.model_id, self.peer.host, self._resolve, settings.sessions, self.adapters
+            )
+            self.training = TrainingService(
+                loaded.backend, self.model_id, self.peer.host, self.adapters, settings.training
             )
             stack.push_async_callback(self._drain)
             if gives(self.checkpoint):
@@ -119,8 +130,9 @@ class BlockServer:
         """The format of the weights."""
         return self._loader.quant
 
-    async def _drain(self) -> None:
-        await self.sessions.drain(self.settings.drain_s)
+    async def _drain(self, drain_s: float | None = None) -> None:
+        wait_s = self.settings.drain_s if drain_s is None else drain_s
+        await asyncio.gather(self.sessions.drain(wait_s), self.training.drain(wait_s))
 
     async def _withdraw(self) -> None:
         announcement, self._announcement = self._announcement, None
@@ -185,8 +197,9 @@ class BlockServer:
         source, self.span, self._claim = self.span, span, None
         self._loaded = None
         await self._announce()
-        await self.sessions.drain(self.settings.moving.drain_s)
+        await self._drain(self.settings.moving.drain_s)
         self.sessions.suspend()
+        self.training.suspend()
         await self._loader.free()
         try:
             self._loaded = await self._load(span)
@@ -200,6 +213,7 @@ class BlockServer:
                 self.failed.set_exception(again)
                 raise
         self.sessions.resume(self.loaded.backend)
+        self.training.resume(self.loaded.backend)
         await self._announce()
 
     # -- announcing --------------------------------------------------------------------------------------

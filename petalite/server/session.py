@@ -204,7 +204,12 @@ class Session:
         if step.forks:
             await self._backend.fork(checked_forks(step, self._rows.numbers))
         output, timing = await self._backend.step(
-            hidden, segments, self.request.start, self.request.end, peer=self.call.peer
+            hidden,
+            segments,
+            self.request.start,
+            self.request.end,
+            peer=self.call.peer,
+            adapter=self._rows.adapter,
         )
         hops = (*step.hops, HopReport(timing.queue_s * 1e3, timing.compute_s * 1e3))
         pushed = self.codec.encode(output) if self._feeds_another else bytearray()

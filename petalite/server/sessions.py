@@ -16,6 +16,7 @@ from petalite.net.host import Host
 from petalite.net.identity import PeerId
 from petalite.net.rpc import Call
 from petalite.net.schema import encode
+from petalite.server.adapters import Adapters, HeldAdapter
 from petalite.server.backend import Backend
 from petalite.server.doors import Doors
 from petalite.server.local import LocalEdge, Onward
@@ -53,7 +54,9 @@ class SessionService:
         host: Host,
         resolve: Resolve,
         settings: SessionSettings = SessionSettings(),
+        adapters: Adapters | None = None,
     ) -> None:
+        self._adapters = adapters or Adapters(0)
         self._backend = backend
         self._model_id = model_id
         self._host = host
@@ -111,6 +114,10 @@ class SessionService:
                 self._none_open.set()
 
     async def _run(self, call: Call, request: OpenSession) -> None:
+        with self._adapters.use(request.adapter) as adapter:
+            await self._run_with(call, request, adapter)
+
+    async def _run_with(self, call: Call, request: OpenSession, adapter: HeldAdapter | None) -> None:
         span = self._backend.span
         token_bytes = codec_of(request, self._backend).nbytes(1, span.config.hidden_size)
         pushed_bytes = token_bytes * request.max_length * request.rows
@@ -121,6 +128,7 @@ class SessionService:
             request.end,
             extra_bytes=pushed_bytes if request.successor is not None else 0,
             wait_s=min(request.wait_s, self._settings.longest_wait_s),
+            adapter=adapter,
         )
         try:
             session = Session(

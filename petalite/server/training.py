@@ -23,7 +23,7 @@ import time
 from collections import Counter
 from collections.abc import Generator, Hashable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TypeVar
 
 from torch import Tensor
@@ -62,11 +62,13 @@ from petalite.swarm.training import (
 R = TypeVar("R")
 _FIRST_PIECE_TOKENS = 256  # before anything was measured
 _PIECE_TOKENS = (64, 4096)  # at least and at most
+_USUAL_ROW_TOKENS = 128
 
 
 @dataclass(frozen=True, slots=True)
 class TrainingSettings:
     share: float = 0.5  # of the memory for caches: what training may have of it; 0: no training
+    limit_bytes: int | None = None  # and no more than this
     most_tokens: int = 8192  # in one call
     most: int = 64  # calls at once, waiting ones too
     most_per_peer: int = 16  # of them, one peer's
@@ -90,7 +92,9 @@ class Trainer:
         self._model_id = model_id
         self._adapters = adapters
         self._settings = settings
-        self._memory = Budget(int(backend.budget.total_bytes * settings.share), "the training call")
+        room = int(backend.budget.total_bytes * settings.share)
+        limit = room if settings.limit_bytes is None else min(room, settings.limit_bytes)
+        self._memory = Budget(limit, "the training call")
         self._kept: dict[bytes, _Kept] = {}  # the oldest first
         self._under_way: Counter[Hashable] = Counter()
         self._token_s = 0.0  # of one token in one block, as measured
@@ -180,9 +184,9 @@ class Trainer:
 
     @property
     def most_tokens(self) -> int:
-        """What one call may have of them, over the whole span, with no factors."""
+        """What one call may have of them, over the whole span, in rows of a usual length."""
         span = self._backend.span
-        return self._most_tokens(_Size.of(span, span.end - span.start, 1, 1, 0, self._piece_tokens))
+        return self._most_tokens(_Size.of(span, span.end - span.start, 1, _USUAL_ROW_TOKENS, 0))
 
     @property
     def reserved_bytes(self) -> int:
@@ -193,13 +197,6 @@ class Trainer:
         for token in list(self._kept):
             self._drop(token)
 
-    @property
-    def _piece_tokens(self) -> int:
-        if not self._token_s:
-            return _FIRST_PIECE_TOKENS
-        least, most = _PIECE_TOKENS
-        return min(max(least, int(self._settings.piece_s / self._token_s)), most)
-
     def _size(self, span: Span, inputs: SpanInputs, held: HeldAdapter | None) -> _Size:
         """Raises WrongSpan, BadTensor, BatchTooLarge."""
         blocks = self._backend.span
@@ -207,22 +204,31 @@ class Trainer:
             raise WrongSpan(f"this server holds blocks {blocks.start}:{blocks.end}, the call is for {span}")
         blocks.check_sequences(inputs.hidden, inputs.prompts, len(span))
         n_rows, n_tokens, _ = inputs.hidden.shape
-        factors = 0 if inputs.prompts is None else inputs.prompts.numel() * 4
-        factors += 0 if held is None else held.adapter.nbytes
-        size = _Size.of(blocks, len(span), n_rows, n_tokens, factors, self._piece_tokens)
-        most_rows = self._most_tokens(size) // n_tokens
+        given = 0 if inputs.prompts is None else inputs.prompts.numel() * 4
+        given += 0 if held is None else held.adapter.nbytes
+        size = _Size.of(blocks, len(span), n_rows, n_tokens, given)
+        most_tokens = self._most_tokens(size)
+        most_rows = most_tokens // n_tokens
         if n_rows > most_rows:
             raise BatchTooLarge(
                 f"{n_rows} rows of {n_tokens} tokens are more than this server takes in one call: at most "
-                f"{self._most_tokens(size)} tokens",
+                f"{most_tokens} tokens",
                 most_rows * n_tokens or None,
             )
-        return size
+        return replace(size, piece_rows=self._piece_rows(size))
 
     def _most_tokens(self, size: _Size) -> int:
-        room = self._memory.total_bytes - size.factor_bytes - size.piece_tokens * size.activation_bytes
-        fitting = room // ((size.n_blocks + 3) * size.token_bytes)
-        return max(0, min(fitting, self._settings.most_tokens))
+        """For pieces of one row."""
+        room = self._memory.total_bytes - size.factor_bytes - size.row_tokens * size.activation_bytes
+        return max(0, min(room // ((size.n_blocks + 3) * size.token_bytes), self._settings.most_tokens))
+
+    def _piece_rows(self, size: _Size) -> int:
+        """As many as take about `piece_s`, if they and the call's inputs leave room for each other."""
+        least, most = _PIECE_TOKENS
+        wanted = int(self._settings.piece_s / self._token_s) if self._token_s else _FIRST_PIECE_TOKENS
+        room = self._memory.total_bytes - replace(size, piece_rows=0).nbytes(Hold.INPUTS)
+        fitting = min(room, self._memory.total_bytes // 4) // size.activation_bytes
+        return max(1, min(max(least, wanted), most, fitting) // size.row_tokens)
 
     async def _room(
         self, size: _Size, first: Sequence[Hold], otherwise: Hold, timeout_s: float
@@ -364,28 +370,21 @@ class _Size:
     n_blocks: int
     n_rows: int
     row_tokens: int
-    piece_rows: int
     factor_bytes: int  # of prompts and adapter, three times over
     token_bytes: int  # of one token's hidden states
     activation_bytes: int  # of one token in one block
+    piece_rows: int = 1
 
     @classmethod
-    def of(
-        cls, span: BlockSpan, n_blocks: int, n_rows: int, row_tokens: int, given_bytes: int, piece_tokens: int
-    ) -> _Size:
+    def of(cls, span: BlockSpan, n_blocks: int, n_rows: int, row_tokens: int, given_bytes: int) -> _Size:
         return cls(
             n_blocks,
             n_rows,
             row_tokens,
-            max(1, piece_tokens // row_tokens),
             3 * given_bytes,
             span.config.hidden_size * span.dtype.itemsize,
             activation_bytes(span, row_tokens),
         )
-
-    @property
-    def piece_tokens(self) -> int:
-        return self.piece_rows * self.row_tokens
 
     @property
     def n_pieces(self) -> int:
@@ -394,7 +393,7 @@ class _Size:
     def nbytes(self, hold: Hold) -> int:
         """As this module's first lines have it."""
         n_tokens = self.n_rows * self.row_tokens
-        piece = min(self.piece_tokens, n_tokens) * self.activation_bytes
+        piece = min(self.piece_rows * self.row_tokens, n_tokens) * self.activation_bytes
         hidden = n_tokens * self.token_bytes
         return (
             self.factor_bytes

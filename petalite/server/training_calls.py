@@ -17,6 +17,7 @@ from petalite.net.messages import Message
 from petalite.net.rpc import Call, MethodPolicy
 from petalite.net.schema import encode
 from petalite.net.streams import Priority
+from petalite.server.adapters import Adapters
 from petalite.server.backend import Backend
 from petalite.server.training import Trainer, TrainingSettings
 from petalite.swarm.codecs import codec_named
@@ -42,20 +43,20 @@ _ADAPTERS_AT_ONCE = 4  # being received
 
 
 class TrainingService:
-    """Serves training calls through one trainer's blocks."""
+    """Serves training calls over one backend's blocks."""
 
     def __init__(
         self,
-        trainer: Trainer,
         backend: Backend,
         model_id: str,
         host: Host,
+        adapters: Adapters,
         settings: TrainingSettings,
     ) -> None:
-        self._trainer = trainer
-        self._backend = backend
         self._model_id = model_id
-        self._most_tokens = settings.most_tokens
+        self._adapters = adapters
+        self._settings = settings
+        self._take(backend)
         self._open: set[Call] = set()
         self._draining = False
         self._none_open = asyncio.Event()
@@ -64,16 +65,20 @@ class TrainingService:
         config = backend.span.config
         most_vectors = 2 * settings.most_tokens + config.n_blocks * MAX_PROMPT_TOKENS
         most_bytes = most_vectors * config.hidden_size * F32.dtype.itemsize
-        calls = MethodPolicy(max_message_bytes=most_bytes, max_buffers=3, priority=Priority.BULK)
-        adapters = MethodPolicy(
+        of_calls = MethodPolicy(max_message_bytes=most_bytes, max_buffers=3, priority=Priority.BULK)
+        of_adapters = MethodPolicy(
             max_message_bytes=settings.adapter_bytes,
             max_buffers=1,
             max_concurrent=_ADAPTERS_AT_ONCE,
             priority=Priority.BULK,
         )
-        host.serve(FORWARD_METHOD, self._forward, request=TrainCall, policy=calls)
-        host.serve(BACKWARD_METHOD, self._backward, request=TrainCall, policy=calls)
-        host.serve(ADAPTER_METHOD, self._put_adapter, request=PutAdapter, policy=adapters)
+        host.serve(FORWARD_METHOD, self._forward, request=TrainCall, policy=of_calls)
+        host.serve(BACKWARD_METHOD, self._backward, request=TrainCall, policy=of_calls)
+        host.serve(ADAPTER_METHOD, self._put_adapter, request=PutAdapter, policy=of_adapters)
+
+    def _take(self, backend: Backend) -> None:
+        self._backend = backend
+        self.trainer = Trainer(backend, self._model_id, self._adapters, self._settings)
 
     @property
     def count(self) -> int:
@@ -95,12 +100,13 @@ class TrainingService:
         """After draining: let go of the blocks. Calls are refused until others are given to `resume`."""
         assert self._draining
         assert not self._open
-        self._trainer.close()
-        del self._trainer, self._backend
+        self.trainer.close()
+        self._adapters.let_go()
+        del self.trainer, self._backend
 
-    def resume(self, trainer: Trainer, backend: Backend) -> None:
+    def resume(self, backend: Backend) -> None:
         """Serve calls over these blocks."""
-        self._trainer, self._backend = trainer, backend
+        self._take(backend)
         self._draining = False
 
     # -- the methods -------------------------------------------------------------------------------------
@@ -109,7 +115,7 @@ class TrainingService:
         with self._entered(call, request.model_id):
             span, codec = self._checked(request), codec_named(request.codec)
             inputs = await self._backend.aside(read_inputs, request, call.request.buffers, self._hidden_size)
-            done = await self._trainer.forward(
+            done = await self.trainer.forward(
                 span, inputs, keep=request.keep, peer=call.peer, timeout_s=_left_s(call)
             )
             data = await self._backend.aside(encode_rows, codec, done.hidden)
@@ -128,7 +134,7 @@ class TrainingService:
             inputs = None
             if request.kept is None:
                 inputs = await self._backend.aside(read_inputs, request, buffers[1:], self._hidden_size)
-            found = await self._trainer.backward(
+            found = await self.trainer.backward(
                 span,
                 inputs,
                 gradient,
@@ -146,7 +152,7 @@ class TrainingService:
                 raise BadMessage(
                     f"{len(call.request.buffers)} buffers came; an adapter is one file in one buffer"
                 )
-            await self._trainer.put_adapter(call.request.buffers[0], request.digest)
+            await self.trainer.put_adapter(call.request.buffers[0], request.digest)
             return Message(encode(AdapterHeld(request.digest)))
 
     @property
@@ -172,11 +178,11 @@ class TrainingService:
         """The blocks. Raises WrongSpan, BatchTooLarge, BadMessage for what cannot be right."""
         if not request.start < request.end:
             raise WrongSpan(f"blocks {request.start}:{request.end} are none")
-        if request.rows * request.tokens > self._most_tokens:
-            rows = self._most_tokens // request.tokens
+        if request.rows * request.tokens > self._settings.most_tokens:
+            rows = self._settings.most_tokens // request.tokens
             raise BatchTooLarge(
                 f"{request.rows} rows of {request.tokens} tokens are more than this server takes in one "
-                f"call: at most {self._most_tokens} tokens",
+                f"call: at most {self._settings.most_tokens} tokens",
                 rows * request.tokens or None,
             )
         if request.prompt_tokens > request.tokens:
