@@ -36,7 +36,7 @@ setup(
                 "-ffp-contract=off",
                 "-fvisibility=hidden",
                 "-pthread",
-                "-Wno-maybe-uninitialized",  # gcc's own intrinsics
+                *("-Wno-uninitialized", "-Wno-maybe-uninitialized"),  # gcc's own intrinsics
             ],
             extra_link_args=["-pthread"],
             language="c++",

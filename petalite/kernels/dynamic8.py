@@ -2,9 +2,9 @@
 
 A code is one of 256 levels from -0.993 to 1, dense towards zero by a factor of ten seven times over; a
 block has one float16 scale. Blocks never cross tokens, so what a token becomes does not depend on its
-neighbours. Work goes through buffers that fit a core's cache, whatever the message's size: encoding is a
-product and a table look-up of 65,536 entries, decoding a look-up of 256 and a product. Knows tensors only;
-the wire is `swarm.codecs`.
+neighbours. Without the native kernels, which give the same bytes (native/q8.cc), work goes through buffers
+that fit a core's cache, whatever the message's size: encoding is a product and a table look-up of 65,536
+entries, decoding a look-up of 256 and a product. Knows tensors only; the wire is `swarm.codecs`.
 """
 
 from __future__ import annotations
@@ -15,6 +15,8 @@ from functools import cache
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
+
+from petalite.kernels.native import Library, library
 
 BLOCK = 64
 _STEPS = 32767  # the encoder's resolution: 1/32767 of the scale
@@ -64,6 +66,14 @@ def encode(hidden: Tensor, codes: Tensor, scales: Tensor) -> None:
     """
     _, nearest = _tables(hidden.device)
     n_rows, width = hidden.shape
+    found = _native(hidden, codes, scales)
+    if found is not None:
+        hidden = hidden.float()
+        found.functions.petalite_q8_encode(
+            *(hidden.data_ptr(), n_rows, width, hidden.stride(0), nearest.data_ptr()),
+            *(codes.data_ptr(), codes.stride(0), scales.data_ptr(), scales.stride(0)),
+        )
+        return
     for place, scratch, steps in _chunks(n_rows, width, hidden.device):
         blocks = scratch.view(scratch.shape[0], -1, BLOCK)
         values = _whole_blocks(hidden[place])
@@ -94,12 +104,26 @@ def decode(codes: Tensor, scales: Tensor, out: Tensor) -> None:
     """codes (T, E) uint8 and scales (T, ceil(E / 64)) float16 → out (T, E) float32, given."""
     table, _ = _tables(codes.device)
     n_rows, width = codes.shape
+    found = _native(codes, scales, out)
+    if found is not None:
+        found.functions.petalite_q8_decode(
+            *(codes.data_ptr(), n_rows, width, codes.stride(0), scales.data_ptr(), scales.stride(0)),
+            *(table.data_ptr(), out.data_ptr(), out.stride(0)),
+        )
+        return
     for place, scratch, steps in _chunks(n_rows, width, codes.device):
         steps[:, :width] = codes[place]
         steps[:, width:] = 0
         torch.index_select(table, 0, steps.view(-1), out=scratch.view(-1))
         scratch.view(scratch.shape[0], -1, BLOCK).mul_(scales[place].float().unsqueeze(2))
         out[place] = scratch[:, :width]
+
+
+def _native(*tensors: Tensor) -> Library | None:
+    """The native kernels, where they can take these."""
+    if any(tensor.device.type != "cpu" or tensor.stride(-1) != 1 for tensor in tensors):
+        return None
+    return library()
 
 
 def _chunks(n_rows: int, width: int, device: torch.device) -> Iterator[tuple[slice, Tensor, Tensor]]:

@@ -82,3 +82,25 @@ def test_zeros_extremes_and_what_is_no_number() -> None:
     assert bool(result[3, 64:].isnan().all()) and not result[3, :64].any()
     assert bool((result[4].abs() <= 1e-7).all())
     assert abs(float(result[5, 0]) - 65504) < 70 and abs(float(result[6, 1]) + 7) < 0.06
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_native_and_torch_give_the_same_bytes(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All magnitudes, denormals, zeros, what is no number; odd widths, and views of wider rows."""
+    generator = torch.Generator().manual_seed(4)
+    for n_rows, width in ((1, 1), (3, 64), (7, 100), (40, 576), (300, 1000)):
+        hidden = torch.randn(n_rows, width + 3, generator=generator)
+        hidden *= 10 ** torch.randint(-44, 38, (n_rows, 1), generator=generator).float()
+        hidden[torch.rand(hidden.shape, generator=generator) < 1e-3] = torch.nan
+        hidden[torch.rand(hidden.shape, generator=generator) < 1e-3] = torch.inf
+        hidden = hidden.to(dtype)[:, 1 : 1 + width]
+        wide = torch.zeros(n_rows, width + 5, dtype=torch.uint8)
+        ours = coded(hidden)
+        dynamic8.encode(hidden, wide[:, 2 : 2 + width], ours[1])
+        back = decoded(*ours)
+        with monkeypatch.context() as patch:
+            patch.setattr(dynamic8, "library", lambda: None)
+            theirs = coded(hidden)
+            assert torch.equal(theirs[0], ours[0]) and torch.equal(wide[:, 2 : 2 + width], ours[0])
+            assert torch.equal(theirs[1].view(torch.int16), ours[1].view(torch.int16))
+            torch.testing.assert_close(decoded(*theirs), back, rtol=0, atol=0, equal_nan=True)

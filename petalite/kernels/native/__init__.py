@@ -138,6 +138,9 @@ _FUNCTIONS: dict[str, tuple[object, list[object]]] = {
     "petalite_linear": (None, [_POINTER, _POINTER, _POINTER, _I64, _POINTER, _POINTER]),
     "petalite_span_step": (_I64, [_POINTER, _POINTER]),
     "petalite_linear_scratch_bytes": (_I64, [_POINTER, _I64]),
+    "petalite_q8_encode": (None, [_POINTER, _I64, _I64, _I64, _POINTER, _POINTER, _I64, _POINTER, _I64]),
+    "petalite_q8_decode": (None, [_POINTER, _I64, _I64, _I64, _POINTER, _I64, _POINTER, _POINTER, _I64]),
+    "petalite_finite": (_I32, [_I32, _POINTER, _I64]),
 }
 
 

@@ -1,29 +1,17 @@
 // The reference: every product in plain loops, in the order that the other instruction sets keep to.
 #include "digits.h"
+#include "half.h"
 #include "kernels.h"
 #include "tile.h"
 
 namespace petalite {
 namespace {
 
-float from_bits(uint32_t bits) {
-    float x;
-    std::memcpy(&x, &bits, 4);
-    return x;
-}
-
 template <typename T>
 T load(const uint8_t* from) {
     T value;
     std::memcpy(&value, from, sizeof value);
     return value;
-}
-
-float half_to_float(uint16_t half) {
-    const uint32_t sign = uint32_t(half & 0x8000) << 16, exponent = half >> 10 & 31, mantissa = half & 1023;
-    if (exponent == 31) return from_bits(sign | 0x7f800000u | mantissa << 13);
-    if (exponent == 0) return from_bits(sign | magnitude_bits(float(mantissa) * 0x1p-24f));
-    return from_bits(sign | (exponent + 112) << 23 | mantissa << 13);
 }
 
 uint32_t largest_bits(const float* x, int64_t n) {
@@ -166,7 +154,7 @@ void prepare_float(const Linear& linear, const float* x, int64_t x_stride, int n
 float weight_at(Format format, const uint8_t* panel, int64_t k, int r) {
     switch (format) {
         case Format::F32: return load<float>(panel + (k * 16 + r) * 4);
-        case Format::BF16: return from_bits(uint32_t(load<uint16_t>(panel + (k / 2 * 32 + r * 2 + k % 2) * 2)) << 16);
+        case Format::BF16: return float_of_bits(uint32_t(load<uint16_t>(panel + (k / 2 * 32 + r * 2 + k % 2) * 2)) << 16);
         default: return half_to_float(load<uint16_t>(panel + (k * 16 + r) * 2));
     }
 }
