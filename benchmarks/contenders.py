@@ -34,7 +34,7 @@ LLAMA_CPP = {"llama.cpp Q8_0": "Q8_0", "llama.cpp BF16": "BF16", "llama.cpp Q4_1
 
 def medians(*, prefill: bool) -> dict[int, dict[str, float]]:
     """Median tokens/s of each by thread count, the rounds interleaved."""
-    works: dict[str, Rate] = {name: _petalite(*kind, prefill=prefill) for name, kind in PETALITE.items()}
+    works: dict[str, Rate] = {name: petalite(*kind, prefill=prefill) for name, kind in PETALITE.items()}
     works["transformers float32"] = _transformers(prefill=prefill)
     return {threads: _interleaved(works | _others(threads, prefill), threads) for threads in THREADS}
 
@@ -42,7 +42,7 @@ def medians(*, prefill: bool) -> dict[int, dict[str, float]]:
 def _others(threads: int, prefill: bool) -> dict[str, Rate]:
     if not llama_cpp.available():
         return {}
-    return {name: _llama_cpp(kind, threads, prefill=prefill) for name, kind in LLAMA_CPP.items()}
+    return {name: llama_cpp_rate(kind, threads, prefill=prefill) for name, kind in LLAMA_CPP.items()}
 
 
 def _interleaved(works: Mapping[str, Rate], threads: int) -> dict[str, float]:
@@ -58,7 +58,7 @@ def _ids(count: int) -> list[int]:
     return torch.randint(1000, 40000, (count,), generator=torch.Generator().manual_seed(0)).tolist()
 
 
-def _petalite(dtype: torch.dtype, quant: str, *, prefill: bool) -> Rate:
+def petalite(dtype: torch.dtype, quant: str, *, prefill: bool, new_tokens: int = NEW_TOKENS) -> Rate:
     """Blocks and edges, the head in the blocks' format, as llama.cpp has it."""
     checkpoint = Checkpoint.open(smollm2_folder())
     span = load_span(checkpoint, 0, checkpoint.config.n_blocks, dtype=dtype, quant=quant)
@@ -66,7 +66,7 @@ def _petalite(dtype: torch.dtype, quant: str, *, prefill: bool) -> Rate:
 
     def run() -> float:
         cache = span.new_cache()
-        row = cache.open_row(PREFILL_TOKENS + NEW_TOKENS)
+        row = cache.open_row(PREFILL_TOKENS + new_tokens)
         if prefill:
             began_s = time.perf_counter()
             hidden = span.forward(edges.embed(_ids(PREFILL_TOKENS)), [Segment(row, 0, PREFILL_TOKENS)], cache)
@@ -75,10 +75,10 @@ def _petalite(dtype: torch.dtype, quant: str, *, prefill: bool) -> Rate:
         span.forward(edges.embed(_ids(PROMPT_TOKENS)), [Segment(row, 0, PROMPT_TOKENS)], cache)
         token = torch.tensor([5])
         began_s = time.perf_counter()
-        for position in range(PROMPT_TOKENS, PROMPT_TOKENS + NEW_TOKENS):
+        for position in range(PROMPT_TOKENS, PROMPT_TOKENS + new_tokens):
             hidden = span.forward(edges.embed(token), [Segment(row, position, 1)], cache)
             token = edges.head(hidden).argmax(-1)
-        return NEW_TOKENS / (time.perf_counter() - began_s)
+        return new_tokens / (time.perf_counter() - began_s)
 
     return run
 
@@ -105,13 +105,13 @@ def _transformers(*, prefill: bool) -> Rate:
     return run
 
 
-def _llama_cpp(kind: str, threads: int, *, prefill: bool) -> Rate:
+def llama_cpp_rate(kind: str, threads: int, *, prefill: bool, new_tokens: int = NEW_TOKENS) -> Rate:
     def run() -> float:
         model = llama_cpp.LlamaCpp(
             kind, threads
         )  # loaded for each run: its idle threads would cost the others
         if prefill:
             return model.rates(_ids(PREFILL_TOKENS), 1)[0]
-        return model.rates(_ids(PROMPT_TOKENS), NEW_TOKENS)[1]
+        return model.rates(_ids(PROMPT_TOKENS), new_tokens)[1]
 
     return run

@@ -5,7 +5,8 @@ from __future__ import annotations
 from benchmarks.contenders import THREADS, medians
 from benchmarks.report import Check, Report
 
-REACH_TRANSFORMERS, REACH_Q8 = 1.05, 0.6
+REACH_TRANSFORMERS, REACH_LLAMA_CPP = 1.05, 1.2
+RIVALS = {"int8": "Q8_0", "nf4": "Q4_1", "bfloat16": "BF16"}
 
 
 def run() -> Report:
@@ -20,8 +21,9 @@ def run() -> Report:
         report.checks.append(
             Check(f"float32 against transformers, {where}", ratio, "×", REACH_TRANSFORMERS, "at least")
         )
-        if "llama.cpp Q8_0" in found:
-            ratio = found["petalite int8"] / found["llama.cpp Q8_0"]
-            report.checks.append(Check(f"int8 against Q8_0, {where}", ratio, "×", REACH_Q8, "at least"))
-            report.results[f"nf4_against_q4_1_{threads}"] = found["petalite nf4"] / found["llama.cpp Q4_1"]
+        for ours, theirs in RIVALS.items():
+            if f"llama.cpp {theirs}" in found:
+                ratio = found[f"petalite {ours}"] / found[f"llama.cpp {theirs}"]
+                name = f"{ours} against {theirs}, {where}"
+                report.checks.append(Check(name, ratio, "×", REACH_LLAMA_CPP, "at least"))
     return report
