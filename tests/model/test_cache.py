@@ -20,8 +20,7 @@ from petalite.errors import (
     UnknownSession,
     WrongSpan,
 )
-from petalite.kernels import linear, native
-from petalite.kernels.native.linears import NativeLinear
+from petalite.kernels import native
 from petalite.kernels.native.span import NativeSpan
 from petalite.model.cache import Segment
 from petalite.model.checkpoint import Checkpoint
@@ -35,13 +34,9 @@ MAX_LENGTH = 100
 @pytest.fixture(scope="module", params=["native", "python"])
 def span(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> BlockSpan:
     """Steps that run in one native call, and block by block."""
-    with pytest.MonkeyPatch.context() as patch:
-        if request.param == "native":
-            if native.library() is None:
-                pytest.skip("no native kernels are built, or torch's are forced")
-            kernel = linear.LinearKernel("native", NativeLinear, lambda device, dtype: True)
-            patch.setattr(linear, "pick", lambda *args: kernel)
-        span = load_span(Checkpoint.open(tiny_llama(tmp_path_factory.mktemp("cache"))), 0, 3)
+    if request.param == "native" and native.library() is None:
+        pytest.skip("no native kernels are built, or torch's are forced")
+    span = load_span(Checkpoint.open(tiny_llama(tmp_path_factory.mktemp("cache"))), 0, 3)
     if request.param == "python":
         span._native = None
     return span

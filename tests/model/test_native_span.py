@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from petalite.errors import InvalidArgument
-from petalite.kernels import linear, native
-from petalite.kernels.native.linears import NativeLinear
+from petalite.kernels import native
 from petalite.kernels.native.span import NativeSegment, NativeSpan, native_addresses
 from petalite.model.cache import Segment
 from petalite.model.checkpoint import Checkpoint
@@ -27,15 +26,6 @@ LIBRARY = native.library()
 pytestmark = pytest.mark.skipif(LIBRARY is None, reason="no native kernels are built, or torch's are forced")
 TABLES = list(native._instruction_sets(LIBRARY.functions)) if LIBRARY is not None else []
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _native_linears() -> Iterator[None]:
-    """Whatever a table of kernels would choose: native ones."""
-    with pytest.MonkeyPatch.context() as patch:
-        kernel = linear.LinearKernel("native", NativeLinear, lambda device, dtype: True)
-        patch.setattr(linear, "pick", lambda *args: kernel)
-        yield
 
 
 def load(folder: Path, *, dtype: torch.dtype = torch.float32, quant: str = "none") -> BlockSpan:
