@@ -23,6 +23,7 @@ from petalite.node.options import (
     Listening,
     Name,
     Room,
+    Tuning,
     Way,
 )
 
@@ -59,6 +60,7 @@ def serve(
     node: Listening,
     compute: Compute,
     room: Room,
+    tuning: Tuning,
     blocks: Annotated[
         str,
         typer.Option(
@@ -74,6 +76,7 @@ def serve(
     from petalite.node.serve import run
     from petalite.server.server import ServerSettings
     from petalite.server.sessions import SessionSettings
+    from petalite.server.training import TrainingSettings
     from petalite.swarm.spans import Span
 
     settings = ServerSettings(
@@ -82,6 +85,8 @@ def serve(
         compute=compute.settings(),
         memory=room.memory_settings(),
         sessions=SessionSettings(most=room.max_sessions),
+        training=TrainingSettings(share=tuning.training_share),
+        adapters=tuple(tuning.adapter or ()),
     )
     run(model, settings, node.listening(SERVE_LISTEN, new_swarm=new_swarm))
 

@@ -166,6 +166,26 @@ class Room:
 
 
 @dataclass(frozen=True, slots=True)
+class Tuning:
+    """Fine-tuning"""
+
+    adapter: Annotated[
+        list[Path] | None,
+        Option(
+            metavar="DIR",
+            help="A LoRA to lend, in PEFT's format: sessions may ask for it. May be repeated.",
+            show_default=False,
+        ),
+    ] = None
+    training_share: Annotated[
+        float,
+        Option(
+            metavar="P", help="Training calls may have this part of the cache's room; 0: none.", min=0, max=1
+        ),
+    ] = 0.5
+
+
+@dataclass(frozen=True, slots=True)
 class Way:
     """The way through the swarm"""
 

@@ -46,5 +46,9 @@ def show_server(server: BlockServer) -> None:
         f"{speed.prefill_s * 1e3:.3f} ms in a prefill",
         "cache": f"{loaded.backend.free_tokens()} tokens",
     }
+    if server.adapters.lent:
+        rows["lends"] = ", ".join(
+            f"{name} ({digest.hex()[:12]})" for name, digest in server.adapters.lent.items()
+        )
     for what, value in rows.items():
         out.print(f"  {what:<7}  {value}")

@@ -34,7 +34,7 @@ from petalite.swarm import records
 from petalite.swarm.directory import Directory, ServerEntry
 from petalite.swarm.peer import SwarmPeer
 from petalite.swarm.placement import Holding, MoveCost
-from petalite.swarm.records import ModelRecord, ServerRecord
+from petalite.swarm.records import HostedAdapter, ModelRecord, ServerRecord
 from petalite.swarm.spans import Span
 from petalite.version import __version__
 
@@ -242,6 +242,8 @@ class BlockServer:
             claim_start=claim.start if claim else 0,
             claim_end=claim.end if claim else 0,
             gives_weights=loaded is not None and gives(self.checkpoint),
+            adapters=tuple(HostedAdapter(name, digest) for name, digest in self.adapters.lent.items()),
+            training_tokens=self.training.trainer.most_tokens if loaded else 0,
         )
 
     def _entries(self) -> dict[tuple[str, bytes], bytes]:

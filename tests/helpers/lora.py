@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
 
 import torch
+from safetensors.torch import save_file
 
 from petalite.model.checkpoint import Checkpoint
 from petalite.model.loading import block_kind
@@ -46,3 +50,20 @@ def blob_of(tensors: dict[str, torch.Tensor], model: str = MODEL) -> bytes:
 
 def adapter_of(checkpoint: Checkpoint, tensors: dict[str, torch.Tensor]) -> Adapter:
     return read_adapter(blob_of(tensors), MODEL, checkpoint.config, block_kind(checkpoint))
+
+
+def peft_folder(
+    checkpoint: Checkpoint, tensors: dict[str, torch.Tensor], folder: Path, **settings: Any
+) -> Path:
+    """As PEFT saves one: the family's names behind `base_model.model.`."""
+    folder.mkdir(exist_ok=True)
+    names = checkpoint.family.names
+    stored = {}
+    for name, tensor in tensors.items():
+        block, role, side = int(name.split(".")[1]), ".".join(name.split(".")[2:-1]), name.split(".")[-1]
+        path = names.outer + names.block_prefix.format(block=block) + names.of(role)
+        stored[f"base_model.model.{path}.{side}.weight"] = tensor
+    save_file(stored, folder / "adapter_model.safetensors")
+    config = {"peft_type": "LORA", "r": RANK, "lora_alpha": ALPHA, "bias": "none", "use_dora": False}
+    (folder / "adapter_config.json").write_text(json.dumps(config | settings))
+    return folder

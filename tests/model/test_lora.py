@@ -21,7 +21,7 @@ from petalite.model.loading import block_kind
 from petalite.model.lora import Adapter, names_of, read_adapter, read_peft, write_adapter
 from petalite.model.span import load_span
 from tests.helpers.checkpoints import tiny_llama
-from tests.helpers.lora import ALPHA, MODEL, RANK, adapter_of, factors, linear_roles
+from tests.helpers.lora import ALPHA, MODEL, RANK, adapter_of, factors, linear_roles, peft_folder
 
 FAMILIES: dict[str, dict[str, Any]] = {
     "llama": {},
@@ -180,23 +180,6 @@ def test_broken_files_are_refused(llama: Checkpoint) -> None:
 
 
 # -- PEFT ------------------------------------------------------------------------------------------------
-
-
-def peft_folder(
-    checkpoint: Checkpoint, tensors: dict[str, torch.Tensor], folder: Path, **settings: Any
-) -> Path:
-    """As PEFT saves one: the family's names behind `base_model.model.`."""
-    folder.mkdir(exist_ok=True)
-    names = checkpoint.family.names
-    stored = {}
-    for name, tensor in tensors.items():
-        block, role, side = int(name.split(".")[1]), ".".join(name.split(".")[2:-1]), name.split(".")[-1]
-        path = names.outer + names.block_prefix.format(block=block) + names.of(role)
-        stored[f"base_model.model.{path}.{side}.weight"] = tensor
-    save_file(stored, folder / "adapter_model.safetensors")
-    config = {"peft_type": "LORA", "r": RANK, "lora_alpha": ALPHA, "bias": "none", "use_dora": False}
-    (folder / "adapter_config.json").write_text(json.dumps(config | settings))
-    return folder
 
 
 def open_peft(checkpoint: Checkpoint, folder: Path) -> Adapter:

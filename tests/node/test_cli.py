@@ -144,6 +144,7 @@ def test_serving_a_broken_folder(refused: Refused, case: str, model: Path, tmp_p
         (["--blocks", "first"], "first"),
         (["--blocks", "0:2", "--dtype", "int3"], "int3"),
         (["--blocks", "0:2", "--name", "a b"], "a b"),
+        (["--adapter", "/nowhere/adapter"], "/nowhere/adapter"),
         (["--peers", NOBODY], "--new-swarm"),
         (["--swarm-key", "/nowhere/key"], "/nowhere/key"),
         (["--listen", "127.0.0.1:80"], "127.0.0.1:80"),
