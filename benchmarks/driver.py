@@ -83,15 +83,19 @@ async def prefill(
     chunk: int,
     pipelined: bool,
     wire: str | None = None,
+    before: int = 1,
 ) -> dict[str, Any]:
-    """Seconds until the last of `tokens` random states has come out."""
+    """Seconds until the last of `tokens` random states has come out, after as many `before` that are rolled
+    back: links are up then, and if there were many of them TCP knows what they carry."""
     width = Checkpoint.open(model).config.hidden_size
     async with hidden_session(model, peers, tokens + 1, route, wire=wire) as session:
-        await session.step(torch.randn(1, width), [(0, 0, 1)])  # links are up, kernels warm
-        parts = [
-            StepInput(torch.randn(min(chunk, tokens - at), width), [(0, at, min(chunk, tokens - at))], LAST)
-            for at in range(0, tokens, chunk)
-        ]
+
+        def parts_of(total: int) -> list[StepInput]:
+            sizes = [(at, min(chunk, total - at)) for at in range(0, total, chunk)]
+            return [StepInput(torch.randn(size, width), [(0, at, size)], LAST) for at, size in sizes]
+
+        await session.steps(parts_of(before))
+        parts = parts_of(tokens)
         began_s = time.perf_counter()
         if pipelined:
             await session.steps(parts)
