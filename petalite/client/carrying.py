@@ -25,7 +25,6 @@ from petalite.errors import (
     PetaliteError,
     RemoteError,
 )
-from petalite.model.compute import is_finite
 from petalite.swarm.codecs import Codec, codec_named
 from petalite.swarm.kept import Row
 from petalite.swarm.messages import ALL, LAST, NONE, FromClient, Progress, Step
@@ -102,7 +101,8 @@ class Carrier:
                 answer = await self._ask(awaited, step, data, part.n_tokens, turn)
             codec = self._checked(leg, part, output, answer)
             if output != NONE:
-                hidden = self._finite(leg, codec.decode(answer.data, self._hidden_size))
+                self._check_finite(leg, codec, answer.data)
+                hidden = codec.decode(answer.data, self._hidden_size) if leg is legs[-1] else None
             if number > 0 or not replaying:
                 self._keep(leg, part, data)
             data = answer.data
@@ -206,10 +206,9 @@ class Carrier:
             raise self._failed(leg.last, error) from error
         return codec
 
-    def _finite(self, leg: Leg, hidden: torch.Tensor) -> torch.Tensor:
-        if not is_finite(hidden):
+    def _check_finite(self, leg: Leg, codec: Codec, data: memoryview) -> None:
+        if not codec.is_finite(data, self._hidden_size):
             raise self._failed(leg.last, NotFinite(f"{leg.last.peer.short()} answered with NaN or Inf"))
-        return hidden
 
     def _keep(self, leg: Leg, part: Part, data: memoryview) -> None:
         for source, target in part.forks:

@@ -183,7 +183,7 @@ class Session:
     def _check(self, inputs: Sequence[StepInput]) -> None:
         if not self._is_open:
             raise InvalidArgument("the session is not open; use it inside `async with`")
-        lengths: dict[int, int] = {}
+        lengths = self._check_forks(inputs) if any(one.forks for one in inputs) else {}
         for one in inputs:
             n_tokens = sum(n for _, _, n in one.rows)
             if one.hidden.shape != (n_tokens, self._hidden_size):
@@ -191,14 +191,13 @@ class Session:
                     f"hidden states have shape {tuple(one.hidden.shape)}, the step's {n_tokens} tokens need "
                     f"({n_tokens}, {self._hidden_size})"
                 )
-            lengths |= self._check_forks(inputs)
             for row, position, n in one.rows:
                 self._check_row(row, position, n, lengths.get(row, self.length(row)))
                 lengths[row] = position + n
 
     def _check_forks(self, inputs: Sequence[StepInput]) -> dict[int, int]:
         """How long the rows are that begin as copies."""
-        if len(inputs) > 1 and any(one.forks for one in inputs):
+        if len(inputs) > 1:
             raise InvalidArgument("a step that forks rows goes alone")
         [one, *_] = inputs
         positions = {row: position for row, position, _ in one.rows}

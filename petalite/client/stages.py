@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -113,17 +114,27 @@ def legs_of(stages: Sequence[Stage]) -> list[Leg]:
     return [Leg(tuple(group)) for group in groups]
 
 
-@dataclass(slots=True)
 class Awaited:
     """Answers with one number, which the last of `stages` gives and any of them can prevent."""
 
-    number: int
-    stages: tuple[Stage, ...]
-    arrived: asyncio.Queue[Answer | Stage]
+    def __init__(self, number: int, stages: tuple[Stage, ...]) -> None:
+        self.number = number
+        self.stages = stages
+        self._arrived: deque[Answer | Stage] = deque()
+        self._waiter: asyncio.Future[None] | None = None
+
+    def put(self, item: Answer | Stage) -> None:
+        """An answer, or a stage that is lost."""
+        self._arrived.append(item)
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)
 
     async def next(self) -> Answer:
-        """Raises StageFailed once one of the stages is lost."""
-        item = await self.arrived.get()
+        """For one task. Raises StageFailed once one of the stages is lost."""
+        while not self._arrived:
+            self._waiter = asyncio.get_running_loop().create_future()
+            await self._waiter
+        item = self._arrived.popleft()
         if isinstance(item, Stage):
             assert item.error is not None
             raise StageFailed(item, item.error)
@@ -141,10 +152,10 @@ class Answers:
     @contextmanager
     def awaiting(self, stages: tuple[Stage, ...]) -> Iterator[Awaited]:
         """A new number, under which the last of `stages` is to answer."""
-        awaited = Awaited(next(self._numbers), stages, asyncio.Queue())
+        awaited = Awaited(next(self._numbers), stages)
         for stage in stages:
             if stage.error is not None:
-                awaited.arrived.put_nowait(stage)
+                awaited.put(stage)
         self._awaited[awaited.number] = awaited
         try:
             yield awaited
@@ -155,9 +166,9 @@ class Answers:
         """What nobody waits for any more, or was not asked of this stage, is dropped."""
         awaited = self._awaited.get(answer.done.number)
         if awaited is not None and awaited.stages[-1] is stage:
-            awaited.arrived.put_nowait(answer)
+            awaited.put(answer)
 
     def fail(self, stage: Stage) -> None:
         for awaited in self._awaited.values():
             if stage in awaited.stages:
-                awaited.arrived.put_nowait(stage)
+                awaited.put(stage)

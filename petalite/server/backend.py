@@ -66,6 +66,11 @@ class _Step(_Asked):
     done_tokens: int = 0
     outputs: list[torch.Tensor] = field(default_factory=list)
 
+    def next_hidden(self, n_tokens: int) -> torch.Tensor:
+        if n_tokens == len(self.hidden):  # mostly; a slice is one of few tensor operations in a decode step
+            return self.hidden
+        return self.hidden[self.done_tokens : self.done_tokens + n_tokens]
+
     def result(self) -> torch.Tensor:
         return self.outputs[0] if len(self.outputs) == 1 else torch.cat(self.outputs)
 
@@ -338,7 +343,7 @@ class Backend:
             return
         pieces = [(part.request.work, part.n_tokens) for part in parts]
         steps = [(work, n_tokens) for work, n_tokens in pieces if isinstance(work, _Step)]
-        hidden = [work.hidden[work.done_tokens : work.done_tokens + n_tokens] for work, n_tokens in steps]
+        hidden = [work.next_hidden(n_tokens) for work, n_tokens in steps]
         segments = [
             segment for work, n_tokens in steps for segment in cut(work.segments, work.done_tokens, n_tokens)
         ]
@@ -346,7 +351,8 @@ class Backend:
         output = self.span.forward(
             packed, segments, self._cache, start=first.start, end=first.end, adapted=first.adapted
         )
-        outputs = output.split([n_tokens for _, n_tokens in steps])  # type: ignore[no-untyped-call]
+        lengths = [n_tokens for _, n_tokens in steps]
+        outputs = [output] if len(lengths) == 1 else output.split(lengths)  # type: ignore[no-untyped-call]
         for given, computed in zip(hidden, outputs, strict=True):
             check_finite(given, computed)
         for (work, n_tokens), computed in zip(steps, outputs, strict=True):

@@ -140,3 +140,26 @@ def test_the_levels_of_the_specification_hold() -> None:
         assert len(decade) == 1 << int(row)
         assert float(low) == pytest.approx(decade[0], rel=1e-5)
         assert float(high) == pytest.approx(decade[-1], rel=1e-5)
+
+
+@pytest.mark.parametrize("name", CODECS)
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("width", [64, 4096])
+def test_what_is_no_number_is_seen_on_the_wire(name: str, bad: float, width: int) -> None:
+    """As torch sees it after decoding; sums of the largest numbers do not look like infinity."""
+    codec = codec_named(name)
+    hidden = torch.full((2, width), torch.finfo(codec.dtype).max if name != "q8" else 1e4).to(codec.dtype)
+    assert codec.is_finite(memoryview(codec.encode(hidden)), width)
+    hidden[1, width // 2] = bad
+    wire = memoryview(codec.encode(hidden))
+    assert codec.is_finite(wire, width) == bool(torch.isfinite(codec.decode(wire, width)).all())
+
+
+def test_encoding_copies_whatever_the_layout() -> None:
+    """A view with strides, a slice at an offset, and what stands in memory as it travels."""
+    whole = torch.arange(24, dtype=torch.float32).view(4, 6)
+    for hidden in (whole, whole[1:3], whole.t(), whole[:, 1:4]):
+        wire = codec_named("f32").encode(hidden)
+        assert bytes(wire) == hidden.contiguous().numpy().tobytes()
+        wire[0] ^= 1
+        assert torch.equal(whole, torch.arange(24, dtype=torch.float32).view(4, 6))
