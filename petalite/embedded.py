@@ -98,7 +98,11 @@ class EmbeddedHop:
 
 
 async def open_embedded(
-    path_or_repo: str, *, dtype: str = AUTO, settings: SessionSettings = SessionSettings()
+    path_or_repo: str,
+    *,
+    dtype: str = AUTO,
+    settings: SessionSettings = SessionSettings(),
+    threads: int | None = None,
 ) -> AsyncDistributedModel:
     """A model with all its blocks here. Edges and blocks share one thread, and so the cores."""
 
@@ -108,4 +112,4 @@ async def open_embedded(
         backend = Backend(blocks, cache_tokens=CACHE_TOKENS, thread=thread)
         return EmbeddedServers(backend, checkpoint.model_id())
 
-    return await open_model(path_or_repo, servers, dtype=dtype, settings=settings)
+    return await open_model(path_or_repo, servers, dtype=dtype, settings=settings, threads=threads)

@@ -28,14 +28,16 @@ def load(
     name: str | None = None,
     settings: SessionSettings = SessionSettings(),
     routing: Routing = Routing(),
+    threads: int | None = None,
 ) -> DistributedModel:
     """A model from a folder or hub repository, its blocks served by the swarm that `peers` belong to.
 
     `peers` are addresses as nodes print them; `lan` looks for peers on the local network (it needs the
     extra `lan`); with neither, every block runs in this process. `dtype` is what is computed here
     ("float32", "bfloat16"), by default what the checkpoint was saved in. `name` is the model's name in the
-    swarm where it is not the folder's. `routing` chooses ring or star, and whom to use. Raises UserError's
-    kinds for what cannot be loaded and Unreachable, naming every address, when no peer answers.
+    swarm where it is not the folder's. `routing` chooses ring or star, and whom to use. `threads` of tensor
+    work here, at most and by default one for each core. Raises UserError's kinds for what cannot be loaded
+    and Unreachable, naming every address, when no peer answers.
     """
     alone = peers is None and not lan
     if alone and (swarm_key is not None or identity is not None or name is not None):
@@ -43,7 +45,7 @@ def load(
     swarm = None if alone else Swarm(peers or (), identity=identity, swarm_key=swarm_key, lan=lan)
     loop = LoopThread()
     try:
-        model, closing = loop.run(_open(path_or_repo, swarm, dtype or AUTO, name, settings, routing))
+        model, closing = loop.run(_open(path_or_repo, swarm, dtype or AUTO, name, settings, routing, threads))
     except BaseException:
         loop.close()
         raise
@@ -57,14 +59,15 @@ async def _open(
     name: str | None,
     settings: SessionSettings,
     routing: Routing,
+    threads: int | None,
 ) -> tuple[AsyncDistributedModel, AsyncExitStack]:
     async with AsyncExitStack() as stack:
         if swarm is None:
-            model = await open_embedded(path_or_repo, dtype=dtype, settings=settings)
+            model = await open_embedded(path_or_repo, dtype=dtype, settings=settings, threads=threads)
             await stack.enter_async_context(model)
         else:
             await stack.enter_async_context(swarm)
             model = await swarm.model(
-                path_or_repo, name=name, dtype=dtype, settings=settings, routing=routing
+                path_or_repo, name=name, dtype=dtype, settings=settings, routing=routing, threads=threads
             )
         return model, stack.pop_all()

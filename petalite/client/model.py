@@ -27,7 +27,7 @@ from petalite.client.speculation import Drafter, Speculation
 from petalite.client.trace import Trace
 from petalite.errors import InvalidArgument
 from petalite.model.checkpoint import Checkpoint
-from petalite.model.compute import ComputeThread
+from petalite.model.compute import ComputeThread, use_threads
 from petalite.model.config import ModelConfig
 from petalite.model.dtypes import AUTO, compute_dtype
 from petalite.model.edges import Edges, load_edges
@@ -307,13 +307,16 @@ async def open_model(
     *,
     dtype: str = AUTO,
     settings: SessionSettings = SessionSettings(),
+    threads: int | None = None,
 ) -> AsyncDistributedModel:
-    """Load what a client computes of a checkpoint: a folder, or a repository of the hub.
+    """Load what a client computes of a checkpoint: a folder, or a repository of the hub. `threads` of tensor
+    work, at most the cores there are.
 
     Raises InvalidCheckpoint or UnsupportedModel for what cannot be loaded.
     """
     thread = ComputeThread("petalite-edges")
     try:
+        await thread.run(use_threads, threads)
         checkpoint = await thread.run(Checkpoint.open, path_or_repo)
         tokenizer = await thread.run(load_tokenizer, checkpoint)
         edges = await thread.run(load_edges, checkpoint, dtype=compute_dtype(checkpoint, dtype))

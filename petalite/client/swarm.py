@@ -62,11 +62,13 @@ class Swarm:
         dtype: str = AUTO,
         settings: SessionSettings = SessionSettings(),
         routing: Routing = Routing(),
+        threads: int | None = None,
     ) -> AsyncDistributedModel:
         """A model of this swarm: its edges are loaded here, its blocks are found when they are needed.
 
         `name` is the model's name in the swarm where it is not the folder's or repository's; `dtype` is what
-        the edges compute in, by default what the checkpoint was saved in. The model closes with the swarm.
+        the edges compute in, by default what the checkpoint was saved in; `threads` is with how many, at most
+        the cores there are. The model closes with the swarm.
         """
 
         async def servers(checkpoint: Checkpoint, thread: ComputeThread) -> SwarmServers:
@@ -78,6 +80,6 @@ class Swarm:
             token_bytes = codec.nbytes(1, checkpoint.config.hidden_size)
             return SwarmServers(self._peer.host, directory, self._bans, routing, token_bytes=token_bytes)
 
-        model = await open_model(path_or_repo, servers, dtype=dtype, settings=settings)
+        model = await open_model(path_or_repo, servers, dtype=dtype, settings=settings, threads=threads)
         self._models.push_async_callback(model.close)
         return model

@@ -13,6 +13,7 @@ from __future__ import annotations
 import asyncio
 import ctypes
 import math
+import os
 import threading
 from collections.abc import Callable
 from contextlib import suppress
@@ -60,6 +61,15 @@ class ComputeThread:
                 if (work := self._queue.get_nowait()) is not None:
                     _tell(work[0], _cancel)
         self._queue.put(None)
+
+
+def use_threads(most: int | None) -> None:
+    """Let the tensor work of this thread take `most` threads; None: as many as torch would.
+
+    Never more than the cores that this process may run on: a thread without a core holds up all others.
+    """
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    torch.set_num_threads(min(most or torch.get_num_threads(), cores))
 
 
 def _serve(queue: SimpleQueue[_Work | None]) -> None:

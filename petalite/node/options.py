@@ -134,7 +134,10 @@ class Compute:
     ] = None
     device: Annotated[str, Option(metavar="DEVICE", help="auto, cpu, cuda or mps.")] = "auto"
     threads: Annotated[
-        int | None, Option(metavar="N", help="CPU threads for tensor work; torch's choice by default.", min=1)
+        int | None,
+        Option(
+            metavar="N", help="CPU threads for tensor work; at most and by default one for each core.", min=1
+        ),
     ] = None
 
     def settings(self) -> ComputeSettings:

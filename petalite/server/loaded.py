@@ -16,7 +16,7 @@ import torch
 from petalite.errors import InvalidArgument
 from petalite.kernels.quantized import NONE
 from petalite.model.checkpoint import Checkpoint
-from petalite.model.compute import ComputeThread
+from petalite.model.compute import ComputeThread, use_threads
 from petalite.model.dtypes import AUTO, compute_dtype
 from petalite.model.span import BlockSpan, load_span
 from petalite.server.backend import Backend
@@ -39,7 +39,7 @@ class ComputeSettings:
     dtype: str = AUTO  # to compute in
     quant: str | None = None  # format of the weights; None: none, or what a quantized folder holds
     device: str = AUTO  # cpu, cuda, mps, or the first of cuda, mps and cpu that is there
-    threads: int | None = None  # of tensor work; None: torch's choice
+    threads: int | None = None  # of tensor work; at most, and for None, one for each core
     cache: Path | None = None  # folder that keeps quantized blocks and measured speeds; None: nothing is kept
 
 
@@ -107,8 +107,7 @@ class BlockLoader:
         await self._thread.run(_collect)
 
     def _load(self, span: Span, progress: Progress | None) -> tuple[BlockSpan, BlockSpeed]:
-        if self._compute.threads is not None:
-            torch.set_num_threads(self._compute.threads)
+        use_threads(self._compute.threads)
         folder = self._compute.cache
         blocks = load_span(
             self._checkpoint,

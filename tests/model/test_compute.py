@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from petalite.errors import ShuttingDown
-from petalite.model.compute import ComputeThread, is_finite
+from petalite.model.compute import ComputeThread, is_finite, use_threads
 
 
 async def test_work_runs_in_order_on_one_other_thread() -> None:
@@ -74,3 +74,16 @@ def test_finite(dtype: torch.dtype) -> None:
         broken = torch.ones(3, 50, dtype=dtype)
         broken[1, 7] = bad
         assert not is_finite(broken)
+
+
+async def test_threads_are_at_most_the_cores_there_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = torch.get_num_threads()
+    thread = ComputeThread()
+    monkeypatch.setattr("os.sched_getaffinity", lambda pid: {3, 5}, raising=False)
+    try:
+        for wanted, given in ((1, 1), (2, 2), (64, 2), (None, 2), (1, 1), (None, 1)):
+            await thread.run(use_threads, wanted)
+            assert await thread.run(torch.get_num_threads) == given
+    finally:
+        thread.close()
+        torch.set_num_threads(before)
