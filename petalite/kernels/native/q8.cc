@@ -1,10 +1,10 @@
 // The wire codec q8, value for value that of kernels/dynamic8.py; and whether all values are finite.
-//
-// Plain code: most of the time goes into looking up a byte for each value, which no instruction set does faster.
 #include <cmath>
 
 #include "common.h"
 #include "half.h"
+#include "kernels.h"
+#include "target.h"
 
 namespace petalite {
 namespace {
@@ -13,30 +13,33 @@ constexpr int kBlock = 64;
 constexpr float kSteps = 32767.0f, kMiddle = 32768.5f, kLargestScale = 65504.0f, kRoundUp = 1.0009765625f;
 constexpr uint16_t kNan = 0x7e00;
 
-// Codes of `n` ≤ 64 values, and their scale as float16.
-uint16_t encode_block(const float* x, int n, const uint8_t* nearest, uint8_t* codes) {
-    int32_t largest = 0;
-    for (int i = 0; i < n; ++i) {
-        const int32_t bits = int32_t(bits_of_float(x[i]) & 0x7fffffffu);
-        largest = largest < bits ? bits : largest;
-    }
-    const bool finite = largest < 0x7f800000;
-    uint16_t scale = kNan;
-    float inverse = 0;
-    if (finite) {
-        const float raised = float_of_bits(uint32_t(largest)) * kRoundUp;
-        scale = half_of_float(raised < kLargestScale ? raised : kLargestScale);
-        inverse = scale ? kSteps / half_to_float(scale) : 0.0f;
-    }
-    int32_t steps[kBlock];
-    for (int i = 0; i < n; ++i) {
-        float value = x[i] * inverse;
-        value = value < -kSteps ? -kSteps : value;  // the scale may be less than the largest value
-        value = value > kSteps ? kSteps : value;
-        steps[i] = int32_t((finite ? value : 0.0f) + kMiddle);
-    }
-    for (int i = 0; i < n; ++i) codes[i] = nearest[steps[i]];
-    return scale;
+namespace plain {
+#include "q8_body.h"
+}
+#if defined(__x86_64__)
+PETALITE_TARGET_BEGIN("avx2")
+namespace avx2 {
+#include "q8_body.h"
+}
+PETALITE_TARGET_END
+PETALITE_TARGET_BEGIN("avx512f,avx512bw,avx512dq,avx512vl")
+namespace avx512 {
+#include "q8_body.h"
+}
+PETALITE_TARGET_END
+#endif
+
+struct Blocks {
+    decltype(&plain::encode_block) encode;
+    decltype(&plain::decode_block) decode;
+};
+
+Blocks blocks() {
+#if defined(__x86_64__)
+    if (&kernels() == &avx512_kernels) return {avx512::encode_block, avx512::decode_block};
+    if (&kernels() == &avx2_kernels) return {avx2::encode_block, avx2::decode_block};
+#endif
+    return {plain::encode_block, plain::decode_block};
 }
 
 }  // namespace
@@ -49,11 +52,12 @@ using namespace petalite;
 PETALITE_API void petalite_q8_encode(const float* x, int64_t rows, int64_t width, int64_t x_stride,
                                      const uint8_t* nearest, uint8_t* codes, int64_t codes_stride, uint16_t* scales,
                                      int64_t scales_stride) {
+    const auto encode = blocks().encode;
     for (int64_t row = 0; row < rows; ++row) {
         for (int64_t begin = 0; begin < width; begin += kBlock) {
             const int n = int(width - begin < kBlock ? width - begin : kBlock);
             scales[row * scales_stride + begin / kBlock] =
-                encode_block(x + row * x_stride + begin, n, nearest, codes + row * codes_stride + begin);
+                encode(x + row * x_stride + begin, n, nearest, codes + row * codes_stride + begin);
         }
     }
 }
@@ -62,13 +66,12 @@ PETALITE_API void petalite_q8_encode(const float* x, int64_t rows, int64_t width
 PETALITE_API void petalite_q8_decode(const uint8_t* codes, int64_t rows, int64_t width, int64_t codes_stride,
                                      const uint16_t* scales, int64_t scales_stride, const float* levels, float* y,
                                      int64_t y_stride) {
+    const auto decode = blocks().decode;
     for (int64_t row = 0; row < rows; ++row) {
         for (int64_t begin = 0; begin < width; begin += kBlock) {
             const int64_t n = width - begin < kBlock ? width - begin : kBlock;
-            const float scale = half_to_float(scales[row * scales_stride + begin / kBlock]);
-            const uint8_t* from = codes + row * codes_stride + begin;
-            float* to = y + row * y_stride + begin;
-            for (int64_t i = 0; i < n; ++i) to[i] = levels[from[i]] * scale;
+            decode(codes + row * codes_stride + begin, n, scales[row * scales_stride + begin / kBlock], levels,
+                   y + row * y_stride + begin);
         }
     }
 }
