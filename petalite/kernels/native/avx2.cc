@@ -12,8 +12,14 @@
 
 PETALITE_TARGET_BEGIN("avx2,fma,f16c")
 
+#define PETALITE_SIMD_AVX2 1
+#define PETALITE_ISA linear_avx2
+#include "simd.h"
+
 namespace petalite {
 namespace {
+
+#include "gate.h"
 
 constexpr int kAhead = 2048;  // bytes: how far before its use a line of weights is asked for
 
@@ -330,7 +336,7 @@ void multiply(const Linear& linear, const void* tile, int n_tokens, int64_t firs
 
 }  // namespace
 
-const Kernels avx2_kernels = {"avx2", tile_bytes, prepare, multiply};
+const Kernels avx2_kernels = {"avx2", tile_bytes, prepare, multiply, gate_by};
 
 }  // namespace petalite
 

@@ -12,8 +12,14 @@
 
 PETALITE_TARGET_BEGIN("avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx512vbmi,avx512bf16,fma")
 
+#define PETALITE_SIMD_AVX512 1
+#define PETALITE_ISA linear_avx512
+#include "simd.h"
+
 namespace petalite {
 namespace {
+
+#include "gate.h"
 
 constexpr int kAhead = 2048;  // bytes: how far before its use a line of weights is asked for
 
@@ -336,7 +342,7 @@ void multiply(const Linear& linear, const void* tile, int n_tokens, int64_t firs
 
 }  // namespace
 
-const Kernels avx512_kernels = {"avx512", tile_bytes, prepare, multiply};
+const Kernels avx512_kernels = {"avx512", tile_bytes, prepare, multiply, gate_by};
 
 }  // namespace petalite
 

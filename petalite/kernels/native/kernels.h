@@ -18,6 +18,9 @@ struct Kernels {
     // sums (n_panels, n_tokens, 16): products of `n_panels` panels from `first` on with every token of the tile,
     // scaled, without bias.
     void (*multiply)(const Linear&, const void* tile, int n_tokens, int64_t first, int64_t n_panels, float* sums);
+
+    // out = silu(gate) · up, 16 of each.
+    void (*gate)(const float* gates, const float* ups, float* out);
 };
 
 const Kernels& kernels();

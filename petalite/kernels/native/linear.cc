@@ -2,7 +2,6 @@
 #include "linear.h"
 
 #include <algorithm>
-#include <cmath>
 
 #include "kernels.h"
 
@@ -44,12 +43,12 @@ struct Output {
 
     void write_gated(int64_t token, int64_t row, const float* gates, const float* ups) const {
         const int64_t half = linear.n_out / 2;
-        float* out = y + token * stride + row;
+        float biased[2][kPanelRows];
         for (int i = 0; i < kPanelRows; ++i) {
-            const float gate = linear.bias ? gates[i] + linear.bias[row + i] : gates[i];
-            const float up = linear.bias ? ups[i] + linear.bias[half + row + i] : ups[i];
-            out[i] = gate / (1 + std::exp(-gate)) * up;
+            biased[0][i] = linear.bias ? gates[i] + linear.bias[row + i] : gates[i];
+            biased[1][i] = linear.bias ? ups[i] + linear.bias[half + row + i] : ups[i];
         }
+        kernels().gate(biased[0], biased[1], y + token * stride + row);
     }
 };
 

@@ -4,8 +4,13 @@
 #include "kernels.h"
 #include "tile.h"
 
+#define PETALITE_ISA linear_scalar
+#include "simd.h"
+
 namespace petalite {
 namespace {
+
+#include "gate.h"
 
 template <typename T>
 T load(const uint8_t* from) {
@@ -203,6 +208,6 @@ void multiply(const Linear& linear, const void* tile, int n_tokens, int64_t firs
 
 }  // namespace
 
-const Kernels scalar_kernels = {"scalar", tile_bytes, prepare, multiply};
+const Kernels scalar_kernels = {"scalar", tile_bytes, prepare, multiply, gate_by};
 
 }  // namespace petalite
