@@ -20,6 +20,7 @@ from pathlib import Path
 
 import torch
 
+from petalite.kernels.native import library
 from petalite.model.cache import Segment
 from petalite.model.checkpoint import Checkpoint
 from petalite.model.span import BlockSpan
@@ -76,6 +77,7 @@ def speed_key(checkpoint: Checkpoint, span: BlockSpan, quant: str | None) -> str
         f"{span.device.type} {device}",
         torch.get_num_threads(),
         torch.__version__,
+        found.instructions if (found := library()) is not None else None,
         __version__,
     ]
     return hashlib.sha256(json.dumps(what).encode()).hexdigest()[:32]
