@@ -21,7 +21,7 @@ BENCHMARKS = {
     "codec": "the wire codec q8: rate, and error on real hidden states, beside bitsandbytes and absmax int8",
     "dht": "the DHT: simulated swarms of up to 10,000 nodes, 32 real nodes, beside `kademlia`",
     "placement": "which blocks servers take, simulated: balance and moves, beside the ancestor's rule",
-    "footprint": "start time and memory of a bootstrap node, bytes a server reads from disk",
+    "footprint": "start and memory of a bootstrap node; what a server reads from disk and takes of memory",
 }
 
 

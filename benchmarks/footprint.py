@@ -1,5 +1,5 @@
-"""What a node costs: start time and memory of a bootstrap node, bytes a server of a few blocks reads from
-disk.
+"""What a node costs: start time and memory of a bootstrap node; of a server, the bytes of a few blocks that
+it reads from disk, the memory of its process, and of its sessions beside what formulas predict.
 """
 
 from __future__ import annotations
@@ -15,11 +15,13 @@ import sys
 import tempfile
 from pathlib import Path
 
+from benchmarks import server_memory
 from benchmarks.report import Check, Report
 from petalite.model.checkpoint import Checkpoint
 from petalite.node.processes import bootstrap_node
 from petalite.node.smollm2 import smollm2_folder
 
+PARTS = ("bootstrap", "disk", "server")
 STARTS = 7
 SPAN = (0, 10)
 _LOAD = """
@@ -32,39 +34,64 @@ print(json.dumps({"named": checkpoint.bytes_read}))
 """
 
 
-def run() -> Report:
+def run(only: str = "") -> Report:
     report = Report("footprint", ("what", "value", "unit"))
-    starts_s, memory_mb = _bootstrap()
+    for part, measure in zip(PARTS, (_bootstrap, _disk, _server), strict=True):
+        if only in part:
+            measure(report)
+    return report
+
+
+def _show(report: Report, *rows: tuple[str, float, str]) -> None:
+    for what, value, unit in rows:
+        report.rows.append((what, value, unit))
+        report.results[what] = {"value": value, "unit": unit}
+
+
+def _server(report: Report) -> None:
+    process_mb = server_memory.process_mb()
+    _show(report, ("server process with 0.4 MB of weights: resident memory", process_mb, "MB"))
+    report.checks.append(Check("server process without weights", process_mb, "MB", 350.0))
+    for what, (predicted, measured) in server_memory.sessions().items():
+        unit = "B per token and block" if what.startswith("keys") else "B per token"
+        _show(report, (f"{what}: predicted", predicted, unit), (f"{what}: measured", measured, unit))
+        report.checks.append(Check(f"{what}: measured over predicted", measured / predicted, "×", 1.1))
+
+
+def _disk(report: Report) -> None:
     with tempfile.TemporaryDirectory(dir=Path.home()) as own:  # a copy that no other process has mapped
         folder = Path(shutil.copytree(smollm2_folder(), Path(own) / "model"))
         named, resident, expected, whole = _server_bytes(folder)
-    for what, value, unit in (
-        ("bootstrap node: start to printed address, median", starts_s, "s"),
-        ("bootstrap node: resident memory", memory_mb, "MB"),
+    _show(
+        report,
         (f"weights of SmolLM2's blocks {SPAN[0]}:{SPAN[1]}", expected / 1e6, "MB"),
         ("of the file, tensors that a server of them asks for", named / 1e6, "MB"),
         ("of the file, in the page cache after loading them cold", resident / 1e6, "MB"),
         ("the whole file", whole / 1e6, "MB"),
-    ):
-        report.rows.append((what, value, unit))
-        report.results[what] = {"value": value, "unit": unit}
-    report.checks = [
-        Check("bootstrap start", starts_s, "s", 1.0),
-        Check("bootstrap memory", memory_mb, "MB", 60.0),
+    )
+    report.checks += [
         Check("tensors asked for, over those of the blocks", named / expected, "×", 1.0),
         Check("pages read, over the blocks' bytes", resident / expected, "×", 1.02),
     ]
-    return report
 
 
-def _bootstrap() -> tuple[float, float]:
+def _bootstrap(report: Report) -> None:
     starts_s, memory_mb = [], 0.0
     for _ in range(STARTS):
         with bootstrap_node() as node:
             assert node.address
             starts_s.append(node.ready_s or 0.0)
             memory_mb = max(memory_mb, _resident_mb(node.pid))
-    return statistics.median(starts_s), memory_mb
+    start_s = statistics.median(starts_s)
+    _show(
+        report,
+        ("bootstrap node: start to printed address, median", start_s, "s"),
+        ("bootstrap node: resident memory", memory_mb, "MB"),
+    )
+    report.checks += [
+        Check("bootstrap start", start_s, "s", 1.0),
+        Check("bootstrap memory", memory_mb, "MB", 60.0),
+    ]
 
 
 def _resident_mb(pid: int) -> float:

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 
 from petalite.swarm.codecs import Codec
 
+JOINED_BYTES = 16384  # small inputs are joined up to this: one token's own objects may take as much as it does
+
 Row = tuple[int, int, int]
 """(row, position, n_tokens), as in a step."""
 
@@ -52,8 +54,16 @@ class KeptInputs:
             assert position <= self.length(row), "inputs are kept without gaps"
             self.truncate(row, position)
             size = n_tokens * self._token_bytes
-            self._rows.setdefault(row, []).append(_Piece(position, n_tokens, data[offset : offset + size]))
+            self._append(self._rows.setdefault(row, []), position, n_tokens, data[offset : offset + size])
             offset += size
+
+    def _append(self, pieces: list[_Piece], position: int, n_tokens: int, data: memoryview) -> None:
+        last = pieces[-1] if pieces else None
+        if last is None or len(last.data) + len(data) > JOINED_BYTES:
+            pieces.append(_Piece(position, n_tokens, data))
+        else:  # another one, as forked rows may share the last
+            joined = memoryview(b"".join((last.data, data)))
+            pieces[-1] = _Piece(last.position, last.n_tokens + n_tokens, joined)
 
     def fork(self, source: int, target: int) -> None:
         """What is kept of `source` stands for `target` too; what was kept of that is forgotten."""
