@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from petalite.swarm.codecs import Codec
 
-JOINED_BYTES = 16384  # small inputs are joined up to this: one token's own objects may take as much as it does
+JOINED_BYTES = 16384  # small inputs are joined up to this: the objects around one take half a kilobyte
 
 Row = tuple[int, int, int]
 """(row, position, n_tokens), as in a step."""
