@@ -122,29 +122,62 @@ async def generate(
 
 
 async def speculate(
-    model: str, peers: list[str], route: str, *, prompt: Any, new_tokens: int, rounds: int
+    model: str,
+    peers: list[str],
+    route: str,
+    *,
+    prompt: Any,
+    new_tokens: int,
+    rounds: int,
+    guessing: dict[str, str],
 ) -> dict[str, Any]:
-    """Tokens/s of a text without and with guesses looked up, in turns, the prompt left out; medians."""
-    rates: dict[str, list[float]] = {"plain": [], "lookup": []}
-    found: dict[str, Any] = {}
+    """Tokens/s of a text without and with guesses, by the names in `guessing`, in turns, the prompt left out;
+    medians, and the steps that each took."""
+    ways: dict[str, str | None] = {"plain": None, **guessing}
+    rates: dict[str, list[float]] = {name: [] for name in ways}
+    steps: dict[str, int] = {}
+    texts: set[tuple[int, ...]] = set()
     async with petalite.Swarm(peers) as swarm:
         opened = await swarm.model(model, routing=Routing(route))
         ids = opened.encode(prompt)
+        for how in guessing.values():  # a small model is loaded once
+            await opened.generate(ids, max_new_tokens=2, speculate=how)
         for _ in range(rounds):
-            for name, samples in rates.items():
-                how = None if name == "plain" else name
+            for name, how in ways.items():
                 async with opened.session(len(ids) + new_tokens) as session:
                     await session.feed(ids[:-1])
                     began_s = time.perf_counter()
                     result = await opened.generate(
                         ids, max_new_tokens=new_tokens, speculate=how, session=session
                     )
-                    samples.append(len(result.token_ids) / (time.perf_counter() - began_s))
-                found[f"{name}_steps"] = len(result.trace.steps) - 1
-                if found.setdefault("token_ids", result.token_ids) != result.token_ids:
-                    raise RuntimeError("speculation changed the text")
+                    rates[name].append(len(result.token_ids) / (time.perf_counter() - began_s))
+                steps[name] = len(result.trace.steps) - 1
+                texts.add(tuple(result.token_ids))
+    [text] = texts  # or guessing has changed it
     medians = {name: statistics.median(samples) for name, samples in rates.items()}
-    return medians | {"tokens": len(found.pop("token_ids"))} | found
+    return {"tokens": len(text), "rates": medians, "steps": steps}
+
+
+async def beams(
+    model: str, peers: list[str], route: str, *, prompt: Any, new_tokens: int, beams: list[int]
+) -> dict[str, Any]:
+    """Milliseconds for each token of a text: greedily, and by searches with so many beams, their head and
+    choice included."""
+    found: dict[str, Any] = {}
+    async with petalite.Swarm(peers) as swarm:
+        opened = await swarm.model(model, routing=Routing(route))
+        await opened.generate(prompt, max_new_tokens=2)
+        for count in (1, *beams):
+            began_s = time.perf_counter()
+            if count == 1:
+                best = await opened.generate(prompt, max_new_tokens=new_tokens)
+            else:
+                best, *_ = await opened.beam_search(
+                    prompt, beams=count, max_new_tokens=new_tokens, length_penalty=0.0
+                )
+            seconds, steps = time.perf_counter() - began_s, len(best.trace.steps)
+            found[str(count)] = {"token_ms": seconds / steps * 1e3, "logprob": sum(best.logprobs)}
+    return found
 
 
 DEEDS: dict[str, Callable[..., Awaitable[dict[str, Any]]]] = {
@@ -152,6 +185,7 @@ DEEDS: dict[str, Callable[..., Awaitable[dict[str, Any]]]] = {
     "prefill": prefill,
     "generate": generate,
     "speculate": speculate,
+    "beams": beams,
 }
 
 
