@@ -18,6 +18,7 @@ BENCHMARKS = {
     "decode": "SmolLM2 token by token, in every format, beside transformers and llama.cpp",
     "prefill": "SmolLM2 prefill of 512 tokens, in every format, beside transformers and llama.cpp",
     "contended": "SmolLM2 token by token while another process takes one of two cores, beside llama.cpp",
+    "linear": "one large native linear in every format, weights cold, beside what memory gives and torch's",
     "load": "one large linear, weights cold, and loading 8 blocks, beside what memory and disk give",
     "codec": "the wire codec q8: rate, and error on real hidden states, beside bitsandbytes and absmax int8",
     "dht": "the DHT: simulated swarms of up to 10,000 nodes, 32 real nodes, beside `kademlia`",

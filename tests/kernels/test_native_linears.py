@@ -17,7 +17,7 @@ from petalite.kernels.quantized import FORMATS, Int8Weight, Nf4Weight
 
 LIBRARY = native.library()
 pytestmark = pytest.mark.skipif(LIBRARY is None, reason="no native kernels are built, or torch's are forced")
-TABLES = list(native._instruction_sets(LIBRARY.functions)) if LIBRARY is not None else []
+TABLES = LIBRARY.instruction_sets() if LIBRARY is not None else {}
 SHAPES = [(96, 64), (100, 72), (33, 200), (2, 2), (17, 5), (150, 16), (48, 643)]
 
 
@@ -25,12 +25,12 @@ SHAPES = [(96, 64), (100, 72), (33, 200), (2, 2), (17, 5), (150, 16), (48, 643)]
 def table(request: pytest.FixtureRequest) -> Iterator[str]:
     """Each instruction set in turn, forced."""
     assert LIBRARY is not None
-    functions, before = LIBRARY.functions, LIBRARY.instructions
-    if not functions.petalite_table_runs(TABLES.index(request.param)):
+    if not TABLES[request.param]:
         pytest.skip(f"this processor has no {request.param}")
-    functions.petalite_table_choose(TABLES.index(request.param))
+    before = LIBRARY.instructions
+    LIBRARY.choose(request.param)
     yield request.param
-    functions.petalite_table_choose(TABLES.index(before))
+    LIBRARY.choose(before)
 
 
 def weights(n_out: int, n_in: int, seed: int = 1) -> Tensor:

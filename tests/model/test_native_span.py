@@ -24,7 +24,7 @@ from tests.model.test_span import CHUNKINGS, CONFIGS, N_TOKENS, Loaded, close
 
 LIBRARY = native.library()
 pytestmark = pytest.mark.skipif(LIBRARY is None, reason="no native kernels are built, or torch's are forced")
-TABLES = list(native._instruction_sets(LIBRARY.functions)) if LIBRARY is not None else []
+TABLES = LIBRARY.instruction_sets() if LIBRARY is not None else {}
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -170,17 +170,17 @@ def test_the_same_bits_among_strangers(span: BlockSpan) -> None:
 def test_the_same_bits_from_every_instruction_set(case: Path) -> None:
     """Of what is summed in whole numbers; and the spans' own kernels everywhere."""
     assert LIBRARY is not None
-    functions = LIBRARY.functions
+    before = LIBRARY.instructions
     span = load(case, quant="int8")
     hidden = noise(300, span.config.hidden_size)
     results = []
     try:
-        for index in range(len(TABLES)):
-            if functions.petalite_table_runs(index):
-                functions.petalite_table_choose(index)
+        for name, runs in TABLES.items():
+            if runs:
+                LIBRARY.choose(name)
                 results.append(fed(span, hidden, [280, *[1] * 20]))
     finally:
-        functions.petalite_table_choose(TABLES.index(LIBRARY.instructions))
+        LIBRARY.choose(before)
     assert all(torch.equal(result, results[0]) for result in results)
 
 

@@ -28,15 +28,37 @@ _BUILD = "build them with `make native` (or `pip install .`), which needs a C++ 
 
 
 class Library:
-    """The loaded library with one of its instruction sets chosen."""
+    """The loaded library, with the best instruction set of this processor until another is chosen."""
 
-    def __init__(self, functions: ctypes.CDLL, instructions: str) -> None:
+    def __init__(self, functions: ctypes.CDLL) -> None:
         self.functions = functions
-        self.instructions = instructions
         self._teams: dict[int, ctypes.c_void_p] = {}
         self._lock = threading.Lock()
         # A child of fork has none of its parent's threads.
         os.register_at_fork(after_in_child=self._forget_teams)
+
+    @property
+    def instructions(self) -> str:
+        """The instruction set in use."""
+        name: bytes = self.functions.petalite_table_chosen()
+        return name.decode()
+
+    def instruction_sets(self) -> dict[str, bool]:
+        """Those that were built in, best first, and whether this processor has them."""
+        found: dict[str, bool] = {}
+        while (name := self.functions.petalite_table_name(len(found))) is not None:
+            found[name.decode()] = bool(self.functions.petalite_table_runs(len(found)))
+        return found
+
+    def choose(self, name: str) -> None:
+        """Use an instruction set from the next call on. Raises InvalidArgument where it cannot run."""
+        here = self.instruction_sets()
+        if name not in here:
+            raise InvalidArgument(f"{name!r} is not built in; known are {', '.join(here)}")
+        if not here[name]:
+            able = ", ".join(name for name, runs in here.items() if runs)
+            raise InvalidArgument(f"this processor does not run {name}; it runs {able}")
+        self.functions.petalite_table_choose(list(here).index(name))
 
     def team(self, n_threads: int | None = None) -> ctypes.c_void_p:
         """The process's team of `n_threads`, by default as many as torch uses; made at first use and kept."""
@@ -76,24 +98,14 @@ def library() -> Library | None:
             raise InvalidArgument(f"{VARIABLE}={wanted}, but {error}") from error
         logger.warning("torch's kernels serve, more slowly: %s", error)
         return None
-    here = _instruction_sets(functions)
+    found = Library(functions)
     if wanted not in ("", "native"):
-        if wanted not in here:
-            known = ", ".join(["torch", "native", *here])
-            raise InvalidArgument(f"{VARIABLE}={wanted} is not built in; known are {known}")
-        index = list(here).index(wanted)
-        if not here[wanted]:
-            able = ", ".join(name for name, runs in here.items() if runs)
-            raise InvalidArgument(f"{VARIABLE}={wanted}, but this processor runs only {able}")
-        functions.petalite_table_choose(index)
-    return Library(functions, functions.petalite_table_chosen().decode())
-
-
-def _instruction_sets(functions: ctypes.CDLL) -> dict[str, bool]:
-    """Those that were built in, best first, and whether this processor has them."""
-    found: dict[str, bool] = {}
-    while (name := functions.petalite_table_name(len(found))) is not None:
-        found[name.decode()] = bool(functions.petalite_table_runs(len(found)))
+        try:
+            found.choose(wanted)
+        except InvalidArgument as error:
+            raise InvalidArgument(
+                f"{VARIABLE}={wanted}: {error}; or torch, or native for the best"
+            ) from error
     return found
 
 
@@ -129,6 +141,7 @@ _FUNCTIONS: dict[str, tuple[object, list[object]]] = {
     "petalite_team_new": (_POINTER, [_I32]),
     "petalite_team_free": (None, [_POINTER]),
     "petalite_panel_bytes": (_I64, [_I32, _I64, _I64]),
+    "petalite_huge_pages": (None, [_POINTER, _I64]),
     "petalite_pack_int8": (None, [_POINTER, _POINTER, _I64, _I64, _I64, _POINTER]),
     "petalite_unpack_int8": (None, [_POINTER, _I64, _I64, _I64, _POINTER, _POINTER]),
     "petalite_pack_nf4": (None, [_POINTER, _POINTER, _I64, _I64, _POINTER]),

@@ -4,6 +4,10 @@
 
 #include "common.h"
 
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
 namespace petalite {
 namespace {
 
@@ -126,4 +130,15 @@ PETALITE_API void petalite_unpack_float(int32_t format, const void* panels, int6
         unpack(Format::F32, static_cast<const float*>(panels), n_out, n_in, static_cast<float*>(weight));
     else
         unpack(Format(format), static_cast<const uint16_t*>(panels), n_out, n_in, static_cast<uint16_t*>(weight));
+}
+
+// Asks for pages of 2 MiB under memory that nothing was written to yet. Without them a product of cold weights waits for
+// address translation: a sixth of its time.
+PETALITE_API void petalite_huge_pages(void* memory, int64_t bytes) {
+#if defined(__linux__)
+    const uintptr_t begin = (uintptr_t(memory) + 4095) / 4096 * 4096, end = (uintptr_t(memory) + uintptr_t(bytes)) / 4096 * 4096;
+    if (end > begin) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
+#else
+    (void)memory, (void)bytes;
+#endif
 }

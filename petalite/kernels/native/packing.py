@@ -7,6 +7,7 @@ The layout is described in common.h. A packed weight owns its tensors; the C++ s
 from __future__ import annotations
 
 import ctypes
+import threading
 from dataclasses import dataclass
 from enum import IntEnum
 
@@ -160,7 +161,39 @@ def _pack_nf4(library: Library, weight: Nf4Weight) -> PackedWeight:
 
 def _panels(library: Library, format_: Format, n_out: int, n_in: int, n_fine: int = 0) -> Tensor:
     size = library.functions.petalite_panel_bytes(format_, n_in, n_fine)
-    return torch.empty(-(-n_out // PANEL_ROWS), size, dtype=torch.uint8)
+    n_panels = -(-n_out // PANEL_ROWS)
+    return _SLABS.take(library, n_panels * size).view(n_panels, size)
+
+
+class _Slabs:
+    """Memory for panels in huge pages, which small weights share; a slab goes with the last weight in it."""
+
+    _PAGE = 2 << 20
+    _SLAB = 16 << 20
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._rest = torch.empty(0, dtype=torch.uint8)
+
+    def take(self, library: Library, nbytes: int) -> Tensor:
+        """(nbytes,) uint8, 64-byte aligned."""
+        room = nbytes + -nbytes % 64
+        if room > self._SLAB // 2:
+            return self._pages(library, nbytes)
+        with self._lock:
+            if room > len(self._rest):
+                self._rest = self._pages(library, self._SLAB)
+            taken, self._rest = self._rest[:nbytes], self._rest[room:]
+            return taken
+
+    def _pages(self, library: Library, nbytes: int) -> Tensor:
+        memory = torch.empty(nbytes + self._PAGE, dtype=torch.uint8)
+        library.functions.petalite_huge_pages(memory.data_ptr(), memory.nbytes)
+        skipped = -memory.data_ptr() % self._PAGE
+        return memory[skipped : skipped + nbytes]
+
+
+_SLABS = _Slabs()
 
 
 def _check(what: str, tensor: Tensor, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
