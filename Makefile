@@ -12,7 +12,18 @@ native: $(VENV)/.ready
 # Two processes, a file's tests in one of them; more would time each other out, for many start nodes of their own.
 PARALLEL = -n 2 --dist loadfile --no-loadscope-reorder
 
-.PHONY: demo native test test-slow soak fuzz lint bench clean
+# The native kernels' tests with AddressSanitizer and UndefinedBehaviorSanitizer; both stop at the first finding.
+SANITIZED = build/asan/petalite/kernels/native/kernels.abi3.so
+test-asan: $(VENV)/.ready
+	CFLAGS="-fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-frame-pointer" \
+	LDFLAGS="-fsanitize=address,undefined" \
+	$(BIN)/python setup.py -q build_ext --build-lib build/asan --build-temp build/asan/objects
+	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libubsan.so) $$($(CXX) -print-file-name=libstdc++.so)" \
+	ASAN_OPTIONS=detect_leaks=0 PETALITE_KERNELS=$(CURDIR)/$(SANITIZED) HYPOTHESIS_PROFILE=sanitized \
+	$(BIN)/python -m pytest -p no:xdist -x tests/kernels/test_native_linears.py tests/kernels/test_dynamic8.py \
+		tests/kernels/test_finite.py tests/model/test_native_span.py
+
+.PHONY: demo native test-asan test test-slow soak fuzz lint bench clean
 
 demo: $(VENV)/.ready
 	$(BIN)/python -m petalite.node demo

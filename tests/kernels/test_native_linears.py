@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import os
+import signal
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor
 
 from petalite.errors import InvalidArgument
@@ -142,3 +148,85 @@ def test_wrong_weights_are_refused() -> None:
             pack(LIBRARY, wrong)
     with pytest.raises(InvalidArgument, match="bias"):
         pack(LIBRARY, made).struct(torch.ones(15))
+
+
+FORMS = (*FORMATS, *FLOATS)
+
+
+def made(form: str | torch.dtype, dense: Tensor, bias: Tensor | None = None) -> NativeLinear:
+    return NativeLinear(FORMATS[form].quantize(dense) if isinstance(form, str) else dense.to(form), bias)
+
+
+def by(table: str, linear: NativeLinear, x: Tensor) -> Tensor:
+    assert LIBRARY is not None
+    before = LIBRARY.instructions
+    LIBRARY.choose(table)
+    try:
+        return linear(x)
+    finally:
+        LIBRARY.choose(before)
+
+
+@settings(max_examples=80, deadline=None)
+@given(
+    form=st.sampled_from(FORMS),
+    shape=st.tuples(st.integers(1, 90), st.integers(1, 300)),
+    n_tokens=st.integers(1, 33),
+    n_threads=st.integers(1, 3),
+    offset=st.integers(0, 70),
+)
+def test_any_shape_gives_what_the_reference_gives(form, shape, n_tokens, n_threads, offset) -> None:
+    """On every instruction set, with weights and inputs that begin anywhere in memory."""
+    dense = weights(*shape)
+    linear = made(form, dense, torch.randn(shape[0]))
+    panels = linear.packed.panels
+    moved = torch.empty(panels.numel() + offset, dtype=torch.uint8)[offset:].view(panels.shape)
+    moved.copy_(panels)
+    linear = NativeLinear(replace(linear.packed, panels=moved), linear.bias)
+    room = torch.empty(n_tokens * shape[1] + offset)
+    x = room[offset:].view(n_tokens, shape[1]).copy_(awkward(n_tokens, shape[1], seed=offset))
+    if not isinstance(form, str):
+        x.clamp_(-6e4, 6e4).copy_(x.to(form))
+    reference = by("scalar", linear, x)
+    torch.set_num_threads(n_threads)
+    for name, runs in TABLES.items():
+        if runs and isinstance(form, str):
+            assert torch.equal(by(name, linear, x), reference), name
+        elif runs:
+            terms = x.abs().double() @ dense.abs().double().t() + linear.bias.abs()
+            off = (by(name, linear, x).double() - reference.double()).abs()
+            assert bool((off <= 2e-6 * terms + 1e-35).all()), name
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_neither_threads_nor_company_nor_chunks_change_a_bit(table: str, form: str | torch.dtype) -> None:
+    linear = made(form, weights(300, 257))
+    x = awkward(40, 257).clamp(-6e4, 6e4)
+    torch.set_num_threads(1)
+    whole = linear(x)
+    for n_threads in (1, 2, 3, 5):
+        torch.set_num_threads(n_threads)
+        for sizes in ([40], [1] * 40, [7, 8, 9, 16], [33, 7]):
+            assert torch.equal(torch.cat([linear(part) for part in x.split(sizes)]), whole)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_many_threads_of_the_process_take_turns(form: str | torch.dtype) -> None:
+    linear, x = made(form, weights(200, 100)), torch.randn(3, 100)
+    torch.set_num_threads(2)
+    expected = linear(x)
+    with ThreadPoolExecutor(4) as pool:
+        results = list(pool.map(lambda _: linear(x), range(200)))
+    assert all(torch.equal(result, expected) for result in results)
+
+
+def test_a_forked_child_has_a_team_of_its_own() -> None:
+    """fork copies the memory but none of the threads."""
+    linear, x = made("int8", weights(200, 100)), torch.randn(3, 100)
+    torch.set_num_threads(2)
+    expected = linear(x)
+    child = os.fork()
+    if child == 0:  # leave without pytest's clean-up
+        signal.alarm(20)
+        os._exit(0 if torch.equal(linear(x), expected) else 1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0

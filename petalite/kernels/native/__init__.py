@@ -1,9 +1,9 @@
 """The native kernels: one shared library of plain C functions, built by setup.py where there is a compiler.
 
-`library()` loads it once and picks the best instruction set of this processor. `PETALITE_KERNELS` forces one
-(`avx512`, `avx2`, `neon`, `scalar`), insists on the library (`native`) or goes without it (`torch`). ctypes
-releases the interpreter's lock around every call. Knows how the library is found; what its functions do is
-told beside them, and `linears` wraps them.
+`library()` loads it once and picks the best instruction set of this processor. `PETALITE_KERNELS` forces
+one (`avx512`, `avx2`, `neon`, `scalar`), insists on the library (`native`), goes without it (`torch`), or
+is the path of another build of it, as for sanitizers. ctypes releases the interpreter's lock around every
+call. Knows how the library is found; what its functions do is told beside them, and `linears` wraps them.
 """
 
 from __future__ import annotations
@@ -92,14 +92,14 @@ def library() -> Library | None:
     if wanted == "torch":
         return None
     try:
-        functions = _load()
+        functions = _load(Path(wanted) if "/" in wanted else None)
     except OSError as error:
         if wanted:
             raise InvalidArgument(f"{VARIABLE}={wanted}, but {error}") from error
         logger.warning("torch's kernels serve, more slowly: %s", error)
         return None
     found = Library(functions)
-    if wanted not in ("", "native"):
+    if wanted not in ("", "native") and "/" not in wanted:
         try:
             found.choose(wanted)
         except InvalidArgument as error:
@@ -109,16 +109,17 @@ def library() -> Library | None:
     return found
 
 
-def _load() -> ctypes.CDLL:
+def _load(path: Path | None) -> ctypes.CDLL:
     """Raises OSError that says what is wrong."""
-    paths = sorted(_FOLDER.glob("kernels.*so")) + sorted(_FOLDER.glob("kernels.*dylib"))
-    if not paths:
-        raise OSError(f"there are no native kernels in {_FOLDER}; {_BUILD}")
-    functions = ctypes.CDLL(str(paths[0]))
+    if path is None:
+        path = next(iter(sorted(_FOLDER.glob("kernels.*so"))), None)
+        if path is None:
+            raise OSError(f"there are no native kernels in {_FOLDER}; {_BUILD}")
+    functions = ctypes.CDLL(str(path))
     _declare(functions)
     sources = source_digest()
     if sources is not None and functions.petalite_sources().decode() != sources:
-        raise OSError(f"{paths[0].name} was built from other sources than those beside it; {_BUILD}")
+        raise OSError(f"{path.name} was built from other sources than those beside it; {_BUILD}")
     return functions
 
 
