@@ -19,7 +19,7 @@ test-asan: $(VENV)/.ready
 	LDFLAGS="-fsanitize=address,undefined" \
 	$(BIN)/python setup.py -q build_ext --build-lib build/asan --build-temp build/asan/objects
 	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libubsan.so) $$($(CXX) -print-file-name=libstdc++.so)" \
-	ASAN_OPTIONS=detect_leaks=0 PETALITE_KERNELS=$(CURDIR)/$(SANITIZED) HYPOTHESIS_PROFILE=sanitized \
+	ASAN_OPTIONS=detect_leaks=0 PETALITE_KERNELS=$(CURDIR)/$(SANITIZED) \
 	$(BIN)/python -m pytest -p no:xdist -x tests/kernels/test_native_linears.py tests/kernels/test_dynamic8.py \
 		tests/kernels/test_finite.py tests/model/test_native_span.py
 
