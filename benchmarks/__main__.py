@@ -15,6 +15,7 @@ BENCHMARKS = {
     "beams": "what a token costs with 2, 4 and 8 beams, over three servers on long links and on loopback",
     "table1": "steps/s over servers that fail, by policy, as in the paper's Table 1",
     "serve": "many sessions on one server, and one beside a long prefill",
+    "training": "forward and backward of batches over three servers, beside one process; a kill; memory",
     "decode": "SmolLM2 token by token, in every format, beside transformers and llama.cpp",
     "prefill": "SmolLM2 prefill of 512 tokens, in every format, beside transformers and llama.cpp",
     "contended": "SmolLM2 token by token while another process takes one of two cores, beside llama.cpp",

@@ -20,6 +20,7 @@ FLOORS = {
     "swarm": 3,
     "server": 4,
     "client": 4,
+    "tuning": 5,
     "node": 5,
     "sim": 5,
 }

@@ -1,7 +1,7 @@
 """Blocks as torch modules: hidden states in, hidden states out, for those who build on them.
 
 middle = model.blocks[4:20]
-hidden = middle(hidden)  # (B, T, E); nothing is kept
+hidden = middle(hidden)  # (B, T, E); nothing is kept, gradients pass
 with middle.session(max_length=100) as session:
     first = session(hidden)
     second = session(more)  # goes on where the first ended
@@ -14,6 +14,7 @@ from contextlib import contextmanager
 
 import torch
 
+from petalite.client.autograd import Lora, through_blocks
 from petalite.client.loops import LoopThread
 from petalite.client.model import AsyncDistributedModel
 from petalite.client.session import Session
@@ -43,7 +44,7 @@ class BlockList:
 
 
 class Blocks(torch.nn.Module):
-    """Consecutive blocks, whose weights are elsewhere. No gradient passes."""
+    """Consecutive blocks, whose weights are elsewhere and never change."""
 
     def __init__(self, twin: AsyncDistributedModel, loop: LoopThread, span: Span) -> None:
         super().__init__()
@@ -51,10 +52,19 @@ class Blocks(torch.nn.Module):
         self._twin = twin
         self._loop = loop
 
-    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
-        """hidden (B, T, E), each row a text from its beginning -> (B, T, E) after these blocks."""
-        _check_gradient(hidden)
-        return self._loop.run(self._twin.forward_blocks(self.span, hidden))
+    def forward(
+        self, hidden: torch.Tensor, *, prompts: torch.Tensor | None = None, lora: Lora | None = None
+    ) -> torch.Tensor:
+        """hidden (B, T, E), each row a text from its beginning -> (B, T, E) after these blocks;
+        differentiable in all that it is given.
+
+        prompts (blocks, P, E) are added to the first P tokens of what enters each block. `lora` is a LoRA
+        of one's own (`petalite.tuning.Lora`), or the digest of one that servers hold. Raises
+        InvalidArgument, MissingBlocks, DeadlineExceeded, and NotFinite where two servers make NaN or Inf of
+        it; in the backward pass too.
+        """
+        self._twin.check_hidden(hidden)
+        return through_blocks(self._twin.passes, self._loop, self.span, hidden, prompts, lora)
 
     @contextmanager
     def session(self, max_length: int, rows: int = 1) -> Iterator[BlockSession]:
@@ -95,5 +105,6 @@ class BlockSession(torch.nn.Module):
 def _check_gradient(hidden: torch.Tensor) -> None:
     if torch.is_grad_enabled() and hidden.requires_grad:
         raise InvalidArgument(
-            "no gradient passes through remote blocks; detach the hidden states, or use torch.no_grad()"
+            "no gradient passes through a session, whose servers remember; call the blocks themselves, "
+            "detach the hidden states, or use torch.no_grad()"
         )

@@ -16,8 +16,9 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from petalite.client.adapters import AdapterSource
 from petalite.client.carrying import Carrier, Part
-from petalite.client.hops import Opening, Servers
+from petalite.client.hops import NOTHING_MORE, Opening, Servers, Wanted
 from petalite.client.settings import SessionSettings
 from petalite.client.stages import Answers, Leg, Stage, StageFailed, legs_of
 from petalite.client.trace import Recovery
@@ -69,6 +70,7 @@ class Chain:
         max_length: int,
         carrier: Carrier,
         settings: SessionSettings,
+        adapter: AdapterSource | None = None,
     ) -> None:
         self.span = span
         self.stages: list[Stage] = []
@@ -80,6 +82,8 @@ class Chain:
         self._carrier = carrier
         self._answers: Answers = carrier.answers
         self._settings = settings
+        self._adapter = adapter
+        self._wanted = NOTHING_MORE if adapter is None else Wanted(adapter=adapter.hosted)
 
     @property
     def legs(self) -> list[Leg]:
@@ -149,6 +153,7 @@ class Chain:
             fresh=fresh,
             timeout_s=max(deadline_s - asyncio.get_running_loop().time(), 0.0),
             replayed_tokens=self.n_tokens,
+            wanted=self._wanted,
         )
         pushed_after = after if after is not None and after.kept is None else None
         if pushed_after is not None and not self._pushes(hops[-1], pushed_after.hop):
@@ -260,7 +265,15 @@ class Chain:
             stage.epoch = 0  # it has heard of none when it says that it cannot attach
             successor = Successor(target.peer, tokens[i + 1]) if target is not None else None
             token = tokens[i] if pushed[i] else None
-            opening = Opening(self._rows, self._max_length, token, successor, wait_s, self._settings.wire)
+            opening = Opening(
+                self._rows,
+                self._max_length,
+                token,
+                successor,
+                wait_s,
+                self._settings.wire,
+                self._adapter,
+            )
             openings.append(self._open_one(stage, opening))
         tasks = [asyncio.create_task(opening) for opening in openings]
         try:

@@ -42,8 +42,13 @@ class TokenSession:
     A prompt that begins like what the session holds costs only the rest; that is how a chat goes on.
     """
 
-    def __init__(self, session: Session, edges: Edges, thread: ComputeThread) -> None:
+    def __init__(
+        self, session: Session, edges: Edges, thread: ComputeThread, prefix: torch.Tensor | None = None
+    ) -> None:
+        """`prefix` (P, E) are hidden states before the first token; the session has room for them too."""
         self.session = session
+        self._prefix = prefix
+        self._before = 0 if prefix is None else len(prefix)
         self.token_ids: list[int] = []  # what the hops' caches hold
         self.speculations: dict[str, Speculation] = {}  # by what was asked for; they live as long as this
         self._edges = edges
@@ -65,7 +70,7 @@ class TokenSession:
 
     @property
     def max_length(self) -> int:
-        return self.session.max_length
+        return self.session.max_length - self._before
 
     @property
     def trace(self) -> Trace:
@@ -84,7 +89,11 @@ class TokenSession:
             raise InvalidArgument("there is nothing to feed; give at least one token")
         chunk = self.session.settings.chunk_tokens
         hidden = self._edges.embed(list(token_ids))
-        first, inputs = self.position, []
+        first, inputs = self._before + self.position, list[StepInput]()
+        for start in range(self.session.length(), self._before, chunk):
+            assert self._prefix is not None
+            part = self._prefix[start : start + chunk]
+            inputs.append(StepInput(part, [(0, start, len(part))], NONE))
         for start in range(0, len(token_ids), chunk):
             part = hidden[start : start + chunk]
             wanted = output if output == ALL or start + chunk >= len(token_ids) else NONE
@@ -94,7 +103,7 @@ class TokenSession:
             return torch.cat(outputs) if output == ALL else outputs[-1]
         finally:
             # Whatever ended it: so far has every hop come.
-            self.token_ids = [*self.token_ids, *token_ids][: self.session.length()]
+            self.token_ids = [*self.token_ids, *token_ids][: max(0, self.session.length() - self._before)]
 
     async def choose(
         self,

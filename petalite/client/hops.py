@@ -10,12 +10,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+from petalite.client.adapters import AdapterSource
+from petalite.client.settings import TrainingSettings
 from petalite.errors import PetaliteError
 from petalite.net.identity import PeerId
 from petalite.swarm.codecs import Codec
 from petalite.swarm.messages import FromClient, Progress, StepDone, Successor
 from petalite.swarm.routing import Hop
 from petalite.swarm.spans import Span
+from petalite.swarm.training import SpanTraining
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,6 +39,26 @@ class Opening:
     successor: Successor | None  # whom it pushes to; None: it answers the client
     wait_s: float = 0.0  # in line, where there is no room now
     codec: str | None = None  # of its answers and pushes; None: one that loses nothing
+    adapter: AdapterSource | None = None  # a LoRA for every step
+
+
+@dataclass(frozen=True, slots=True)
+class Wanted:
+    """What servers are to be able to do with their blocks."""
+
+    training_tokens: int = 0  # in one training call
+    adapter: bytes | None = None  # the digest of a LoRA that they hold by themselves
+
+    @property
+    def condition(self) -> str:
+        """For people, after "no server holds …"."""
+        training = f"takes training calls of {self.training_tokens} tokens" if self.training_tokens else ""
+        adapter = f"holds the adapter {self.adapter.hex()[:12]}" if self.adapter else ""
+        named = " and ".join(filter(None, (training, adapter)))
+        return f" (of those that {named})" if named else ""
+
+
+NOTHING_MORE = Wanted()
 
 
 class Listener(Protocol):
@@ -81,9 +104,21 @@ class Servers(Protocol):
         """Whether hops push to each other (the ring), or every edge passes the client (the star)."""
         ...
 
-    async def plan(self, span: Span, *, fresh: bool, timeout_s: float, replayed_tokens: int = 0) -> list[Hop]:
-        """A chain over `span`, to begin with a replay of so many tokens. Raises MissingBlocks if none exists
-        until the time is up."""
+    @property
+    def model_id(self) -> str: ...
+
+    async def plan(
+        self,
+        span: Span,
+        *,
+        fresh: bool,
+        timeout_s: float,
+        replayed_tokens: int = 0,
+        wanted: Wanted = NOTHING_MORE,
+    ) -> list[Hop]:
+        """A chain over `span`, to begin with a replay of so many tokens; drawn by speed where training is
+        wanted. Raises MissingBlocks if none exists until the time is up.
+        """
         ...
 
     async def is_much_better_than(self, chain: Sequence[Hop], history_tokens: int) -> bool:
@@ -91,6 +126,10 @@ class Servers(Protocol):
         ...
 
     async def open(self, hop: Hop, opening: Opening, listener: Listener) -> OpenHop: ...
+
+    def training(self, peer: PeerId, settings: TrainingSettings) -> SpanTraining:
+        """The training calls of one server."""
+        ...
 
     def failed(self, peer: PeerId, error: Exception) -> None: ...
 

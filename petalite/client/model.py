@@ -13,16 +13,19 @@ from typing import Any, TypeAlias
 
 import torch
 
+from petalite.client.autograd import Lora, source_of
 from petalite.client.batches import Batch
 from petalite.client.beams import BeamSettings, beam_search
 from petalite.client.drafters import LOOKUP, DraftModel, LookupDrafter, ModelDrafter, load_draft
 from petalite.client.generation import Generation, TokenSession, generate_tokens
 from petalite.client.hops import Servers
 from petalite.client.options import Options
+from petalite.client.passes import Passes
 from petalite.client.replies import Reply
 from petalite.client.sampling import Choice
 from petalite.client.session import Session, StepInput
-from petalite.client.settings import SessionSettings
+from petalite.client.settings import SessionSettings, TrainingSettings
+from petalite.client.spancalls import Work
 from petalite.client.speculation import Drafter, Speculation
 from petalite.client.trace import Trace
 from petalite.errors import InvalidArgument
@@ -41,8 +44,6 @@ MakeServers: TypeAlias = Callable[[Checkpoint, ComputeThread], Awaitable[Servers
 Prompt: TypeAlias = str | Sequence[int] | Sequence[Mapping[str, Any]]
 """Plain text, token ids, or chat messages such as `[{"role": "user", "content": "Hello"}]`."""
 
-FORWARD_ROWS = 64  # of one session, where nothing is kept
-
 
 class AsyncDistributedModel:
     """A language model over a chain of servers. Close it, or use it in `async with`."""
@@ -54,12 +55,14 @@ class AsyncDistributedModel:
         servers: Servers,
         thread: ComputeThread,
         settings: SessionSettings = SessionSettings(),
+        training: TrainingSettings = TrainingSettings(),
     ) -> None:
         self.edges = edges
         self.tokenizer = tokenizer
         self._servers = servers
         self._thread = thread
         self._settings = settings
+        self.passes = Passes(servers, training)
         self._drafts: dict[str, DraftModel] = {}
         self._loading_draft = asyncio.Lock()
         self._trace = Trace()
@@ -67,6 +70,11 @@ class AsyncDistributedModel:
     @property
     def config(self) -> ModelConfig:
         return self.edges.config
+
+    @property
+    def model_id(self) -> str:
+        """What peers call it: name@digest."""
+        return self._servers.model_id
 
     @property
     def _all_blocks(self) -> Span:
@@ -84,22 +92,43 @@ class AsyncDistributedModel:
 
     # -- text --------------------------------------------------------------------------------------------
 
-    def session(self, max_length: int | None = None) -> TokenSession:
+    def session(
+        self,
+        max_length: int | None = None,
+        *,
+        lora: Lora | None = None,
+        prefix: torch.Tensor | None = None,
+    ) -> TokenSession:
         """Room for `max_length` tokens at every hop; by default all that the model takes. An async context
-        manager, to pass to `generate` and `stream` so that a conversation goes on where it stopped."""
-        length = max_length or self.config.max_position_embeddings
-        if not 0 < length <= self.config.max_position_embeddings:
+        manager, to pass to `generate` and `stream` so that a conversation goes on where it stopped.
+
+        `lora` is a LoRA as it is now, or the digest of one that servers hold; `prefix` (P, E) hidden states
+        before the first token, such as a tuned prompt.
+        """
+        before = 0 if prefix is None else len(prefix)
+        most = self.config.max_position_embeddings - before
+        length = max_length or most
+        if not 0 < length <= most:
             raise InvalidArgument(
-                f"max_length must be from 1 to {self.config.max_position_embeddings}, what this model takes; "
-                f"found {length}"
+                f"max_length must be from 1 to {most}, what this model takes; found {length}"
             )
-        return TokenSession(self.blocks_session(self._all_blocks, length), self.edges, self._thread)
+        if prefix is not None:
+            self.check_hidden(prefix[None])
+            prefix = prefix.detach().cpu()
+        session = self.blocks_session(self._all_blocks, before + length, lora=lora)
+        return TokenSession(session, self.edges, self._thread, prefix)
 
     async def generate(
-        self, prompt: Prompt, *, session: TokenSession | None = None, **options: Any
+        self,
+        prompt: Prompt,
+        *,
+        session: TokenSession | None = None,
+        lora: Lora | None = None,
+        prefix: torch.Tensor | None = None,
+        **options: Any,
     ) -> Generation:
         """Like `stream`, waiting for the whole text."""
-        run = _Run(self, prompt, session, Options(**options))
+        run = _Run(self, prompt, session, lora, prefix, Options(**options))
         async for _ in run.pieces():
             pass
         return run.generation()
@@ -136,16 +165,24 @@ class AsyncDistributedModel:
         return generations
 
     async def stream(
-        self, prompt: Prompt, *, session: TokenSession | None = None, **options: Any
+        self,
+        prompt: Prompt,
+        *,
+        session: TokenSession | None = None,
+        lora: Lora | None = None,
+        prefix: torch.Tensor | None = None,
+        **options: Any,
     ) -> AsyncGenerator[str, None]:
         """The text that follows `prompt`, in pieces as they come.
 
-        `options` are those of `client.options.Options`: max_new_tokens=256; temperature=0.0 (greedy), top_k,
-        top_p, min_p, seed; repetition_penalty, presence_penalty, frequency_penalty, logit_bias; stop,
-        stop_ids; logprobs; speculate. `session` is a `model.session()` to go on in. Raises InvalidArgument,
-        PromptTooLong, MissingBlocks and whatever else ends the text early.
+        `options` are those of `client.options.Options`: max_new_tokens=256; temperature=0.0 (greedy),
+        top_k, top_p, min_p, seed; repetition_penalty, presence_penalty, frequency_penalty, logit_bias;
+        stop, stop_ids; logprobs; speculate. `session` is a `model.session()` to go on in; without one,
+        `lora` and `prefix` are those of `session`. Raises InvalidArgument, PromptTooLong, MissingBlocks and
+        whatever else ends the text early.
         """
-        async with aclosing(_Run(self, prompt, session, Options(**options)).pieces()) as pieces:
+        run = _Run(self, prompt, session, lora, prefix, Options(**options))
+        async with aclosing(run.pieces()) as pieces:
             async for piece in pieces:
                 yield piece
 
@@ -239,7 +276,7 @@ class AsyncDistributedModel:
         return self.edges.embed(token_ids.reshape(-1)).view(*token_ids.shape, -1)
 
     async def head(self, hidden: torch.Tensor) -> torch.Tensor:
-        """hidden states (B, T, E) -> logits (B, T, V) float32, the final norm included."""
+        """hidden states (B, T, E) -> logits (B, T, V) float32, the final norm included; differentiable."""
         logits = await self._thread.run(self.edges.head, hidden.reshape(-1, hidden.shape[-1]))
         return logits.view(*hidden.shape[:-1], -1)
 
@@ -250,16 +287,13 @@ class AsyncDistributedModel:
 
     async def forward_blocks(self, span: Span, hidden: torch.Tensor) -> torch.Tensor:
         """hidden (B, T, E), each row a text from its beginning -> (B, T, E) after the blocks of `span`."""
-        self._check_hidden(hidden)
-        outputs = []
-        for rows in hidden.split(FORWARD_ROWS):  # type: ignore[no-untyped-call]
-            async with self.blocks_session(span, hidden.shape[1], len(rows)) as session:
-                outputs.append(await self.feed_blocks(session, rows, 0))
-        return torch.cat(outputs)
+        self.check_hidden(hidden)
+        output, _ = await self.passes.forward(Work(span), hidden)
+        return output.to(hidden.dtype)
 
     async def feed_blocks(self, session: Session, hidden: torch.Tensor, position: int) -> torch.Tensor:
         """hidden (B, T, E), the same T positions of every row of `session` -> (B, T, E)."""
-        self._check_hidden(hidden)
+        self.check_hidden(hidden)
         rows, _length, _ = hidden.shape
         chunk = max(1, self._settings.chunk_tokens // rows)
         inputs = []
@@ -271,7 +305,9 @@ class AsyncDistributedModel:
         joined = torch.cat([output.view(rows, -1, output.shape[1]) for output in outputs], dim=1)
         return joined.to(hidden.dtype)
 
-    def blocks_session(self, span: Span, max_length: int, rows: int = 1) -> Session:
+    def blocks_session(
+        self, span: Span, max_length: int, rows: int = 1, *, lora: Lora | None = None
+    ) -> Session:
         """A session over some of the blocks, for hidden states."""
         if not 0 <= span.start < span.end <= self.config.n_blocks:
             raise InvalidArgument(f"the model has blocks 0:{self.config.n_blocks}, found {span}")
@@ -287,6 +323,7 @@ class AsyncDistributedModel:
             max_length=max_length,
             rows=rows,
             settings=self._settings,
+            adapter=source_of(lora, self.model_id),
         )
         self._trace = session.trace
         return session
@@ -295,7 +332,8 @@ class AsyncDistributedModel:
         """Of the latest session: each step's time at each hop, and what was replaced."""
         return self._trace
 
-    def _check_hidden(self, hidden: torch.Tensor) -> None:
+    def check_hidden(self, hidden: torch.Tensor) -> None:
+        """Raises InvalidArgument unless it is (B, T, E)."""
         size = self.config.hidden_size
         if hidden.ndim != 3 or hidden.shape[2] != size or 0 in hidden.shape:
             raise InvalidArgument(f"hidden states have shape (B, T, {size}), found {tuple(hidden.shape)}")
@@ -307,6 +345,7 @@ async def open_model(
     *,
     dtype: str = AUTO,
     settings: SessionSettings = SessionSettings(),
+    training: TrainingSettings = TrainingSettings(),
     threads: int | None = None,
 ) -> AsyncDistributedModel:
     """Load what a client computes of a checkpoint: a folder, or a repository of the hub. `threads` of tensor
@@ -324,20 +363,30 @@ async def open_model(
     except BaseException:
         thread.close()
         raise
-    return AsyncDistributedModel(edges, tokenizer, servers, thread, settings)
+    return AsyncDistributedModel(edges, tokenizer, servers, thread, settings, training)
 
 
 class _Run:
     """One generation under way."""
 
     def __init__(
-        self, model: AsyncDistributedModel, prompt: Prompt, session: TokenSession | None, options: Options
+        self,
+        model: AsyncDistributedModel,
+        prompt: Prompt,
+        session: TokenSession | None,
+        lora: Lora | None,
+        prefix: torch.Tensor | None,
+        options: Options,
     ) -> None:
+        if session is not None and not (lora is None and prefix is None):
+            raise InvalidArgument("a session is opened with its lora and prefix; give them to `session`")
         self._model = model
         self._options = options
         self._reply = model.reply(prompt, options)
         self._given = session
-        self._session = session or model.session(model.length(self._reply, options))
+        before = 0 if prefix is None else len(prefix)
+        length = min(model.length(self._reply, options), model.config.max_position_embeddings - before)
+        self._session = session or model.session(length, lora=lora, prefix=prefix)
 
     async def pieces(self) -> AsyncGenerator[str, None]:
         reply = self._reply

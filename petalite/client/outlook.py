@@ -9,12 +9,14 @@ import random
 import statistics
 from collections.abc import Sequence
 
+from petalite.client.hops import NOTHING_MORE, Wanted
 from petalite.client.settings import RING, THROUGHPUT, Routing
-from petalite.errors import IdleClosed, ShuttingDown
+from petalite.errors import IdleClosed, MissingBlocks, ShuttingDown
 from petalite.net.host import Host
 from petalite.net.identity import PeerId
 from petalite.swarm.bans import PENALTY_S, Bans
 from petalite.swarm.directory import Directory, ServerEntry
+from petalite.swarm.records import ServerRecord
 from petalite.swarm.routing import (
     Candidate,
     End,
@@ -69,17 +71,29 @@ class Outlook:
     def succeeded(self, peer: PeerId) -> None:
         self._bans.succeeded(peer)
 
-    def chain(self, span: Span, replayed_tokens: int = 0, *, banned: bool = True) -> list[Hop]:
+    def chain(
+        self,
+        span: Span,
+        replayed_tokens: int = 0,
+        wanted: Wanted = NOTHING_MORE,
+        *,
+        banned: bool = True,
+    ) -> list[Hop]:
         """The best one to go on with for a while, after a replay of so many tokens, or a prompt.
 
         Without servers that failed lately, if not `banned`. Raises MissingBlocks.
         """
         load = self._load(replayed_tokens or PROMPT_TOKENS)
-        candidates = [one for one in self._candidates(load) if banned or not one.penalty_s]
-        if self.routing.aim == THROUGHPUT:
-            return sample_chain(candidates, span, random)
-        random.shuffle(candidates)  # equal clients spread over equal servers
-        return find_chain(candidates, span, self._link(load))
+        if wanted.training_tokens:
+            load = Load(0, wanted.training_tokens, self._token_bytes)
+        candidates = [one for one in self._candidates(load, wanted) if banned or not one.penalty_s]
+        try:
+            if wanted.training_tokens or self.routing.aim == THROUGHPUT:
+                return sample_chain(candidates, span, random)
+            random.shuffle(candidates)  # equal clients spread over equal servers
+            return find_chain(candidates, span, self._link(load))
+        except MissingBlocks as error:
+            raise MissingBlocks(f"{error}{wanted.condition}", error.blocks) from error
 
     def is_much_better_than(self, chain: Sequence[Hop], history_tokens: int) -> bool:
         """Whether another chain, and the replay of the history there, would take a fraction of the time."""
@@ -92,11 +106,11 @@ class Outlook:
     def _load(self, tokens: int) -> Load:
         return Load(STEPS_AHEAD, tokens, self._token_bytes)
 
-    def _candidates(self, load: Load) -> list[Candidate]:
+    def _candidates(self, load: Load, wanted: Wanted = NOTHING_MORE) -> list[Candidate]:
         return [
             self._candidate(entry, load)
             for entry in self._directory.servers
-            if entry.record.serving and self.routing.permits(entry.peer)
+            if entry.record.serving and self.routing.permits(entry.peer) and _can(entry.record, wanted)
         ]
 
     def _candidate(self, entry: ServerEntry, load: Load) -> Candidate:
@@ -129,3 +143,8 @@ class Outlook:
             relayed=bool(entry.addresses) and all(one.relay is not None for one in entry.addresses),
             measured=rtt_s is not None,
         )
+
+
+def _can(record: ServerRecord, wanted: Wanted) -> bool:
+    hosts = wanted.adapter is None or any(wanted.adapter == hosted.digest for hosted in record.adapters)
+    return hosts and record.training_tokens >= wanted.training_tokens

@@ -5,14 +5,17 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Sequence
 
-from petalite.client.hops import Answer, Listener, Opening
+from petalite.client.adapters import AdapterPart
+from petalite.client.hops import NOTHING_MORE, Answer, Listener, Opening, Wanted
 from petalite.client.outlook import Outlook
-from petalite.client.settings import RING, Routing
+from petalite.client.remote_training import RemoteTraining
+from petalite.client.settings import RING, Routing, TrainingSettings
 from petalite.errors import (
     BadMessage,
     ConnectionLost,
     MissingBlocks,
     PetaliteError,
+    UnknownAdapter,
 )
 from petalite.net.host import Host
 from petalite.net.identity import PeerId
@@ -70,7 +73,19 @@ class SwarmServers:
     def pushing(self) -> bool:
         return self.outlook.routing.route == RING
 
-    async def plan(self, span: Span, *, fresh: bool, timeout_s: float, replayed_tokens: int = 0) -> list[Hop]:
+    @property
+    def model_id(self) -> str:
+        return self._directory.model_id
+
+    async def plan(
+        self,
+        span: Span,
+        *,
+        fresh: bool,
+        timeout_s: float,
+        replayed_tokens: int = 0,
+        wanted: Wanted = NOTHING_MORE,
+    ) -> list[Hop]:
         """A chain over `span`; waits for missing blocks until the time is up.
 
         `fresh` asks for another chain than the last: from what is known, if that has servers that did not
@@ -80,14 +95,15 @@ class SwarmServers:
         pause_s = POLL_S
         if fresh and self._directory.age_s <= KNOWN_S:
             try:
-                return self.outlook.chain(span, replayed_tokens, banned=False)
+                return self.outlook.chain(span, replayed_tokens, wanted, banned=False)
             except MissingBlocks:
                 pass  # nobody is left whom we know
-        if fresh or self._directory.age_s > FRESH_S:
+        # A training loop plans many passes, and one that meets a server that is gone survives it.
+        if fresh or self._directory.age_s > (KNOWN_S if wanted.training_tokens else FRESH_S):
             await self._directory.refresh(timeout_s=max(timeout_s, 1.0))
         while True:
             try:
-                return self.outlook.chain(span, replayed_tokens)
+                return self.outlook.chain(span, replayed_tokens, wanted)
             except MissingBlocks:
                 left_s = deadline_s - asyncio.get_running_loop().time()
                 if left_s <= 0:
@@ -96,7 +112,22 @@ class SwarmServers:
             pause_s = min(2 * pause_s, POLL_MOST_S)
             await self._directory.refresh(timeout_s=max(deadline_s - asyncio.get_running_loop().time(), 1.0))
 
+    def training(self, peer: PeerId, settings: TrainingSettings) -> RemoteTraining:
+        return RemoteTraining(self._host, peer, self.model_id, settings)
+
     async def open(self, hop: Hop, opening: Opening, listener: Listener) -> RemoteHop:
+        part = None if opening.adapter is None else opening.adapter.part(hop.span)
+        try:
+            return await self._open(hop, opening, part, listener)
+        except UnknownAdapter:
+            if part is None or part.blob is None:
+                raise
+        await self.training(hop.peer, TrainingSettings()).put_adapter(part.blob)
+        return await self._open(hop, opening, part, listener)
+
+    async def _open(
+        self, hop: Hop, opening: Opening, part: AdapterPart | None, listener: Listener
+    ) -> RemoteHop:
         request = OpenSession(
             self._directory.model_id,
             hop.span.start,
@@ -107,6 +138,7 @@ class SwarmServers:
             opening.successor,
             opening.wait_s,
             opening.codec,
+            None if part is None else part.digest,
         )
         call = await self._host.open(hop.peer, SESSION_METHOD, encode(request), priority=Priority.INTERACTIVE)
         try:

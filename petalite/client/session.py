@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 import torch
 
+from petalite.client.adapters import AdapterSource
 from petalite.client.carrying import Carried, Carrier, Part
 from petalite.client.chain import DOUBTFUL, Chain
 from petalite.client.hops import Servers
@@ -52,7 +53,9 @@ class Session:
         max_length: int,
         rows: int = 1,
         settings: SessionSettings = SessionSettings(),
+        adapter: AdapterSource | None = None,
     ) -> None:
+        """`adapter` is a LoRA that every step computes with."""
         self.span = span
         self.rows = rows
         self.max_length = max_length
@@ -69,6 +72,7 @@ class Session:
             max_length=max_length,
             carrier=self._carrier,
             settings=settings,
+            adapter=adapter,
         )
         self.trace = Trace(recoveries=self._chain.recoveries)
         self._is_open = False

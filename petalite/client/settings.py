@@ -46,3 +46,23 @@ class SessionSettings:
     def __post_init__(self) -> None:
         if self.wire is not None and self.wire not in WIRES:
             raise InvalidArgument(f"wire is one of {', '.join(WIRES)}, found {self.wire!r}")
+
+
+@dataclass(frozen=True, slots=True)
+class TrainingSettings:
+    """Of forward and backward passes over whole batches."""
+
+    part_tokens: int = 1024  # a batch goes through the chain in parts of about so many; a row is never cut
+    in_flight: int = 8  # parts under way at once
+    call_s: float = 60.0  # the longest wait for a server's answer; token_s more for each token under way
+    token_s: float = 0.05
+    recovery_s: float = 60.0  # without progress, from a failure until the pass fails
+    retry_s: float = 0.05  # pause before a third attempt at the same blocks; doubles up to five seconds
+    pass_s: float = 900.0  # for one forward or backward pass, in all
+    wire: str = "f32"  # codec of hidden states and their gradients; others round at every edge
+
+    def __post_init__(self) -> None:
+        if self.wire not in WIRES:
+            raise InvalidArgument(f"wire is one of {', '.join(WIRES)}, found {self.wire!r}")
+        if self.part_tokens < 1 or self.in_flight < 1:
+            raise InvalidArgument("part_tokens and in_flight are 1 or more")

@@ -7,7 +7,7 @@ from contextlib import AsyncExitStack
 
 from petalite.client.model import AsyncDistributedModel, open_model
 from petalite.client.servers import SwarmServers
-from petalite.client.settings import Routing, SessionSettings
+from petalite.client.settings import Routing, SessionSettings, TrainingSettings
 from petalite.errors import InvalidArgument
 from petalite.model.checkpoint import Checkpoint
 from petalite.model.compute import ComputeThread
@@ -62,6 +62,7 @@ class Swarm:
         dtype: str = AUTO,
         settings: SessionSettings = SessionSettings(),
         routing: Routing = Routing(),
+        training: TrainingSettings = TrainingSettings(),
         threads: int | None = None,
     ) -> AsyncDistributedModel:
         """A model of this swarm: its edges are loaded here, its blocks are found when they are needed.
@@ -80,6 +81,8 @@ class Swarm:
             token_bytes = codec.nbytes(1, checkpoint.config.hidden_size)
             return SwarmServers(self._peer.host, directory, self._bans, routing, token_bytes=token_bytes)
 
-        model = await open_model(path_or_repo, servers, dtype=dtype, settings=settings, threads=threads)
+        model = await open_model(
+            path_or_repo, servers, dtype=dtype, settings=settings, training=training, threads=threads
+        )
         self._models.push_async_callback(model.close)
         return model

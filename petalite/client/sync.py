@@ -8,10 +8,14 @@ from typing import Any
 
 import torch
 
+from petalite.client.autograd import Lora
 from petalite.client.blocks import BlockList
 from petalite.client.generation import Generation, TokenSession
 from petalite.client.loops import LoopThread
 from petalite.client.model import AsyncDistributedModel, Prompt
+from petalite.client.options import Options
+from petalite.client.passes import Passes
+from petalite.client.replies import Reply
 from petalite.client.trace import Trace
 from petalite.model.config import ModelConfig
 from petalite.model.tokenizer import Tokenizer
@@ -29,6 +33,16 @@ class DistributedModel:
     @property
     def config(self) -> ModelConfig:
         return self._twin.config
+
+    @property
+    def model_id(self) -> str:
+        """See `AsyncDistributedModel.model_id`."""
+        return self._twin.model_id
+
+    @property
+    def passes(self) -> Passes:
+        """Forward and backward passes of batches: their settings, and who failed in them."""
+        return self._twin.passes
 
     @property
     def tokenizer(self) -> Tokenizer:
@@ -69,9 +83,15 @@ class DistributedModel:
         return self._loop.iterate(self._twin.stream(prompt, **options))
 
     @contextmanager
-    def session(self, max_length: int | None = None) -> Iterator[TokenSession]:
+    def session(
+        self,
+        max_length: int | None = None,
+        *,
+        lora: Lora | None = None,
+        prefix: torch.Tensor | None = None,
+    ) -> Iterator[TokenSession]:
         """See `AsyncDistributedModel.session`."""
-        session = self._twin.session(max_length)
+        session = self._twin.session(max_length, lora=lora, prefix=prefix)
         self._loop.run(session.__aenter__())
         try:
             yield session
@@ -91,9 +111,19 @@ class DistributedModel:
         """token_ids (B, T) -> hidden states (B, T, E)."""
         return self._twin.embed(token_ids)
 
+    def norm(self, hidden: torch.Tensor) -> torch.Tensor:
+        """hidden states (…, E) after the last block -> (…, E) normed as the head has them."""
+        return self._twin.edges.norm(hidden)
+
     def head(self, hidden: torch.Tensor) -> torch.Tensor:
-        """hidden states (B, T, E) -> logits (B, T, V) float32, the final norm included."""
-        return self._loop.run(self._twin.head(hidden))
+        """hidden states (B, T, E) -> logits (B, T, V) float32, the final norm included; differentiable."""
+        # Another thread computes it, whose own grad mode is none of the caller's business.
+        given = hidden if torch.is_grad_enabled() else hidden.detach()
+        return self._loop.run(self._twin.head(given))
+
+    def reply(self, prompt: Prompt, options: Options) -> Reply:
+        """See `AsyncDistributedModel.reply`."""
+        return self._twin.reply(prompt, options)
 
     def trace(self) -> Trace:
         """See `AsyncDistributedModel.trace`."""

@@ -68,10 +68,14 @@ class Edges:
 
     def head(self, hidden: Tensor) -> Tensor:
         """Hidden states (T, E) → logits (T, V) in float32, the final norm included."""
-        normed = self._normed(hidden.to(self.device, self.dtype), self._norm)
+        normed = self.norm(hidden)
         if isinstance(self._head, Int8Linear | NativeLinear):  # sum in float32, round to what they were given
             normed = normed.float()
         return self._head(normed).float()
+
+    def norm(self, hidden: Tensor) -> Tensor:
+        """Hidden states (…, E) after the last block → (…, E) as the head has them."""
+        return self._normed(hidden.to(self.device, self.dtype), self._norm)
 
     def _normed(self, hidden: Tensor, norm: Norm) -> Tensor:
         weight, bias = norm

@@ -179,6 +179,20 @@ def manifest(model: Model) -> None:
 
 
 @app.command()
+def adapters(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="A folder of versions.")],
+    diff: Annotated[
+        tuple[str, str] | None,
+        typer.Option(metavar="A B", help="Show what two of them differ in, by path or digest instead."),
+    ] = None,
+) -> None:
+    """List versions of trained parts (prompts, LoRA, heads), and which was trained on from which."""
+    from petalite.node.adapters import run
+
+    run(folder, diff)
+
+
+@app.command()
 def demo() -> None:
     """Start a small swarm of processes here, ask it two questions, and kill a server during the second."""
     from petalite.node.demo import run

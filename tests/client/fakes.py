@@ -111,6 +111,8 @@ class FakeBackend:
 class FakeSwarm(SwarmServers):
     """Servers by number with their spans; the client is number 0."""
 
+    model_id = MODEL_ID  # it is its own directory
+
     def __init__(
         self,
         spans: dict[int, Span],
@@ -123,7 +125,6 @@ class FakeSwarm(SwarmServers):
         self.backends: dict[PeerId, FakeBackend] = {}
         self.services: dict[PeerId, SessionService] = {}
         self.failures: list[PeerId] = []
-        self.model_id = MODEL_ID
         self.servers: list[ServerEntry] = []
         self.age_s = 0.0
         super().__init__(self.net.host(CLIENT), self, None, Routing(RING if pushing else STAR))  # type: ignore[arg-type]

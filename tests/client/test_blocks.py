@@ -85,10 +85,11 @@ def test_what_no_module_can_be_made_of(model: DistributedModel, hidden: torch.Te
     for wrong in (hidden[0], hidden[:, :, 1:], hidden[:0]):
         with pytest.raises(InvalidArgument, match="shape"):
             model.blocks[0:2](wrong)
-    with pytest.raises(InvalidArgument, match="gradient"):
-        model.blocks[0:2](hidden.requires_grad_())
-    with torch.no_grad():
-        model.blocks[0:2](hidden)
+    with model.blocks[0:2].session(max_length=20, rows=3) as session:
+        with pytest.raises(InvalidArgument, match="gradient"):
+            session(hidden.requires_grad_())
+        with torch.no_grad():
+            session(hidden)
     with pytest.raises(InvalidArgument, match="rows"), model.blocks[0:2].session(max_length=5, rows=1000):
         pass
 

@@ -1,0 +1,227 @@
+"""Forward, and forward and backward, of batches over three servers, beside one process on the same cores.
+
+SmolLM2 in float32 over processes on loopback, one thread each; beside it, in the same rounds and with all
+cores, its blocks in this process under torch's autograd, and transformers' own. Then what a server killed in
+the middle of a step costs, and the client's memory beside what the formula says.
+"""
+
+from __future__ import annotations
+
+import gc
+import os
+import statistics
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+import petalite
+from benchmarks.report import Check, Report
+from petalite.client.sync import DistributedModel
+from petalite.model.checkpoint import Checkpoint
+from petalite.model.span import load_span
+from petalite.node.processes import NodeProcess, serve_node
+from petalite.node.smollm2 import smollm2_folder
+from petalite.tuning import Lora
+
+PARTS = ("32x128", "1x128", "kill", "memory")
+SPANS = ("0:10", "10:20", "20:30")
+BATCHES = {"32x128": (32, 128), "1x128": (1, 128)}
+ROUNDS = 3
+BOUND = 0.85  # of one process, at 32×128
+KILL = (8, 128)
+MEMORY = (64, 256)
+RANK = 8
+
+
+def run(only: str = "") -> Report:
+    torch.set_num_threads(os.cpu_count() or 1)
+    report = Report("training", ("batch", "what", "three servers", "one process", "ratio", "transformers"))
+    for part in PARTS:
+        if only in part:
+            if part in BATCHES:
+                _speed(report, part, *BATCHES[part])
+            elif part == "kill":
+                _kill(report)
+            else:
+                _memory(report)
+    return report
+
+
+@contextmanager
+def _swarm(*more: str) -> Iterator[tuple[DistributedModel, list[NodeProcess]]]:
+    model = str(smollm2_folder())
+    with ExitStack() as stack:
+        first = stack.enter_context(serve_node(model, SPANS[0], [], "--dtype", "float32"))
+        peers = [first.address]
+        nodes = [
+            first,
+            *(
+                stack.enter_context(serve_node(model, span, peers, "--dtype", "float32"))
+                for span in (*SPANS[1:], *more)
+            ),
+        ]
+        for node in nodes:
+            assert node.address
+        yield stack.enter_context(petalite.load(model, peers=peers, dtype="float32")), nodes
+
+
+# -- speed -----------------------------------------------------------------------------------------------
+
+
+def _speed(report: Report, name: str, n_rows: int, n_tokens: int) -> None:
+    folder = smollm2_folder()
+    span = load_span(Checkpoint.open(folder), 0, 30)
+    reference = _transformers(folder)
+    with _swarm() as (model, _):
+        blocks = model.blocks[:]
+        ways: dict[str, Callable[[Tensor], Tensor]] = {
+            "three servers": blocks,
+            "one process": span.forward_stateless,
+            "transformers": reference,
+        }
+        hidden = torch.randn(n_rows, n_tokens, model.config.hidden_size)
+        rates: dict[str, dict[str, list[float]]] = {}
+        for way in ways.values():  # links are up, kernels warm
+            _step(way, hidden[:1])
+        for _ in range(ROUNDS if n_rows > 1 else 3 * ROUNDS):
+            for which, way in ways.items():
+                for what, act in (("forward", _forward), ("forward and backward", _step)):
+                    began_s = time.perf_counter()
+                    act(way, hidden)
+                    seconds = time.perf_counter() - began_s
+                    rates.setdefault(what, {}).setdefault(which, []).append(n_rows * n_tokens / seconds)
+    for what, of_way in rates.items():
+        medians = {which: statistics.median(found) for which, found in of_way.items()}
+        ratio = medians["three servers"] / medians["one process"]
+        report.rows.append(
+            (name, what, medians["three servers"], medians["one process"], ratio, medians["transformers"])
+        )
+        report.results[f"{name} {what}"] = medians | {"ratio": ratio}
+        if n_rows > 1:
+            report.checks.append(
+                Check(f"{name} {what}: three servers against one process", ratio, "×", BOUND, "at least")
+            )
+
+
+def _transformers(folder: Path) -> Callable[[Tensor], Tensor]:
+    from transformers import AutoModelForCausalLM
+
+    model = (
+        AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval().requires_grad_(False).model
+    )
+    model.norm = torch.nn.Identity()
+    return lambda hidden: model(inputs_embeds=hidden, use_cache=False).last_hidden_state
+
+
+@torch.no_grad()
+def _forward(way: Callable[[Tensor], Tensor], hidden: Tensor) -> None:
+    way(hidden)
+
+
+def _step(way: Callable[[Tensor], Tensor], hidden: Tensor) -> Tensor:
+    """The gradient of a loss with regard to what went in."""
+    given = hidden.clone().requires_grad_()
+    way(given).square().mean().backward()
+    assert given.grad is not None
+    return given.grad
+
+
+# -- a kill in the middle of a step ----------------------------------------------------------------------
+
+
+def _kill(report: Report) -> None:
+    """The middle server is killed while it computes: in forward, then (another swarm) in backward."""
+    hidden = torch.randn(*KILL, 576, generator=torch.Generator().manual_seed(0))
+    for what, share in (("forward", 0.15), ("backward", 0.7)):
+        with _swarm(SPANS[1]) as (model, nodes):
+            blocks = model.blocks[:]
+            _step(blocks, hidden)
+            times, expected = [], torch.zeros(0)
+            for _ in range(ROUNDS):
+                began_s = time.perf_counter()
+                expected = _step(blocks, hidden)
+                times.append(time.perf_counter() - began_s)
+            usual_s = statistics.median(times)
+            killer = threading.Timer(share * usual_s, nodes[1].kill)
+            began_s = time.perf_counter()
+            killer.start()
+            found = _step(blocks, hidden)
+            seconds = time.perf_counter() - began_s
+            killer.join()
+            off = float((found - expected).norm() / expected.norm())
+            replaced = len(model.passes.replaced)
+        report.rows.append(
+            (
+                f"{KILL[0]}x{KILL[1]}",
+                f"killed in {what}: s, usual s, ratio",
+                seconds,
+                usual_s,
+                seconds / usual_s,
+                "",
+            )
+        )
+        report.results[f"kill in {what}"] = {
+            "seconds": seconds,
+            "usual_s": usual_s,
+            "off": off,
+            "calls_repeated": replaced,
+        }
+        report.checks.append(Check(f"killed in {what}: the step, against two", seconds / usual_s, "×", 2.0))
+        report.checks.append(Check(f"killed in {what}: gradient against an undisturbed one", off, "", 1e-5))
+
+
+# -- memory ----------------------------------------------------------------------------------------------
+
+
+def _memory(report: Report) -> None:
+    """Between forward and backward of a step, beyond what was there before: float32, in MB.
+
+    N = B·T tokens of E values and s spans: 4 N E (s + 1) for what entered each span and what came out; 4 · 2
+    for A and B twice (as they were, and as sent); then gradients 4, and AdamW's moments 8 for each value.
+    """
+    with _swarm() as (model, _):
+        lora = Lora(model, RANK)
+        optimizer = torch.optim.AdamW(lora.parameters(), lr=1e-3)
+        hidden = torch.randn(*MEMORY, model.config.hidden_size)
+        model.blocks[:](hidden[:1], lora=lora).sum().backward()
+        optimizer.zero_grad()
+        before = _resident_bytes()
+        given = hidden.clone().requires_grad_()
+        output = model.blocks[:](given, lora=lora)
+        between = _resident_bytes() - before
+        output.square().mean().backward()
+        optimizer.step()
+        del output, given
+        after = _resident_bytes() - before
+        values = sum(one.numel() for one in lora.parameters())
+        held = 4 * hidden.numel() * (len(SPANS) + 1) + 8 * values
+        kept = 12 * values
+    for what, found, predicted in (
+        ("between forward and backward", between, held),
+        ("after a step: gradients and optimizer", after, kept),
+    ):
+        report.rows.append(
+            (
+                f"{MEMORY[0]}x{MEMORY[1]}",
+                f"{what}: MB, predicted",
+                found / 1e6,
+                predicted / 1e6,
+                found / predicted,
+                "",
+            )
+        )
+        report.results[what] = {"bytes": found, "predicted_bytes": predicted}
+    report.checks.append(
+        Check("client memory between forward and backward, against the formula", between / held, "×", 1.15)
+    )
+
+
+def _resident_bytes() -> int:
+    gc.collect()
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return pages * os.sysconf("SC_PAGE_SIZE")
