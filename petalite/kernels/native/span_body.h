@@ -213,12 +213,18 @@ void weigh(const float* shares, const float* values, int n_keys, int64_t width, 
     for (; d < width; d += LANES) weigh_columns<rows, 1>(shares, values + d, n_keys, width, weighted + d);
 }
 
-// The queries [first, end) in fours, then what is left.
-template <typename F4, typename F2, typename F1>
-inline void in_fours(int64_t first, int64_t end, F4 four, F2 two, F1 one) {
-    for (; first + 4 <= end; first += 4) four(first);
-    for (; first + 2 <= end; first += 2) two(first);
-    for (; first < end; first++) one(first);
+template <int n>
+struct Rows {
+    static constexpr int count = n;
+};
+
+// f(Rows, first) for the queries [first, end): four at a time, then what is left.
+template <typename F>
+inline void in_fours(int64_t first, int64_t end, F f) {
+    for (; first + 4 <= end; first += 4) f(Rows<4>(), first);
+    if (end - first == 3) return f(Rows<3>(), first);
+    if (end - first == 2) return f(Rows<2>(), first);
+    if (end - first == 1) return f(Rows<1>(), first);
 }
 
 // Logits of a chunk → exp(logit - largest), zero for keys outside [from, to) of it.
@@ -265,12 +271,10 @@ void attend_in(const CachedHead& head, const Queries& queries, int64_t chunk, co
     for (int64_t tile = begin; tile < end; tile += kTileKeys) {
         const int n_keys = int(stop - tile < kTileKeys ? stop - tile : kTileKeys);
         turn<format>(head.keys, base + tile, n_keys, head_dim, keys);
-        const auto query = [&](int64_t r) { return queries.rows + r * head_dim; };
-        const auto logit = [&](int64_t r) { return logits + r * kChunkKeys + tile; };
-        in_fours(
-            first_row(tile), end_row(tile), [&](int64_t r) { dot<4>(query(r), keys, head_dim, logit(r)); },
-            [&](int64_t r) { dot<2>(query(r), keys, head_dim, logit(r)); },
-            [&](int64_t r) { dot<1>(query(r), keys, head_dim, logit(r)); });
+        in_fours(first_row(tile), end_row(tile), [&](auto rows, int64_t r) {
+            const float* own = queries.rows + r * head_dim;
+            dot<decltype(rows)::count>(own, keys, head_dim, logits + r * kChunkKeys + tile);
+        });
     }
     for (int64_t r = 0; r < n_rows; r++) {
         const int64_t position = queries.position + r / group;
@@ -291,13 +295,10 @@ void attend_in(const CachedHead& head, const Queries& queries, int64_t chunk, co
         } else {
             widen<format>(head.values, base + tile, n_keys, head_dim, values);
         }
-        const auto share = [&](int64_t r) { return logits + r * kChunkKeys + tile; };
-        const auto into = [&](int64_t r) { return out.weighted + r * width; };
-        in_fours(
-            first_row(tile), end_row(tile),
-            [&](int64_t r) { weigh<4>(share(r), tile_values, n_keys, width, into(r)); },
-            [&](int64_t r) { weigh<2>(share(r), tile_values, n_keys, width, into(r)); },
-            [&](int64_t r) { weigh<1>(share(r), tile_values, n_keys, width, into(r)); });
+        in_fours(first_row(tile), end_row(tile), [&](auto rows, int64_t r) {
+            const float* shares = logits + r * kChunkKeys + tile;
+            weigh<decltype(rows)::count>(shares, tile_values, n_keys, width, out.weighted + r * width);
+        });
     }
 }
 
