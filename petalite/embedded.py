@@ -19,7 +19,7 @@ from petalite.server.adapters import Adapters, HeldAdapter
 from petalite.server.backend import Backend, Rows, checked_forks, wanted_outputs
 from petalite.server.memory import available_bytes
 from petalite.server.training import Trainer
-from petalite.server.training import TrainingSettings as TrainerSettings
+from petalite.server.training_memory import TrainingSettings as TrainerSettings
 from petalite.swarm.codecs import Codec, raw_codec
 from petalite.swarm.messages import FromClient, HopReport, Progress, Step, StepDone
 from petalite.swarm.routing import Hop

@@ -20,6 +20,7 @@ from typing import ClassVar
 
 import torch
 from torch import Tensor
+from torch.nn.functional import embedding
 
 FINE_COLUMNS = 64
 DIGIT = 254  # the second digit counts in 254ths of the first: both run from -127 to 127
@@ -104,7 +105,7 @@ class Int8Weight(_Stored):
     def dense(self) -> Tensor:
         """(N, K) float32."""
         values = self.codes.float()
-        values[:, self.fine_columns] += self.fine_codes.float() / DIGIT
+        values.index_add_(1, self.fine_columns, self.fine_codes.float().div_(DIGIT))
         return values.mul_(self.scales.unsqueeze(1))
 
 
@@ -158,7 +159,8 @@ class Nf4Weight(_Stored):
     def dense(self) -> Tensor:
         """(N, K) float32."""
         levels = torch.tensor(NF4_LEVELS, device=self.packed.device)
-        values = levels[self.codes().int()].view(*self.scales.shape, NF4_BLOCK)
+        pairs = torch.stack((levels.repeat_interleave(16), levels.repeat(16)), dim=1)  # of every byte
+        values = embedding(self.packed.int(), pairs).view(*self.scales.shape, NF4_BLOCK)
         return values.mul_(self.scales.unsqueeze(2)).flatten(1)
 
 

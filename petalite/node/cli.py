@@ -76,7 +76,7 @@ def serve(
     from petalite.node.serve import run
     from petalite.server.server import ServerSettings
     from petalite.server.sessions import SessionSettings
-    from petalite.server.training import TrainingSettings
+    from petalite.server.training_memory import TrainingSettings
     from petalite.swarm.spans import Span
 
     settings = ServerSettings(

@@ -28,8 +28,8 @@ from petalite.server.memory import MemorySettings
 from petalite.server.moving import MoveSettings, join, keep_placed
 from petalite.server.sessions import SessionService, SessionSettings
 from petalite.server.throughput import BlockSpeed, tokens_per_s
-from petalite.server.training import TrainingSettings
 from petalite.server.training_calls import TrainingService
+from petalite.server.training_memory import TrainingSettings
 from petalite.swarm import records
 from petalite.swarm.directory import Directory, ServerEntry
 from petalite.swarm.peer import SwarmPeer
@@ -243,7 +243,7 @@ class BlockServer:
             claim_end=claim.end if claim else 0,
             gives_weights=loaded is not None and gives(self.checkpoint),
             adapters=tuple(HostedAdapter(name, digest) for name, digest in self.adapters.lent.items()),
-            training_tokens=self.training.trainer.most_tokens if loaded else 0,
+            training_tokens=self.training.trainer.memory.most_tokens if loaded else 0,
         )
 
     def _entries(self) -> dict[tuple[str, bytes], bytes]:

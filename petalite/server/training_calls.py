@@ -11,7 +11,7 @@ import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from petalite.errors import BadMessage, BatchTooLarge, ShuttingDown, WrongModel, WrongSpan
+from petalite.errors import BadMessage, ShuttingDown, WrongModel, WrongSpan
 from petalite.net.host import Host
 from petalite.net.messages import Message
 from petalite.net.rpc import Call, MethodPolicy
@@ -19,7 +19,8 @@ from petalite.net.schema import encode
 from petalite.net.streams import Priority
 from petalite.server.adapters import Adapters
 from petalite.server.backend import Backend
-from petalite.server.training import Trainer, TrainingSettings
+from petalite.server.training import Trainer
+from petalite.server.training_memory import TrainingSettings, check_batch
 from petalite.swarm.codecs import codec_named
 from petalite.swarm.messages import HopReport
 from petalite.swarm.spans import Span
@@ -178,13 +179,7 @@ class TrainingService:
         """The blocks. Raises WrongSpan, BatchTooLarge, BadMessage for what cannot be right."""
         if not request.start < request.end:
             raise WrongSpan(f"blocks {request.start}:{request.end} are none")
-        if request.rows * request.tokens > self._settings.most_tokens:
-            rows = self._settings.most_tokens // request.tokens
-            raise BatchTooLarge(
-                f"{request.rows} rows of {request.tokens} tokens are more than this server takes in one "
-                f"call: at most {self._settings.most_tokens} tokens",
-                rows * request.tokens or None,
-            )
+        check_batch(request.rows, request.tokens, self._settings.most_tokens)
         if request.prompt_tokens > request.tokens:
             raise BadMessage(f"{request.prompt_tokens} prompts cannot be added to {request.tokens} tokens")
         return Span(request.start, request.end)

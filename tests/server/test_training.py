@@ -42,8 +42,8 @@ from petalite.net.multiaddr import Multiaddr
 from petalite.net.schema import decode, encode
 from petalite.server.adapters import Adapters
 from petalite.server.backend import Backend
-from petalite.server.training import TrainingSettings
 from petalite.server.training_calls import TrainingService
+from petalite.server.training_memory import TrainingSettings
 from petalite.swarm.codecs import CODECS
 from petalite.swarm.spans import Span
 from petalite.swarm.training import (
@@ -128,7 +128,7 @@ class Serving:
         """Nothing is under way, nothing kept, and all memory given back."""
         return (
             not self.service.count
-            and not self.trainer.reserved_bytes
+            and not self.trainer.memory.budget.reserved_bytes
             and not self.backend.budget.reserved_bytes
         )
 
@@ -292,7 +292,7 @@ async def test_a_batch_too_large_says_what_fits(llama: Path, stack: AsyncExitSta
         await serving.forward(INPUTS)
     assert caught.value.most_tokens == 27  # three whole rows of nine
     await serving.forward(SpanInputs(HIDDEN_STATES[:3]), replace(CALL, rows=3))
-    assert serving.trainer.most_tokens == 30
+    assert serving.trainer.memory.most_tokens == 30
 
 
 async def test_a_batch_larger_than_memory_says_what_fits(llama: Path, stack: AsyncExitStack) -> None:
@@ -311,7 +311,7 @@ async def test_a_batch_larger_than_memory_says_what_fits(llama: Path, stack: Asy
 
 async def test_no_training_where_none_is_wanted(llama: Path, stack: AsyncExitStack) -> None:
     serving = await serving_of(llama, stack, share=0.0)
-    assert serving.trainer.most_tokens == 0
+    assert serving.trainer.memory.most_tokens == 0
     with pytest.raises(BatchTooLarge) as caught:
         await serving.forward(INPUTS)
     assert caught.value.most_tokens is None
@@ -321,12 +321,12 @@ async def test_calls_wait_for_memory_and_then_are_told_when_to_come_back(
     llama: Path, stack: AsyncExitStack
 ) -> None:
     serving = await serving_of(llama, stack, longest_wait_s=0.05)
-    held = serving.trainer._memory.free_bytes
-    await serving.trainer._memory.reserve(held, 0)
+    held = serving.trainer.memory.budget.free_bytes
+    await serving.trainer.memory.budget.reserve(held, 0)
     with pytest.raises(Busy) as caught:
         await serving.forward(INPUTS)
     assert caught.value.retry_after_s is not None
-    serving.trainer._memory.release(held)
+    serving.trainer.memory.budget.release(held)
     await serving.forward(INPUTS)
 
 
