@@ -20,7 +20,7 @@ from torch.nn.functional import linear, pad
 
 from petalite.kernels.frozen import FrozenLinear
 from petalite.kernels.int8 import Int8Linear
-from petalite.kernels.quantized import NF4_BLOCK, NF4_LEVELS, Int8Weight, Nf4Weight
+from petalite.kernels.quantized import NF4_BLOCK, NF4_LEVELS, Int8Weight, Nf4Weight, with_fine
 
 _GROUP_ROWS = 32
 
@@ -57,19 +57,23 @@ class PackedNf4(FrozenLinear):
     def __init__(self, weight: Nf4Weight, bias: Tensor | None) -> None:
         bitsandbytes()
         self._shape = weight.shape
+        self._columns = weight.fine_columns
         self._n_padding = -weight.shape[0] % _GROUP_ROWS
         self._bias = bias
         self._packed = _grouped(pad(weight.codes(), (0, 0, 0, self._n_padding)))
         scales = pad(weight.scales, (0, 0, 0, self._n_padding))
         self._scales = scales.t().to(torch.bfloat16).contiguous()
         self._levels = torch.tensor(NF4_LEVELS)
-        self._padded_shape = [weight.shape[0] + self._n_padding, weight.shape[1]]
+        self._padded_shape = [weight.shape[0] + self._n_padding, weight.packed.shape[1] * 2]
         self.nbytes = self._packed.nbytes + self._scales.nbytes + (bias.nbytes if bias is not None else 0)
         self._run = torch.ops.bitsandbytes.gemv_4bit.default
 
     def product(self, x: Tensor) -> Tensor:
-        if x.shape[1] != self._shape[1]:
-            x = pad(x, (0, self._shape[1] - x.shape[1]))
+        n_in, n_fine = self._shape[1], len(self._columns)
+        if x.shape[1] < n_in:
+            x = pad(x, (0, n_in - x.shape[1]))
+        if n_fine:  # outlier columns come once more, for their second codes
+            x = torch.cat((x, pad(x.index_select(1, self._columns), (0, -n_fine % NF4_BLOCK))), dim=1)
         x = x.contiguous()
         y: Tensor = self._run(x, self._packed, self._padded_shape, self._scales, self._levels, NF4_BLOCK)
         if self._n_padding:
@@ -79,7 +83,8 @@ class PackedNf4(FrozenLinear):
     def dense(self) -> Tensor:
         codes = _ungrouped(self._packed, self._padded_shape[1])
         scales = self._scales.t().float().repeat_interleave(NF4_BLOCK, dim=1)
-        return (self._levels[codes.int()] * scales)[: self._shape[0]]
+        values = (self._levels[codes.int()] * scales)[: self._shape[0]]
+        return with_fine(values, self._columns, self._shape[1])
 
 
 def nf4_on(int8: type[Int8Linear]) -> Callable[[Nf4Weight, Tensor | None], Int8Linear]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import shutil
 from pathlib import Path
 
@@ -57,29 +58,42 @@ def test_int8_linears_see_no_difference_between_alone_and_batched(smollm2: Path)
             assert torch.equal(made(x)[7:8], made(x[7:8]))
 
 
-@pytest.mark.parametrize("quant", ["int8", "nf4"])
-def test_loss_on_the_real_model(quant: str, smollm2: Path) -> None:
-    """Perplexity on prose within 0.5 % for int8 (measured 0.2 %). nf4 at 64 values a block costs this small
-    model, whose weights were 4-bit affine already, half its perplexity; bitsandbytes' nf4 has the same
-    codes.
-    """
+def on_prose(smollm2: Path, quant: str | None) -> tuple[torch.Tensor, list[int]]:
+    """Log probabilities (1024, V) of the real model after every token of the prose, and the tokens."""
     checkpoint = Checkpoint.open(smollm2)
-    edges, root = load_edges(checkpoint), Path(__file__).parents[2]
-    text = (root / "LICENSE").read_text() + (root / "docs" / "architecture.md").read_text()
-    ids = load_tokenizer(checkpoint).encode(text)[:1000]
-    logits = []
-    for kind in (None, quant):
-        span = load_span(checkpoint, 0, 30, quant=kind)
-        logits.append(edges.head(run(span, edges.embed(ids), (1000,))).log_softmax(-1))
-    exact, small = logits
-    nll = [-float(each[torch.arange(999), torch.tensor(ids[1:])].mean()) for each in logits]
-    ratio = torch.tensor(nll[1] - nll[0]).exp()
-    divergence = float((exact.exp() * (exact - small)).sum(-1).mean())
-    if quant == "int8":
-        assert ratio < 1.005 and divergence < 0.004
-        assert float((exact.argmax(-1) == small.argmax(-1)).float().mean()) > 0.97
-    else:
-        assert ratio < 1.65
+    text = (Path(__file__).parents[2] / "benchmarks" / "prose.txt").read_text()
+    ids = load_tokenizer(checkpoint).encode(text)[:1024]
+    edges, span = load_edges(checkpoint), load_span(checkpoint, 0, 30, quant=quant)
+    return edges.head(run(span, edges.embed(ids), (1024,))).log_softmax(-1), ids
+
+
+@pytest.fixture(scope="module")
+def exact_on_prose(smollm2: Path) -> torch.Tensor:
+    return on_prose(smollm2, None)[0]
+
+
+@pytest.mark.parametrize(
+    ("quant", "most_perplexity", "most_divergence", "least_agreement"),
+    [("int8", 1.005, 0.002, 0.97), ("nf4", 1.13, 0.1, 0.8)],
+)
+def test_loss_on_the_real_model(
+    quant: str,
+    most_perplexity: float,
+    most_divergence: float,
+    least_agreement: float,
+    smollm2: Path,
+    exact_on_prose: torch.Tensor,
+) -> None:
+    """Against float32 on 1,024 tokens of prose: perplexity, mean KL divergence of next tokens, same choices.
+
+    Measured for int8: + 0.2 %, 0.0008 and 98 %; for nf4: + 10 %, 0.078 and 83.6 %, where bitsandbytes' nf4
+    (the same without fine columns) gives + 28 %, 0.23 and 70 %: see docs/benchmarks.md for other formats.
+    """
+    exact, (small, ids) = exact_on_prose, on_prose(smollm2, quant)
+    nll = [-float(each[torch.arange(1023), torch.tensor(ids[1:])].mean()) for each in (exact, small)]
+    assert math.exp(nll[1] - nll[0]) < most_perplexity
+    assert float((exact.exp() * (exact - small)).sum(-1).mean()) < most_divergence
+    assert float((exact.argmax(-1) == small.argmax(-1)).float().mean()) > least_agreement
 
 
 def test_int8_loses_less_than_bitsandbytes_on_real_inputs(smollm2: Path) -> None:

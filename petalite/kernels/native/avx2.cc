@@ -97,13 +97,14 @@ void prepare_int8(const Linear& linear, const float* x, int64_t x_stride, int n_
 
 void prepare_nf4(const Linear& linear, const float* x, int64_t x_stride, int n_tokens, void* memory) {
     int32_t* block = static_cast<int32_t*>(memory);
-    for (int64_t begin = 0; begin < linear.n_in; begin += kNf4Block, block += Nf4Tile::kWords * n_tokens) {
+    for (int64_t b = 0; b < Nf4Tile::blocks(linear); ++b, block += Nf4Tile::kWords * n_tokens) {
         float* factor = reinterpret_cast<float*>(block + 33 * n_tokens);
         for (int t = 0; t < n_tokens; ++t) {
             __m256 values[8];
             __m256i largest = _mm256_setzero_si256();
+            const Nf4Inputs inputs(linear, x + t * x_stride, b);
             for (int i = 0; i < 8; ++i) {
-                values[i] = load_some(x + t * x_stride + begin + i * 8, linear.n_in - begin - i * 8);
+                values[i] = load_some(inputs.values + i * 8, inputs.n - i * 8);
                 largest = largest_of(largest, values[i]);
             }
             const float step = step_of(reduce_max(largest));

@@ -133,15 +133,16 @@ void int8_panels(const Linear& linear, const Int8Tile& tile, int64_t first, floa
 
 void prepare_nf4(const Linear& linear, const float* x, int64_t x_stride, int n_tokens, void* memory) {
     int32_t* block = static_cast<int32_t*>(memory);
-    for (int64_t begin = 0; begin < linear.n_in; begin += kNf4Block, block += Nf4Tile::kWords * n_tokens) {
+    for (int64_t b = 0; b < Nf4Tile::blocks(linear); ++b, block += Nf4Tile::kWords * n_tokens) {
         int32_t* offset = block + 32 * n_tokens;
         float* factor = reinterpret_cast<float*>(offset + n_tokens);
         for (int t = 0; t < n_tokens; ++t) {
             __m512 values[4];
             __m512i largest = _mm512_setzero_si512();
+            const Nf4Inputs inputs(linear, x + t * x_stride, b);
             for (int i = 0; i < 4; ++i) {
-                const int64_t left = linear.n_in - begin - i * 16;
-                values[i] = load_some(x + t * x_stride + begin + i * 16, left < 0 ? 0 : left);
+                const int64_t left = inputs.n - i * 16;
+                values[i] = load_some(inputs.values + i * 16, left < 0 ? 0 : left);
                 largest = largest_of(largest, values[i]);
             }
             const float step = step_of(_mm512_reduce_max_epu32(largest));

@@ -7,7 +7,8 @@
 //   INT8  16 rows × 4 inputs, a byte each, code + 128. After the inputs the fine codes of the outlier columns,
 //         in the same order as `fine_columns`.
 //   NF4   16 rows × 8 inputs: row r's byte c holds the code of input 8i + c (lower half) and of 8i + 4 + c. After
-//         each 64 inputs, the 16 rows' scales of that block as float32: 576 bytes a block.
+//         each 64 inputs, the 16 rows' scales of that block as float32: 576 bytes a block. After the inputs the
+//         outlier columns' second codes, in the order of `fine_columns`, filled up to whole blocks too.
 // Inputs are filled up with zeros to whole steps, for NF4 to whole blocks. See quantized.py for what codes mean.
 #pragma once
 
@@ -26,10 +27,10 @@ enum class Format : int32_t { F32 = 0, BF16 = 1, F16 = 2, INT8 = 3, NF4 = 4 };
 struct Linear {
     Format format;
     int32_t n_out, n_in;
-    int32_t n_fine;               // INT8: outlier columns with a second digit
+    int32_t n_fine;               // INT8, NF4: outlier columns with a second digit
     const uint8_t* weight;        // panels, `panel_bytes` each
     const float* scale;           // INT8: of each row, divided by 254; filled up to whole panels. Else null
-    const int32_t* fine_columns;  // INT8: (n_fine), ascending, each < n_in. Else null
+    const int32_t* fine_columns;  // INT8, NF4: (n_fine), ascending, each < n_in. Else null
     const float* bias;            // (n_out), or null
 };
 
@@ -43,7 +44,7 @@ inline int64_t panel_bytes(Format format, int64_t n_in, int64_t n_fine) {
         case Format::BF16:
         case Format::F16: return (n_in + 1) / 2 * 64;
         case Format::INT8: return ((n_in + 3) / 4 + (n_fine + 3) / 4) * 64;
-        case Format::NF4: return (n_in + kNf4Block - 1) / kNf4Block * kNf4BlockBytes;
+        case Format::NF4: return (round_up(n_in, kNf4Block) + round_up(n_fine, kNf4Block)) / kNf4Block * kNf4BlockBytes;
     }
     return 0;
 }

@@ -1,4 +1,5 @@
 // Weights into panels and back; see common.h for the layout. Called with the team's threads idle.
+#include <algorithm>
 #include <cmath>
 #include <cstring>
 
@@ -17,6 +18,36 @@ void over_panels(int64_t n_out, Move move) {
     for (int64_t row = 0; row < round_up(n_out, kPanelRows); ++row) move(row / kPanelRows, int(row % kPanelRows), row);
 }
 
+// Rows of `row_bytes` in words of 4 bytes, word w of the panel's row r to step w, place r; bytes that fill up the last
+// word are zero, and so are rows beyond the last. Each word is xored with `flip`.
+void pack_words(const void* rows, int64_t n_rows, int64_t row_bytes, uint8_t* panels, int64_t stride,
+                uint32_t flip) {
+    const int64_t n_whole = row_bytes / 4, n_rest = row_bytes % 4;
+    for (int64_t row = 0; row < round_up(n_rows, kPanelRows); row += kPanelRows) {
+        auto* out = reinterpret_cast<uint32_t*>(panels + row / kPanelRows * stride);
+        const int n_here = int(std::min<int64_t>(kPanelRows, n_rows - row));
+        const auto* in = static_cast<const uint8_t*>(rows) + row * row_bytes;
+        if (n_here < kPanelRows) std::fill_n(out, (row_bytes + 3) / 4 * kPanelRows, flip);
+        for (int64_t begin = 0; begin < n_whole; begin += 16) {  // a line of each row, so that lines are written whole
+            const int64_t end = std::min(begin + 16, n_whole);
+            for (int r = 0; r < n_here; ++r) {
+                for (int64_t w = begin; w < end; ++w) {
+                    uint32_t word;
+                    std::memcpy(&word, in + r * row_bytes + w * 4, 4);
+                    out[w * kPanelRows + r] = word ^ flip;
+                }
+            }
+        }
+        for (int r = 0; n_rest && r < n_here; ++r) {
+            uint32_t word = 0;
+            std::memcpy(&word, in + r * row_bytes + n_whole * 4, size_t(n_rest));
+            out[n_whole * kPanelRows + r] = word ^ flip;
+        }
+    }
+}
+
+constexpr uint32_t kCodeFlip = 0x80808080u;  // adds 128 to four int8 codes
+
 }  // namespace
 }  // namespace petalite
 
@@ -26,14 +57,8 @@ using namespace petalite;
 PETALITE_API void petalite_pack_int8(const int8_t* codes, const int8_t* fine, int64_t n_out, int64_t n_in,
                                      int64_t n_fine, uint8_t* panels) {
     const int64_t size = panel_bytes(Format::INT8, n_in, n_fine), n_steps = (n_in + 3) / 4;
-    std::memset(panels, 128, size_t(size * (round_up(n_out, kPanelRows) / kPanelRows)));
-    over_panels(n_out, [&](int64_t panel, int r, int64_t row) {
-        if (row >= n_out) return;
-        uint8_t* out = panels + panel * size + r * 4;
-        for (int64_t k = 0; k < n_in; ++k) out[k / 4 * 64 + k % 4] = uint8_t(codes[row * n_in + k] + 128);
-        for (int64_t c = 0; c < n_fine; ++c)
-            out[(n_steps + c / 4) * 64 + c % 4] = uint8_t(fine[row * n_fine + c] + 128);
-    });
+    pack_words(codes, n_out, n_in, panels, size, kCodeFlip);
+    pack_words(fine, n_out, n_fine, panels + n_steps * 64, size, kCodeFlip);
 }
 
 PETALITE_API void petalite_unpack_int8(const uint8_t* panels, int64_t n_out, int64_t n_in, int64_t n_fine,
@@ -97,16 +122,6 @@ T& place(Format format, T* panel, int64_t k, int r) {
 }
 
 template <typename T>
-void pack(Format format, const T* weight, int64_t n_out, int64_t n_in, T* panels) {
-    const int64_t size = panel_bytes(format, n_in, 0) / int64_t(sizeof(T));
-    std::memset(panels, 0, size_t(size * (round_up(n_out, kPanelRows) / kPanelRows)) * sizeof(T));
-    over_panels(n_out, [&](int64_t panel, int r, int64_t row) {
-        if (row >= n_out) return;
-        for (int64_t k = 0; k < n_in; ++k) place(format, panels + panel * size, k, r) = weight[row * n_in + k];
-    });
-}
-
-template <typename T>
 void unpack(Format format, const T* panels, int64_t n_out, int64_t n_in, T* weight) {
     const int64_t size = panel_bytes(format, n_in, 0) / int64_t(sizeof(T));
     over_panels(n_out, [&](int64_t panel, int r, int64_t row) {
@@ -119,10 +134,19 @@ void unpack(Format format, const T* panels, int64_t n_out, int64_t n_in, T* weig
 
 // weight (n_out, n_in), contiguous, in one of the float formats → panels.
 PETALITE_API void petalite_pack_float(int32_t format, const void* weight, int64_t n_out, int64_t n_in, void* panels) {
-    if (Format(format) == Format::F32)
-        pack(Format::F32, static_cast<const float*>(weight), n_out, n_in, static_cast<float*>(panels));
-    else
-        pack(Format(format), static_cast<const uint16_t*>(weight), n_out, n_in, static_cast<uint16_t*>(panels));
+    const int64_t size = panel_bytes(Format(format), n_in, 0);
+    auto* out = static_cast<uint8_t*>(panels);
+    if (Format(format) != Format::F16) {
+        pack_words(weight, n_out, n_in * (Format(format) == Format::F32 ? 4 : 2), out, size, 0);
+        return;
+    }
+    std::memset(panels, 0, size_t(size * (round_up(n_out, kPanelRows) / kPanelRows)));
+    over_panels(n_out, [&](int64_t panel, int r, int64_t row) {
+        if (row >= n_out) return;
+        auto* to = reinterpret_cast<uint16_t*>(out + panel * size);
+        for (int64_t k = 0; k < n_in; ++k)
+            place(Format::F16, to, k, r) = static_cast<const uint16_t*>(weight)[row * n_in + k];
+    });
 }
 
 PETALITE_API void petalite_unpack_float(int32_t format, const void* panels, int64_t n_out, int64_t n_in, void* weight) {

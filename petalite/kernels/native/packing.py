@@ -19,6 +19,7 @@ from petalite.kernels.native import Library
 from petalite.kernels.quantized import DIGIT, NF4_BLOCK, Int8Weight, Nf4Weight
 
 PANEL_ROWS = 16
+_NF4_BLOCK_BYTES = PANEL_ROWS * (NF4_BLOCK // 2 + 4)
 
 
 class Format(IntEnum):
@@ -59,7 +60,7 @@ class PackedWeight:
     panels: Tensor  # (ceil(N / 16), bytes of a panel) uint8
     scales: Tensor | None = None  # int8: (N,) float32
     steps: Tensor | None = None  # int8: the scales / 254, filled up to whole panels
-    fine_columns: Tensor | None = None  # int8: (C,) int32
+    fine_columns: Tensor | None = None  # int8 and nf4: (C,) int32
 
     @property
     def nbytes(self) -> int:
@@ -115,13 +116,14 @@ def unpack(library: Library, packed: PackedWeight) -> Tensor | Int8Weight | Nf4W
         library.functions.petalite_unpack_int8(source, n_out, n_in, n_fine, codes.data_ptr(), fine.data_ptr())
         return Int8Weight(codes, packed.scales, packed.fine_columns.long(), fine)
     if packed.format is Format.NF4:
-        n_blocks = n_in // NF4_BLOCK
-        halves = torch.empty(n_out, n_in // 2, dtype=torch.uint8)
+        assert packed.fine_columns is not None
+        n_blocks = packed.panels.shape[1] // _NF4_BLOCK_BYTES
+        halves = torch.empty(n_out, n_blocks * NF4_BLOCK // 2, dtype=torch.uint8)
         block_scales = torch.empty(n_out, n_blocks)
         library.functions.petalite_unpack_nf4(
             source, n_out, n_blocks, halves.data_ptr(), block_scales.data_ptr()
         )
-        return Nf4Weight(halves, block_scales)
+        return Nf4Weight(halves, block_scales, packed.fine_columns.long())
     dense = torch.empty(n_out, n_in, dtype=_DTYPES[packed.format])
     library.functions.petalite_unpack_float(packed.format, source, n_out, n_in, dense.data_ptr())
     return dense
@@ -132,9 +134,7 @@ def _pack_int8(library: Library, weight: Int8Weight) -> PackedWeight:
     _check("int8 codes", weight.codes, torch.int8, (n_out, n_in))
     _check("int8 fine codes", weight.fine_codes, torch.int8, (n_out, n_fine))
     _check("int8 scales", weight.scales, torch.float32, (n_out,))
-    _check("int8 fine columns", weight.fine_columns, torch.int64, (n_fine,))
-    if n_fine and not 0 <= int(weight.fine_columns.min()) <= int(weight.fine_columns.max()) < n_in:
-        raise InvalidArgument(f"fine columns {weight.fine_columns.tolist()[:8]}… are not all below {n_in}")
+    _check_columns(weight.fine_columns, n_fine, n_in)
     panels = _panels(library, Format.INT8, n_out, n_in, n_fine)
     codes, fine = weight.codes.contiguous(), weight.fine_codes.contiguous()
     library.functions.petalite_pack_int8(
@@ -147,16 +147,25 @@ def _pack_int8(library: Library, weight: Int8Weight) -> PackedWeight:
 
 
 def _pack_nf4(library: Library, weight: Nf4Weight) -> PackedWeight:
-    n_out, n_in = weight.shape
-    n_blocks = n_in // NF4_BLOCK
+    (n_out, n_in), n_fine = weight.shape, len(weight.fine_columns)
+    n_blocks = weight.scales.shape[1]
     _check("nf4 codes", weight.packed, torch.uint8, (n_out, n_blocks * NF4_BLOCK // 2))
     _check("nf4 scales", weight.scales, torch.float32, (n_out, n_blocks))
-    panels = _panels(library, Format.NF4, n_out, n_in)
+    _check_columns(weight.fine_columns, n_fine, n_in)
+    panels = _panels(library, Format.NF4, n_out, n_in, n_fine)
+    assert panels.shape[1] == n_blocks * _NF4_BLOCK_BYTES
     packed, scales = weight.packed.contiguous(), weight.scales.contiguous()
     library.functions.petalite_pack_nf4(
         packed.data_ptr(), scales.data_ptr(), n_out, n_blocks, panels.data_ptr()
     )
-    return PackedWeight(Format.NF4, (n_out, n_in), panels)
+    columns = weight.fine_columns.to(torch.int32).contiguous()
+    return PackedWeight(Format.NF4, (n_out, n_in), panels, fine_columns=columns)
+
+
+def _check_columns(columns: Tensor, n_fine: int, n_in: int) -> None:
+    _check("fine columns", columns, torch.int64, (n_fine,))
+    if n_fine and not 0 <= int(columns.min()) <= int(columns.max()) < n_in:
+        raise InvalidArgument(f"fine columns {columns.tolist()[:8]}… are not all below {n_in}")
 
 
 def _panels(library: Library, format_: Format, n_out: int, n_in: int, n_fine: int = 0) -> Tensor:

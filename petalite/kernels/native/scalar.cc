@@ -89,16 +89,15 @@ void multiply_int8(const Linear& linear, const void* memory, int n_tokens, int64
 void prepare_nf4(const Linear& linear, const float* x, int64_t x_stride, int n_tokens, void* memory) {
     std::memset(memory, 0, Nf4Tile::bytes(linear, n_tokens));
     int32_t* block = static_cast<int32_t*>(memory);
-    for (int64_t begin = 0; begin < linear.n_in; begin += kNf4Block, block += Nf4Tile::kWords * n_tokens) {
-        const int64_t n = linear.n_in - begin < kNf4Block ? linear.n_in - begin : kNf4Block;
+    for (int64_t b = 0; b < Nf4Tile::blocks(linear); ++b, block += Nf4Tile::kWords * n_tokens) {
         int32_t* offset = block + 32 * n_tokens;
         float* factor = reinterpret_cast<float*>(offset + n_tokens);
         for (int t = 0; t < n_tokens; ++t) {
-            const float* values = x + t * x_stride + begin;
-            const float step = step_of(largest_bits(values, n));
+            const Nf4Inputs inputs(linear, x + t * x_stride, b);
+            const float step = step_of(largest_bits(inputs.values, inputs.n));
             int32_t high_sum = 0, low_sum = 0;
-            for (int64_t k = 0; k < n; ++k) {
-                const Digits digits = digits_of(values[k], step);
+            for (int64_t k = 0; k < inputs.n; ++k) {
+                const Digits digits = digits_of(inputs.values[k], step);
                 const int64_t word = (k / 4 * n_tokens + t) * 2;
                 bytes_of(block, word)[k % 4] = digits.high;
                 bytes_of(block, word + 1)[k % 4] = digits.low;

@@ -36,10 +36,27 @@ struct Int8Tile {
 struct Nf4Tile {
     static constexpr int kWords = 16 * 2 + 2;  // of one block, for each token
 
-    static int64_t blocks(const Linear& linear) { return (int64_t(linear.n_in) + kNf4Block - 1) / kNf4Block; }
+    static int64_t blocks(const Linear& linear) { return panel_bytes(linear) / kNf4BlockBytes; }
     static size_t bytes(const Linear& linear, int n_tokens) {
         return size_t(blocks(linear)) * kWords * n_tokens * 4;
     }
+};
+
+// The inputs (n ≤ 64) that one block of an nf4 weight meets, of one token: its own, or those of outlier columns.
+struct Nf4Inputs {
+    const float* values;
+    int64_t n;
+    float gathered[kNf4Block];
+
+    Nf4Inputs(const Linear& linear, const float* x, int64_t block) : values(x + block * kNf4Block) {
+        const int64_t begin = block * kNf4Block, after = begin - round_up(linear.n_in, kNf4Block);
+        n = (after < 0 ? linear.n_in - begin : linear.n_fine - after);
+        if (n > kNf4Block) n = kNf4Block;
+        if (after < 0) return;
+        for (int64_t i = 0; i < n; ++i) gathered[i] = x[linear.fine_columns[after + i]];
+        values = gathered;
+    }
+    Nf4Inputs(const Nf4Inputs&) = delete;
 };
 
 }  // namespace petalite
