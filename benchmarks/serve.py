@@ -1,13 +1,16 @@
 """Many sessions on one server: what a pass over the weights is shared for.
 
 A random Llama whose weights fit no cache. Clients decode at once, each in a session of its own over real
-links; then one decodes while another's prefill of 2,048 tokens runs.
+links; then one decodes while another's prefill of 2,048 tokens runs. And how late the server's event loop is
+meanwhile: there the server runs in this process, and its clients in others.
 """
 
 from __future__ import annotations
 
 import asyncio
+import json
 import statistics
+import sys
 import tempfile
 import time
 from contextlib import AsyncExitStack
@@ -17,10 +20,15 @@ import torch
 
 from benchmarks.driver import hidden_session
 from benchmarks.report import Check, Report
+from petalite.client.settings import RING
 from petalite.net.loop import new_event_loop
 from petalite.node.processes import serve_node
+from petalite.server.loaded import ComputeSettings
+from petalite.server.node import Node
 from petalite.server.scheduler import SchedulerSettings
+from petalite.server.server import ServerSettings
 from petalite.swarm.messages import NONE
+from petalite.swarm.spans import Span
 from tests.helpers.checkpoints import tiny_llama
 
 SIZES = {
@@ -32,13 +40,15 @@ SIZES = {
     "vocab_size": 256,
 }  # 201 M weights in the blocks
 FORMATS = {"bf16": ("--dtype", "bfloat16"), "int8": ("--dtype", "bfloat16", "--quant", "int8")}
+PARTS = (*FORMATS, "loop")
 SESSIONS = (1, 2, 4, 8, 16)
 PREFIX = 16
 STEPS = 20
 LONG = 2048
+TICK_S = 0.001
 
 
-def run() -> Report:
+def run(only: str = "") -> Report:
     torch.set_num_threads(1)
     report = Report("serve", ("format", "sessions", "tokens/s", "of one", "step p50 ms", "step p95 ms"))
     with (
@@ -47,8 +57,43 @@ def run() -> Report:
     ):
         model = str(tiny_llama(Path(folder) / "model", **SIZES))
         for name, options in FORMATS.items():
-            runner.run(_measure(report, model, name, options))
+            if only in name:
+                runner.run(_measure(report, model, name, options))
+        if only in "loop":
+            runner.run(_measure_loop(report, model))
     return report
+
+
+async def _measure_loop(report: Report, model: str) -> None:
+    """How much later than asked for a timer of the server's loop fires, while it serves."""
+    compute = ComputeSettings(dtype="bfloat16", quant="int8", threads=1)
+    settings = ServerSettings(Span(0, SIZES["num_hidden_layers"]), compute=compute)
+    late_s: list[float] = []
+    async with Node(listen=["/ip4/127.0.0.1/tcp/0"]) as node:
+        await node.serve(model, settings)
+        peers = list(map(str, node.addresses))
+        decode = [["steps", {"prefix": PREFIX, "count": 10 * STEPS}]]
+        prefill = [["prefill", {"tokens": LONG, "chunk": LONG // 4, "pipelined": True}]]
+        driving = [
+            asyncio.create_subprocess_exec(
+                *(sys.executable, "-m", "benchmarks.driver"),
+                json.dumps({"model": model, "peers": peers, "route": RING, "do": do}),
+                stdout=asyncio.subprocess.DEVNULL,
+            )
+            for do in (decode, decode, prefill)
+        ]
+        ended = asyncio.gather(*[process.wait() for process in await asyncio.gather(*driving)])
+        while not ended.done():
+            began_s = time.perf_counter()
+            await asyncio.sleep(TICK_S)
+            late_s.append(time.perf_counter() - began_s - TICK_S)
+        assert await ended == [0, 0, 0]
+    p50, p99, most = statistics.median(late_s), statistics.quantiles(late_s, n=100)[-1], max(late_s)
+    report.rows.append(
+        ("event loop late, ms", f"p50 {p50 * 1e3:.2f}", f"p99 {p99 * 1e3:.2f}", "", "", most * 1e3)
+    )
+    report.results["loop"] = {"p50_ms": p50 * 1e3, "p99_ms": p99 * 1e3, "most_ms": most * 1e3}
+    report.checks.append(Check("event loop late, p99", p99 * 1e3, "ms", 5.0))
 
 
 async def _measure(report: Report, model: str, name: str, options: tuple[str, ...]) -> None:

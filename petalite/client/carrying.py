@@ -107,7 +107,9 @@ class Carrier:
                 self._keep(leg, part, data)
             data = answer.data
             hops += [
-                HopTiming(stage.peer, stage.span, report.queue_ms / 1e3, report.compute_ms / 1e3)
+                HopTiming(
+                    stage.peer, stage.span, report.queue_ms / 1e3, report.compute_ms / 1e3, report.nbytes
+                )
                 for stage, report in zip(leg.stages, answer.done.hops, strict=True)
             ]
         return Carried(hidden, StepTiming(part.n_tokens, time.perf_counter() - began_s, tuple(hops)))

@@ -13,12 +13,13 @@ KEPT_STEPS = 4096  # older steps are forgotten
 
 @dataclass(frozen=True, slots=True)
 class HopTiming:
-    """One hop's own account of one step, seconds."""
+    """One hop's own account of one step."""
 
     peer: PeerId
     span: Span
     queue_s: float
     compute_s: float
+    nbytes: int = 0  # of hidden states that came to it
 
 
 @dataclass(frozen=True, slots=True)

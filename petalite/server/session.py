@@ -211,7 +211,8 @@ class Session:
             peer=self.call.peer,
             adapter=self._rows.adapter,
         )
-        hops = (*step.hops, HopReport(timing.queue_s * 1e3, timing.compute_s * 1e3))
+        nbytes = sum(map(len, message.buffers))
+        hops = (*step.hops, HopReport(timing.queue_s * 1e3, timing.compute_s * 1e3, nbytes))
         pushed = self.codec.encode(output) if self._feeds_another else bytearray()
         if self._feeds_another:
             # Also what is only answered: a replay to this hop stands for what its successor has had long

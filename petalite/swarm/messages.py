@@ -85,10 +85,11 @@ class SessionOpened:
 
 @dataclass(frozen=True, slots=True)
 class HopReport:
-    """One hop's own account of a step, milliseconds."""
+    """One hop's own account of a step."""
 
     queue_ms: Milliseconds
     compute_ms: Milliseconds
+    nbytes: Count = 0  # of hidden states that came in
 
 
 @dataclass(frozen=True, slots=True)

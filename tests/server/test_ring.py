@@ -45,6 +45,8 @@ async def test_a_predecessor_with_the_token_feeds_the_session(serving: Serving) 
     done, buffers = await heard(call)
     assert isinstance(done, StepDone)
     assert (done.number, done.epoch, len(done.hops)) == (7, 1, 1)
+    assert done.hops[0].nbytes == 3 * 64 * 4
+    assert done.hops[0].compute_ms > 0
     direct = await step(await serving.open(client), states, (0, 0, 3))
     assert torch.equal(F32.decode(buffers[0], states.shape[1]), direct)
     await call.send(write(Probe()))
