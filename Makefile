@@ -13,22 +13,28 @@ native: $(VENV)/.ready
 PARALLEL = -n 2 --dist loadfile --no-loadscope-reorder
 
 # The native kernels' tests with AddressSanitizer and UndefinedBehaviorSanitizer; both stop at the first finding.
+SANITIZE = -fsanitize=address,undefined -fno-sanitize-recover=all
 SANITIZED = build/asan/petalite/kernels/native/kernels.abi3.so
+PRELOAD = $(foreach name,asan ubsan stdc++,$(shell $(CXX) -print-file-name=lib$(name).so))
 test-asan: $(VENV)/.ready
-	CFLAGS="-fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-frame-pointer" \
-	LDFLAGS="-fsanitize=address,undefined" \
-	$(BIN)/python setup.py -q build_ext --build-lib build/asan --build-temp build/asan/objects
-	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libubsan.so) $$($(CXX) -print-file-name=libstdc++.so)" \
-	ASAN_OPTIONS=detect_leaks=0 PETALITE_KERNELS=$(CURDIR)/$(SANITIZED) \
-	$(BIN)/python -m pytest -p no:xdist -x tests/kernels/test_native_linears.py tests/kernels/test_dynamic8.py \
+	CXXFLAGS="$(SANITIZE) -fno-omit-frame-pointer" LDFLAGS="$(SANITIZE)" \
+		$(BIN)/python setup.py -q build_ext --build-lib build/asan --build-temp build/asan/objects
+	grep -q __asan_report $(SANITIZED) && grep -q __ubsan_handle $(SANITIZED)
+	LD_PRELOAD="$(PRELOAD)" ASAN_OPTIONS=detect_leaks=0 PETALITE_KERNELS=$(CURDIR)/$(SANITIZED) \
+		$(BIN)/python -m pytest -x tests/kernels/test_native_linears.py tests/kernels/test_dynamic8.py \
 		tests/kernels/test_finite.py tests/model/test_native_span.py
 
-.PHONY: demo native test-asan test test-slow soak fuzz lint bench clean
+# As on a machine without the native kernels.
+test-torch: $(VENV)/.ready
+	PETALITE_KERNELS=torch $(BIN)/python -m pytest -m "not slow and not gpu" $(PARALLEL) \
+		tests/kernels tests/model/test_quantized.py tests/model/test_span.py
+
+.PHONY: demo native test test-torch test-asan test-slow soak fuzz lint bench clean
 
 demo: $(VENV)/.ready
 	$(BIN)/python -m petalite.node demo
 
-test: $(VENV)/.ready
+test: native
 	$(BIN)/python -m pytest -m "not slow and not gpu" $(PARALLEL)
 
 test-slow: $(VENV)/.ready
