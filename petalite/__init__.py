@@ -16,7 +16,7 @@ from petalite.version import __version__
 
 if TYPE_CHECKING:
     from petalite import errors
-    from petalite.client.settings import Routing, SessionSettings
+    from petalite.client.settings import Routing, SessionSettings, TrainingSettings
     from petalite.client.swarm import Swarm
     from petalite.client.sync import DistributedModel
     from petalite.facade import load
@@ -31,6 +31,7 @@ __all__ = [
     "Routing",
     "SessionSettings",
     "Swarm",
+    "TrainingSettings",
     "__version__",
     "errors",
     "load",
@@ -44,6 +45,7 @@ _HOMES = {
     "Routing": "petalite.client.settings",
     "SessionSettings": "petalite.client.settings",
     "Swarm": "petalite.client.swarm",
+    "TrainingSettings": "petalite.client.settings",
     "load": "petalite.facade",
 }
 

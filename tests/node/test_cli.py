@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+import torch
 
 from petalite.net.identity import Identity
 from petalite.node import cli
@@ -341,3 +342,24 @@ def test_help_is_quick() -> None:
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert result.returncode == 0, f"took {time.monotonic() - began_s:.1f} s and loaded torch"
     assert "serve" in result.stdout
+
+
+def test_adapters_shows_versions_and_what_two_differ_in(tmp_path: Path, refused: Refused) -> None:
+    from petalite.model.versions import Card, write_version
+
+    first = write_version(tmp_path, {"prompt": torch.zeros(2, 3)}, Card("tiny@0", "prompt", {"n_tokens": 2}))
+    second = write_version(
+        tmp_path,
+        {"prompt": torch.ones(2, 3)},
+        Card("tiny@0", "prompt", {"n_tokens": 2}, {"loss": 0.25}, first.digest, "better"),
+    )
+    (tmp_path / "broken.safetensors").write_bytes(b"\x00")
+    listed = petalite("adapters", str(tmp_path))
+    assert listed.returncode == 0 and "broken.safetensors" in listed.stderr
+    lines = [line for line in listed.stdout.splitlines() if first.short in line or second.short in line]
+    assert [first.short in line for line in lines] == [True, False]
+    assert f"└ {second.short}" in lines[1] and "loss=0.25" in lines[1] and "better" in lines[1]
+    compared = petalite("adapters", str(tmp_path), "--diff", first.short, second.short)
+    assert "metrics.loss" in compared.stdout and "settings" not in compared.stdout
+    assert "begins with 'ffff'" in refused("adapters", str(tmp_path), "--diff", first.short, "ffff")
+    assert "no folder" in refused("adapters", str(tmp_path / "nowhere"))
