@@ -64,8 +64,10 @@ async def steps(
         for offset in range(count):
             await session.step(torch.randn(1, width), [(0, prefix + offset, 1)])
         timings = list(session.trace.steps)[-count:]
+        step_ms = statistics.median(timing.total_s for timing in timings) * 1e3
         return {
-            "step_ms": statistics.median(timing.total_s for timing in timings) * 1e3,
+            "step_ms": step_ms,
+            "token_ms": step_ms,
             "compute_ms": statistics.median(
                 sum(hop.compute_s + hop.queue_s for hop in timing.hops) for timing in timings
             )
@@ -108,15 +110,22 @@ async def prefill(
 async def generate(
     model: str, peers: list[str], route: str, *, prompt: str, new_tokens: int
 ) -> dict[str, Any]:
-    """Tokens/s of a text, the prompt's own step left out."""
+    """Milliseconds of a step through the chain, and from token to token: embedding, head and choice, too. The
+    prompt is left out."""
     async with petalite.Swarm(peers) as swarm:
         opened = await swarm.model(model, routing=Routing(route))
-        result = await opened.generate(prompt, max_new_tokens=new_tokens)
+        ids = opened.encode(prompt)
+        async with opened.session(len(ids) + new_tokens) as session:
+            await session.feed(ids[:-1])
+            began_s = time.perf_counter()
+            result = await opened.generate(ids, max_new_tokens=new_tokens, session=session)
+            seconds = time.perf_counter() - began_s
         timings = [timing for timing in result.trace.steps if timing.n_tokens == 1]
         return {
             "step_ms": statistics.median(timing.total_s for timing in timings) * 1e3,
             "compute_ms": statistics.median(sum(hop.compute_s for hop in timing.hops) for timing in timings)
             * 1e3,
+            "token_ms": seconds / len(result.token_ids) * 1e3,
             "tokens": len(result.token_ids),
         }
 
