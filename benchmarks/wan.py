@@ -1,9 +1,8 @@
 """Sessions over long links: a client and three servers, each on a host of its own of the lab.
 
 A tiny random Llama of 8 blocks shows what the network costs, SmolLM2 what a user sees: a step is one trip
-through the chain, tokens/s count what the client computes, too. Without the lab (it
-takes root) the same on loopback, and the rows say so. Then a prefill of 2,048 tokens, its chunks one after
-another and pipelined.
+through the chain, tokens/s count what the client computes, too. Without the lab (it takes root) the same on
+loopback, and the rows say so. Then a prefill of 2,048 tokens, its chunks one after another and pipelined.
 """
 
 from __future__ import annotations

@@ -24,6 +24,7 @@ from petalite.client.penalties import Penalties
 from petalite.errors import InvalidArgument, NotFinite
 from petalite.model.compute import is_finite
 
+NUCLEUS = 256  # tokens that are looked at first for top_p; eight times as many until they suffice
 MOST_ALTERNATIVES = 100  # that a token's log probabilities may be given of
 
 
@@ -105,24 +106,30 @@ class Chooser:
 
 def kept_tokens(scores: torch.Tensor, sampling: Sampling) -> tuple[torch.Tensor, torch.Tensor]:
     """scores (V,) -> ids (N,) of the tokens to sample among, and their log probabilities less a constant."""
-    scores = scores.double() / sampling.temperature
-    if sampling.top_p < 1 or 0 < sampling.top_k < len(scores):
-        scores, token_ids = (
-            scores.sort(descending=True)
-            if not sampling.top_k
-            else scores.topk(min(sampling.top_k, len(scores)))
-        )
-    else:
-        token_ids = torch.arange(len(scores))
+    scores, token_ids = scores.double() / sampling.temperature, torch.arange(len(scores))
+    if 0 < sampling.top_k < len(scores):
+        scores, token_ids = scores.topk(sampling.top_k)
     if sampling.top_p < 1:
-        before = scores.softmax(0).cumsum(0).roll(1)
-        before[0] = 0.0
-        n_kept = int((before < sampling.top_p).sum())
-        scores, token_ids = scores[:n_kept], token_ids[:n_kept]
+        scores, kept = _nucleus(scores, sampling.top_p)
+        token_ids = token_ids[kept]
     if sampling.min_p > 0:
         kept = scores >= scores.max() + math.log(sampling.min_p)
         scores, token_ids = scores[kept], token_ids[kept]
     return token_ids, scores
+
+
+def _nucleus(scores: torch.Tensor, top_p: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """scores (V,) -> the fewest of them whose probabilities sum to `top_p`, the largest first, and where they
+    stood. To sort them all would take longer than most heads; mostly a few hundred are enough."""
+    total = scores.logsumexp(0)
+    count = NUCLEUS
+    while True:
+        best, ranks = scores.topk(min(count, len(scores)))
+        sums = (best - total).exp().cumsum(0)
+        if count >= len(scores) or sums[-1] >= top_p:
+            n_kept = 1 + int((sums[:-1] < top_p).sum())
+            return best[:n_kept], ranks[:n_kept]
+        count *= 8
 
 
 def _sample(scores: torch.Tensor, sampling: Sampling, position: int) -> int:

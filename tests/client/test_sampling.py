@@ -130,6 +130,20 @@ def test_top_p_keeps_the_fewest_tokens_that_reach_p() -> None:
         assert kept - {3} <= found <= kept
 
 
+@examples(max_examples=60, deadline=None)
+@given(st.integers(1, 5000), st.floats(0, 12), st.floats(0.01, 0.999), st.integers(0, 2**31))
+def test_top_p_keeps_what_a_sort_of_all_keeps(n_tokens: int, spread: float, p: float, seed: int) -> None:
+    """Also where more tokens are kept than are looked at first."""
+    scores = torch.randn(n_tokens, generator=torch.Generator().manual_seed(seed)) * spread
+    token_ids, kept = kept_tokens(scores, Sampling(temperature=1.0, top_p=p))
+    ordered = scores.double().sort(descending=True).values
+    sums = ordered.softmax(0).cumsum(0)
+    n_kept = min(1 + int((sums < p).sum()), n_tokens)
+    assert abs(len(token_ids) - n_kept) <= 1  # the two add up in different orders
+    assert torch.equal(kept, ordered[: len(kept)])
+    assert torch.equal(scores[token_ids].double(), kept)
+
+
 def test_min_p_keeps_what_is_nearly_as_likely_as_the_likeliest() -> None:
     """e^-1 and e^-2 of the likeliest are the next two."""
     assert support(Sampling(temperature=1.0, min_p=0.36, seed=2)) == {4, 0}
