@@ -340,7 +340,7 @@ class AsyncDistributedModel:
 
 
 async def open_model(
-    path_or_repo: str,
+    source: str | Checkpoint,
     make_servers: MakeServers,
     *,
     dtype: str = AUTO,
@@ -348,15 +348,15 @@ async def open_model(
     training: TrainingSettings = TrainingSettings(),
     threads: int | None = None,
 ) -> AsyncDistributedModel:
-    """Load what a client computes of a checkpoint: a folder, or a repository of the hub. `threads` of tensor
-    work, at most the cores there are.
+    """Load what a client computes of a checkpoint: a folder, a repository of the hub, or one opened
+    already. `threads` of tensor work, at most the cores there are.
 
     Raises InvalidCheckpoint or UnsupportedModel for what cannot be loaded.
     """
     thread = ComputeThread("petalite-edges")
     try:
         await thread.run(use_threads, threads)
-        checkpoint = await thread.run(Checkpoint.open, path_or_repo)
+        checkpoint = source if isinstance(source, Checkpoint) else await thread.run(Checkpoint.open, source)
         tokenizer = await thread.run(load_tokenizer, checkpoint)
         edges = await thread.run(load_edges, checkpoint, dtype=compute_dtype(checkpoint, dtype))
         servers = await make_servers(checkpoint, thread)

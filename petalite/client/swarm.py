@@ -19,6 +19,8 @@ from petalite.swarm.codecs import codec_named, raw_codec
 from petalite.swarm.directory import Directory
 from petalite.swarm.peer import PeerSettings, SwarmPeer
 from petalite.swarm.spans import Span
+from petalite.swarm.weights import names_model
+from petalite.swarm.weights import open_model as fetch_model
 
 
 class Swarm:
@@ -67,9 +69,10 @@ class Swarm:
     ) -> AsyncDistributedModel:
         """A model of this swarm: its edges are loaded here, its blocks are found when they are needed.
 
-        `name` is the model's name in the swarm where it is not the folder's or repository's; `dtype` is what
-        the edges compute in, by default what the checkpoint was saved in; `threads` is with how many, at most
-        the cores there are. The model closes with the swarm.
+        A model may also be given by its id, `name@digest`: its tokenizer and edges then come from servers
+        that hold them, checked against the id. `name` is the model's name in the swarm where it is not the
+        folder's or repository's; `dtype` is what the edges compute in, by default what the checkpoint was
+        saved in; `threads` is with how many, at most the cores there are. The model closes with the swarm.
         """
 
         async def servers(checkpoint: Checkpoint, thread: ComputeThread) -> SwarmServers:
@@ -81,8 +84,12 @@ class Swarm:
             token_bytes = codec.nbytes(1, checkpoint.config.hidden_size)
             return SwarmServers(self._peer.host, directory, self._bans, routing, token_bytes=token_bytes)
 
+        source: str | Checkpoint = path_or_repo
+        if names_model(path_or_repo):
+            source, weights = await fetch_model(self._peer, path_or_repo)
+            self._models.callback(weights.close)
         model = await open_model(
-            path_or_repo, servers, dtype=dtype, settings=settings, training=training, threads=threads
+            source, servers, dtype=dtype, settings=settings, training=training, threads=threads
         )
         self._models.push_async_callback(model.close)
         return model

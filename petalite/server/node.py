@@ -11,7 +11,6 @@ from contextlib import AsyncExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from petalite.errors import InvalidArgument
 from petalite.net.identity import Identity, PeerId
 from petalite.net.multiaddr import Multiaddr
 from petalite.swarm.peer import PeerSettings, SwarmPeer
@@ -94,11 +93,8 @@ class Node:
 
         if not names_model(path_or_repo):
             return Checkpoint.open(path_or_repo)
-        if cache is None:
-            raise InvalidArgument(
-                f"the weights of {path_or_repo} need a folder; give ComputeSettings a cache"
-            )
-        checkpoint, weights = await open_model(self.peer, path_or_repo, cache / "fetched")
+        folder = None if cache is None else cache / "fetched"
+        checkpoint, weights = await open_model(self.peer, path_or_repo, folder)
         stack.callback(weights.close)
         return checkpoint
 

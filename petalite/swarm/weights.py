@@ -14,6 +14,7 @@ import concurrent.futures
 import fcntl
 import hashlib
 import logging
+import os
 import random
 import re
 import shutil
@@ -29,6 +30,7 @@ from typing import IO, Annotated, Any
 
 from petalite.errors import (
     BadMessage,
+    DeadlineExceeded,
     InvalidArgument,
     InvalidCheckpoint,
     NetworkError,
@@ -63,6 +65,8 @@ MOST_FOLDERS = 16  # of one model, for as many processes of this machine
 MOST_GIVERS = 4  # that tensors come from at once
 IN_FLIGHT = 3  # pieces asked of one of them at once
 FIND_S = 10.0
+FRESH_S = 5.0  # a directory read so recently says who gives
+FILES_S = 300.0  # for one giver to give config, manifest and files
 PIECE_S = 30.0  # for one piece, at most
 SLOW = 20.0  # times what pieces usually take: who is slower is left
 LEAST_PIECE_S = 3.0
@@ -97,12 +101,17 @@ def names_model(path_or_repo: str) -> bool:
     return MODEL_ID.fullmatch(path_or_repo) is not None and not Path(path_or_repo).is_dir()
 
 
+def kept_folder() -> Path:
+    """Where models that were fetched are kept: in the user's cache, petalite's part of it."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "petalite" / "fetched"
+
+
 async def open_model(
-    peer: SwarmPeer, model_id: str, folder: Path, *, patience_s: float = PATIENCE_S
+    peer: SwarmPeer, model_id: str, folder: Path | None = None, *, patience_s: float = PATIENCE_S
 ) -> tuple[Checkpoint, PeerWeights]:
     """A model by its id: config, manifest and tokenizer from servers that have them, tensors from then on as
     they are read, which must be on another thread than the loop's, until the weights are closed. All is kept
-    in `folder`, for the next time too.
+    in `folder`, by default `kept_folder()`, for the next time too.
 
     Raises InvalidArgument for what is no id, Unreachable where nobody gives it, InvalidCheckpoint where the
     disk does not take it.
@@ -112,14 +121,18 @@ async def open_model(
         raise InvalidArgument(f"{model_id!r} is no model id; expected NAME@ and 32 hexadecimal digits")
     name = match[1]
     weights = PeerWeights(peer, model_id, patience_s)
-    kept = weights.lock(folder / model_id.replace("/", "--"))
-    if not (kept / Manifest.FILE).exists():
-        await weights.bring_files(kept, name)
-    elif _opened(kept, model_id, name) is None:
-        raise InvalidCheckpoint(f"{kept} does not hold {model_id} any more; remove it and start again")
-    manifest = Checkpoint(FolderFiles(kept)).manifest
-    assert manifest is not None
-    checkpoint = Checkpoint(TensorStore(kept, name, manifest, weights.fetch))
+    try:
+        kept = weights.lock((folder or kept_folder()) / model_id.replace("/", "--"))
+        if not (kept / Manifest.FILE).exists():
+            await weights.bring_files(kept, name)
+        elif _opened(kept, model_id, name) is None:
+            raise InvalidCheckpoint(f"{kept} does not hold {model_id} any more; remove it and start again")
+        manifest = Checkpoint(FolderFiles(kept)).manifest
+        assert manifest is not None
+        checkpoint = Checkpoint(TensorStore(kept, name, manifest, weights.fetch))
+    except BaseException:
+        weights.close()
+        raise
     weights.narrow(checkpoint.config.n_blocks)
     return checkpoint, weights
 
@@ -183,7 +196,8 @@ class PeerWeights:
                 return []
             self.narrow(max(sizes))
         assert self._directory is not None
-        await self._directory.refresh(timeout_s=FIND_S)
+        if self._directory.age_s > FRESH_S:
+            await self._directory.refresh(timeout_s=FIND_S)
         found = []
         for entry in self._directory.servers:
             if entry.record.gives_weights and entry.peer not in {*self.liars, self._host.peer_id}:
@@ -242,14 +256,19 @@ class PeerWeights:
         """Do it with one giver after the other, until one is good for it or the patience is over."""
 
         async def look(givers: Sequence[PeerId]) -> PetaliteError | None:
-            failure = None
+            failure: PetaliteError | None = None
             for giver in givers:
                 try:
-                    await bring(giver)
+                    async with asyncio.timeout(FILES_S):
+                        await bring(giver)
                     done.append(giver)
                     break
                 except (NetworkError, RemoteError, UnsupportedModel) as error:
                     failure = error
+                except TimeoutError:
+                    failure = DeadlineExceeded(
+                        f"{giver.short()} took longer than {FILES_S:g} s for a few files"
+                    )
                 except _Hostile as error:
                     self.blame(giver, error)
             return failure
