@@ -11,8 +11,9 @@ from collections.abc import Mapping
 
 import torch
 from torch import Tensor
-from torch.nn.functional import rms_norm, silu
+from torch.nn.functional import rms_norm
 
+from petalite.kernels.gated import gated
 from petalite.kernels.linear import Linear
 from petalite.kernels.native.span import BlockWeights, NormWeights
 from petalite.kernels.norm import RmsNorm
@@ -64,7 +65,7 @@ class LlamaBlock(Block):
 
     def _mlp(self, x: Tensor) -> Tensor:
         gate, up = self._gate_up(x).chunk(2, dim=-1)
-        return self._down(silu(gate).mul_(up))
+        return self._down(gated(gate, up))
 
     def native(self) -> BlockWeights | None:
         return BlockWeights(

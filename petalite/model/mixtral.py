@@ -10,8 +10,9 @@ from collections.abc import Mapping
 
 import torch
 from torch import Tensor
-from torch.nn.functional import linear, silu
+from torch.nn.functional import linear
 
+from petalite.kernels.gated import gated
 from petalite.kernels.linear import Linear
 from petalite.model.block import Shape
 from petalite.model.config import ModelConfig
@@ -44,7 +45,7 @@ class MixtralBlock(LlamaBlock):
             tokens, place = (chosen == number).nonzero(as_tuple=True)
             gate, up = gate_up(x[tokens]).chunk(2, dim=-1)
             share = weights[tokens, place].unsqueeze(1).to(x.dtype)
-            result = result.index_add(0, tokens, down(silu(gate).mul_(up)) * share)
+            result = result.index_add(0, tokens, down(gated(gate, up)) * share)
         return result
 
     def native(self) -> None:

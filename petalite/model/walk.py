@@ -20,6 +20,8 @@ from torch.nn.functional import pad
 from petalite.model.lora import Adapter, Pair
 from petalite.model.span import BlockSpan
 
+_SMALL = 32  # values a token and block: roots of norms, places of experts, a LoRA's few
+
 
 class Hold(IntEnum):
     """What is held on to for backward."""
@@ -184,16 +186,26 @@ def _through_stack(held: _Held, sums: Sequence[Tensor]) -> Tensor:
     return torch.cat([part.float().cpu().flatten() for part in parts])
 
 
-def activation_bytes(span: BlockSpan, row_tokens: int) -> int:
+def activation_bytes(span: BlockSpan, row_tokens: int, *, adapted: bool) -> int:
     """At most so many bytes autograd saves for one token in one block, in rows of `row_tokens`.
 
-    In values: 7 E for hidden states (of each norm what comes in, its quotient and its result; the sums), of
-    the MLP 5 F for each expert that a token takes, 2 (H + 2K) D for attention, and H; with ALiBi the mask,
-    which rows share, H · T. What a LoRA adds, the inputs of its linears, is in these.
+    In values, and a tenth more: what enters both norms, 2 E; queries, keys and values, queries again as
+    attention takes them, and its result, (3 H + 2 K) D; what the MLP multiplies, 2 F, or F without a gate;
+    norms over heads, 2 (H + K) D; of each expert that a token takes its MLP, and 4 E. A LoRA's linears save
+    their inputs, 2 E + F at most. With ALiBi there is the mask, which rows share, H · T.
     """
     config, attention = span.config, span.config.attention
-    n_experts = config.experts.n_chosen if config.experts else 1
-    heads = (attention.n_heads + 2 * attention.n_kv_heads) * attention.head_dim
-    values = 7 * config.hidden_size + 5 * config.inner_size * n_experts + 2 * heads + attention.n_heads
-    mask = attention.n_heads * row_tokens * torch.float32.itemsize if attention.alibi else 0
-    return values * span.dtype.itemsize + mask
+    n_heads, n_kv_heads = attention.n_heads, attention.n_kv_heads
+    hidden, inner = config.hidden_size, config.inner_size
+    values = 2 * hidden + (3 * n_heads + 2 * n_kv_heads) * attention.head_dim + 2 * n_heads + _SMALL
+    if attention.qk_norm:
+        values += 2 * (n_heads + n_kv_heads) * attention.head_dim
+    if config.experts:
+        values += config.experts.n_chosen * (2 * inner + 4 * hidden) + 4 * config.experts.n_experts
+        inner *= config.experts.n_chosen
+    else:
+        values += inner if attention.alibi else 2 * inner
+    if adapted:
+        values += 2 * hidden + inner
+    mask = n_heads * row_tokens * torch.float32.itemsize if attention.alibi else 0
+    return values * span.dtype.itemsize * 11 // 10 + mask

@@ -74,6 +74,11 @@ class Budget:
                 raise self._busy(nbytes) from None
             raise
 
+    def take(self, nbytes: int) -> None:
+        """Promise what is free, without a wait."""
+        assert nbytes <= self.free_bytes
+        self.reserved_bytes += nbytes
+
     def release(self, nbytes: int) -> None:
         """Give back what was promised."""
         self.reserved_bytes -= nbytes

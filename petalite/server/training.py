@@ -69,7 +69,6 @@ class Trainer:
         self._kept: dict[bytes, _Kept] = {}  # the oldest first
         self._under_way: Counter[Hashable] = Counter()
         backend.budget.reclaim = self._let_go
-        self.memory.budget.reclaim = self._let_go
 
     def close(self) -> None:
         """Let go of what is kept: the blocks go."""
@@ -90,23 +89,21 @@ class Trainer:
         """`SpanTraining.forward`."""
         with self._admitted(peer), self._adapters.use(inputs.adapter) as held:
             size = self.memory.size(span, inputs, held)
-            hold, room = await self.memory.reserve(
-                size, Hold.NOTHING, timeout_s, rather=Hold.EVERYTHING if keep else None
-            )
+            spare = self.memory.reserve_spare(size) if keep else 0
+            room = 0 if spare else await self.memory.reserve(size, Hold.NOTHING, timeout_s)
             try:
-                walk = self._walk(span, inputs, held, hold, size)
+                walk = self._walk(span, inputs, held, Hold.EVERYTHING if spare else Hold.NOTHING, size)
+                pieces = self._measured(_forward(walk, inputs, span), size)
                 output, timing = await self._backend.train(
-                    self._measured(_forward(walk, inputs, span), size),
-                    size.n_pieces,
-                    peer=peer,
-                    timeout_s=timeout_s,
+                    pieces, size.n_pieces, peer=peer, timeout_s=timeout_s
                 )
                 kept = None
-                if hold is Hold.EVERYTHING:
-                    kept, room = self._keep(_Kept(walk, span, inputs, peer, size, room)), 0
+                if spare:
+                    kept, spare = self._keep(_Kept(walk, span, inputs, peer, size, spare)), 0
                 return SpanOutputs(output, _report(timing), kept)
             finally:
                 self.memory.release(room)
+                self.memory.release_spare(spare)
 
     async def backward(
         self,
@@ -127,7 +124,8 @@ class Trainer:
             with self._adapters.use(inputs.adapter) as held:
                 _check_wants(wants, inputs, held, span)
                 size = self.memory.size(span, inputs, held)
-                hold, room = await self.memory.reserve(size, Hold.INPUTS, timeout_s, rather=Hold.EVERYTHING)
+                hold = Hold.EVERYTHING if self.memory.has_room(size, Hold.EVERYTHING) else Hold.INPUTS
+                room = await self.memory.reserve(size, hold, timeout_s)
                 try:
                     walk = self._walk(span, inputs, held, hold, size)
                     pieces = _forward_and_backward(walk, inputs, gradient, wants, span)
@@ -214,7 +212,7 @@ class Trainer:
         kept = self._kept.pop(token, None)
         if kept is not None:
             kept.forget()
-            self.memory.release(kept.reserved_bytes)
+            self.memory.release_spare(kept.spare_bytes)
 
     def _let_go(self, nbytes: int) -> None:
         """Somebody needs so much more."""
@@ -222,7 +220,7 @@ class Trainer:
         for token in list(self._kept):
             if freed >= nbytes:
                 break
-            freed += self._kept[token].reserved_bytes
+            freed += self._kept[token].spare_bytes
             self._drop(token)
 
     async def _from_kept(
@@ -254,7 +252,7 @@ class Trainer:
             )
             return _answer(found, timing)
         finally:
-            self.memory.release(kept.reserved_bytes)
+            self.memory.release_spare(kept.spare_bytes)
 
 
 @dataclass(slots=True)
@@ -266,7 +264,7 @@ class _Kept:
     inputs: SpanInputs
     peer: Hashable
     size: CallSize
-    reserved_bytes: int
+    spare_bytes: int
     timer: asyncio.TimerHandle | None = field(default=None)
 
     def forget(self) -> None:

@@ -5,11 +5,13 @@ dtype's bytes d, pieces of C tokens, and `activation_bytes` a of one token in on
 
     forward                     2 N E d                   + C a + factors
     backward, from the inputs   (n + 3) N E d             + C a + factors
-    backward, nothing twice     3 N E d          + N n a        + factors
+    backward, nothing twice     3 N E d          + N n a  + C a + factors
 
 Factors are three times the float32 bytes of prompts and adapter: themselves stacked, and their gradients
 twice. The last line is taken where there is room at once; the second one decides how many tokens a call may
-have. A piece has as many tokens as were seen to take about `piece_s`. Knows sizes and seconds; runs nothing.
+have. What a forward keeps for its backward is the last line, too, out of what nobody uses, and given back
+as soon as somebody would. A piece has as many tokens as were seen to take about `piece_s`. Knows sizes and
+seconds; runs nothing.
 """
 
 from __future__ import annotations
@@ -28,6 +30,7 @@ from petalite.swarm.training import SpanInputs
 _FIRST_PIECE_TOKENS = 256  # before anything was measured
 _PIECE_TOKENS = (64, 4096)  # at least and at most
 _USUAL_ROW_TOKENS = 128
+_NEVER_SPARE = 0.25  # of the memory: what nobody uses, but a session may any moment
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,14 +59,23 @@ class CallSize:
     piece_rows: int = 1
 
     @classmethod
-    def of(cls, span: BlockSpan, n_blocks: int, n_rows: int, row_tokens: int, given_bytes: int) -> CallSize:
+    def of(
+        cls,
+        span: BlockSpan,
+        n_blocks: int,
+        n_rows: int,
+        row_tokens: int,
+        given_bytes: int = 0,
+        *,
+        adapted: bool = True,
+    ) -> CallSize:
         return cls(
             n_blocks,
             n_rows,
             row_tokens,
             3 * given_bytes,
             span.config.hidden_size * span.dtype.itemsize,
-            activation_bytes(span, row_tokens),
+            activation_bytes(span, row_tokens, adapted=adapted),
         )
 
     @property
@@ -80,7 +92,7 @@ class CallSize:
             + {
                 Hold.NOTHING: 2 * hidden + piece,
                 Hold.INPUTS: (self.n_blocks + 3) * hidden + piece,
-                Hold.EVERYTHING: 3 * hidden + n_tokens * self.n_blocks * self.activation_bytes,
+                Hold.EVERYTHING: 3 * hidden + n_tokens * self.n_blocks * self.activation_bytes + piece,
             }[hold]
         )
 
@@ -95,13 +107,14 @@ class TrainingMemory:
         limit = room if settings.limit_bytes is None else min(room, settings.limit_bytes)
         self.budget = Budget(limit, "the training call")
         self._settings = settings
+        self.kept_bytes = 0  # for backwards that may come, beyond the budget
         self._token_s = 0.0  # of one token in one block, as measured
 
     @property
     def most_tokens(self) -> int:
         """What one call may have of them, over the whole span, in rows of a usual length."""
         n_blocks = self._blocks.end - self._blocks.start
-        return self._most_tokens(CallSize.of(self._blocks, n_blocks, 1, _USUAL_ROW_TOKENS, 0))
+        return self._most_tokens(CallSize.of(self._blocks, n_blocks, 1, _USUAL_ROW_TOKENS))
 
     def size(self, span: Span, inputs: SpanInputs, held: HeldAdapter | None) -> CallSize:
         """Raises WrongSpan, BadTensor, BatchTooLarge."""
@@ -112,7 +125,7 @@ class TrainingMemory:
         n_rows, n_tokens, _ = inputs.hidden.shape
         given = 0 if inputs.prompts is None else inputs.prompts.numel() * 4
         given += 0 if held is None else held.adapter.nbytes
-        size = CallSize.of(blocks, len(span), n_rows, n_tokens, given)
+        size = CallSize.of(blocks, len(span), n_rows, n_tokens, given, adapted=held is not None)
         most_tokens = self._most_tokens(size)
         check_batch(n_rows, n_tokens, most_tokens)
         return replace(size, piece_rows=self._piece_rows(size))
@@ -124,35 +137,41 @@ class TrainingMemory:
         weight = 0.5 if token_s > self._token_s else 0.1
         self._token_s = token_s if not self._token_s else (1 - weight) * self._token_s + weight * token_s
 
-    async def reserve(
-        self, size: CallSize, hold: Hold, timeout_s: float, *, rather: Hold | None = None
-    ) -> tuple[Hold, int]:
-        """Room for `rather`, if there is enough at once, or else for `hold`, in line; which, and the bytes.
-
-        Raises Busy.
-        """
-        if rather is not None:
-            nbytes = size.nbytes(rather)
-            if nbytes <= min(self.budget.free_bytes, self._shared.free_bytes):
-                await self._reserve(nbytes, 0.0)
-                return rather, nbytes
+    async def reserve(self, size: CallSize, hold: Hold, timeout_s: float) -> int:
+        """The bytes, once there is room, after waiting in line for it. Raises Busy."""
         nbytes = size.nbytes(hold)
-        await self._reserve(nbytes, min(timeout_s, self._settings.longest_wait_s))
-        return hold, nbytes
-
-    def release(self, nbytes: int) -> None:
-        if nbytes:
-            self._shared.release(nbytes)
-            self.budget.release(nbytes)
-
-    async def _reserve(self, nbytes: int, wait_s: float) -> None:
-        await self.budget.reserve(nbytes, wait_s)
+        await self.budget.reserve(nbytes, min(timeout_s, self._settings.longest_wait_s))
         try:
             # Never in the sessions' line, where it would keep those behind it waiting.
             await self._shared.reserve(nbytes, 0.0)
         except BaseException:
             self.budget.release(nbytes)
             raise
+        return nbytes
+
+    def has_room(self, size: CallSize, hold: Hold) -> bool:
+        """At once."""
+        return size.nbytes(hold) <= min(self.budget.free_bytes, self._shared.free_bytes)
+
+    def release(self, nbytes: int) -> None:
+        self._shared.release(nbytes)
+        self.budget.release(nbytes)
+
+    def reserve_spare(self, size: CallSize) -> int:
+        """The bytes of what a forward may keep, out of what is free; 0 where so much cannot be spared."""
+        nbytes = size.nbytes(Hold.EVERYTHING)
+        spare = self._shared.free_bytes - int(self._shared.total_bytes * _NEVER_SPARE)
+        if self._settings.limit_bytes is not None:
+            spare = min(spare, self._settings.limit_bytes - self.kept_bytes)
+        if self._shared.waiting or self.budget.total_bytes == 0 or nbytes > spare:
+            return 0
+        self._shared.take(nbytes)
+        self.kept_bytes += nbytes
+        return nbytes
+
+    def release_spare(self, nbytes: int) -> None:
+        self.kept_bytes -= nbytes
+        self._shared.release(nbytes)
 
     def _most_tokens(self, size: CallSize) -> int:
         """For pieces of one row."""
