@@ -238,7 +238,8 @@ async def _measure(pipe: Pipe) -> dict[str, Any]:
     plain_sink.transport.set_write_buffer_limits(high=1 << 20)
     samples: Samples = defaultdict(list)
     async with Host(Identity.generate(), SETTINGS) as host:
-        async with host.stream(address, "_echo_stream") as stream, host.stream(address, "_sink") as sink:
+        echo, sink = [await host.open(address, method) for method in ("_echo_stream", "_sink")]
+        async with echo as stream, sink:
             for _ in range(ROUNDS):
                 await _echo_round(samples, plain_echo, stream, host, address)
                 await _bulk_round(samples, plain_sink, sink)
@@ -306,7 +307,7 @@ async def _fairness(host: Host, address: Multiaddr) -> float:
     received, snapshot = [0] * STREAMS, list[int]()
 
     async def read(index: int) -> None:
-        async with host.stream(address, "_source") as call:
+        async with await host.open(address, "_source") as call:
             while await call.receive() is not None:
                 received[index] += 1
                 if not snapshot and sum(received) * 2 >= STREAMS * CHUNKS:

@@ -184,7 +184,7 @@ async def send(to: str, seconds: str, bulk: str) -> None:
 async def _one_stream(host: Host, address: Multiaddr) -> dict[str, float]:
     data = os.urandom(STREAM_BYTES // 4)
     began_s = monotonic()
-    async with host.stream(address, "swallow") as call:
+    async with await host.open(address, "swallow") as call:
         for _ in range(4):
             await call.send({}, [data])
         await call.finish()
@@ -202,7 +202,7 @@ async def _talk(host: Host, address: Multiaddr, seconds: float, bulk: bool) -> d
         return count
 
     before, began_s, sent = await received(), monotonic(), 0
-    async with host.stream(address, "messages", priority=Priority.INTERACTIVE) as call:
+    async with await host.open(address, "messages", priority=Priority.INTERACTIVE) as call:
         data = os.urandom(MESSAGE_BYTES)
         while monotonic() - began_s < seconds:
             sent += 1
@@ -222,7 +222,7 @@ async def _talk(host: Host, address: Multiaddr, seconds: float, bulk: bool) -> d
 
 async def _flood(host: Host, address: Multiaddr) -> None:
     data = os.urandom(TENSOR_BYTES)
-    async with host.stream(address, "swallow", priority=Priority.BULK) as call:
+    async with await host.open(address, "swallow", priority=Priority.BULK) as call:
         while True:
             await call.send({}, [data])
 

@@ -10,12 +10,13 @@ import errno
 import logging
 import socket
 from collections.abc import Callable, Coroutine
+from dataclasses import replace
 from time import monotonic
 from typing import Any
 
 from petalite.errors import ErrorCode, HandshakeFailed, InvalidAddress, PetaliteError
 from petalite.net.dialing import Established, converse, multiaddr_of, resolve
-from petalite.net.handshake import Handshake
+from petalite.net.handshake import Handshake, Hello
 from petalite.net.journal import Journal
 from petalite.net.lane import tune
 from petalite.net.limits import BAD_HANDSHAKE, SLOW_HANDSHAKE, Gate, prefix_of
@@ -27,6 +28,7 @@ _BACKLOG = 512
 _ACCEPTS_PER_TURN = 16  # then the loop's other work has its turn
 _REST_S = 1.0
 _OUT_OF = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
+_POINTS = {HandshakeFailed: BAD_HANDSHAKE, TimeoutError: SLOW_HANDSHAKE}
 
 
 class Acceptor:
@@ -40,11 +42,8 @@ class Acceptor:
         handshake: Callable[[], Handshake],
         established: Callable[[Established], None],
     ) -> None:
-        self._gate = gate
-        self._journal = journal
-        self._spawn = spawn
-        self._handshake = handshake
-        self._established = established
+        self._gate, self._journal = gate, journal
+        self._spawn, self._handshake, self._established = spawn, handshake, established
         self._listeners: list[socket.socket] = []
 
     async def listen(self, address: Multiaddr) -> list[Multiaddr]:
@@ -53,7 +52,7 @@ class Acceptor:
         for family, sockaddr in await resolve(address):
             listener = _listener(family, sockaddr, address)
             self._listeners.append(listener)
-            asyncio.get_running_loop().add_reader(listener.fileno(), self._accept, listener)
+            self._go_on(listener)
             bound.append(multiaddr_of(listener.getsockname()))
         return bound
 
@@ -74,8 +73,7 @@ class Acceptor:
                 self._rest(listener, error)
                 return
             address = multiaddr_of(sockaddr)
-            assert address.ip is not None
-            prefix = prefix_of(address.ip)
+            prefix = prefix_of(address)
             code = self._gate.knock(prefix, monotonic())
             if code is not ErrorCode.OK:
                 self._journal.note("handshake:refused", code=code)
@@ -102,26 +100,20 @@ class Acceptor:
             asyncio.get_running_loop().add_reader(listener.fileno(), self._accept, listener)
 
     async def _welcome(self, sock: socket.socket, address: Multiaddr) -> None:
-        """The responder's handshake."""
+        """The responder's handshake; who fails it is to blame, by its address."""
         handshake = self._handshake()
         try:
             tune(sock)
             async with asyncio.timeout(self._gate.limits.handshake_s):
                 rtt_s, _ = await converse(sock, handshake, b"")
             self._established(Established(address, sock, handshake, rtt_s))
-        except (PetaliteError, OSError) as error:
+        except BaseException as error:
             sock.close()
-            self._blame(address, error)
-        except BaseException:
-            sock.close()
-            raise
-
-    def _blame(self, address: Multiaddr, error: Exception) -> None:
-        logger.debug("handshake with %s failed: %s", address, error or "it took too long")
-        self._journal.note("handshake:failed", code=ErrorCode.PROTOCOL, reason=str(error), address=address)
-        points = {HandshakeFailed: BAD_HANDSHAKE, TimeoutError: SLOW_HANDSHAKE}.get(type(error), 0.0)
-        assert address.ip is not None
-        self._gate.reputation.blame(prefix_of(address.ip), points, monotonic())
+            if not isinstance(error, PetaliteError | OSError):
+                raise
+            reason = str(error) or "it took too long"
+            self._journal.note("handshake:failed", code=ErrorCode.PROTOCOL, reason=reason, address=address)
+            self._gate.reputation.blame(prefix_of(address), _POINTS.get(type(error), 0.0), monotonic())
 
 
 def _listener(family: socket.AddressFamily, sockaddr: Any, address: Multiaddr) -> socket.socket:
@@ -137,3 +129,26 @@ def _listener(family: socket.AddressFamily, sockaddr: Any, address: Multiaddr) -
         listener.close()
         raise InvalidAddress(f"cannot listen on {address}: {error.strerror or error}") from error
     return listener
+
+
+def claimed_addresses(hello: Hello, seen: Multiaddr) -> list[Multiaddr]:
+    """Where a peer that dialled us says it listens; an unspecified host stands for the one we see it at."""
+    claimed = []
+    for text in hello.listen:
+        try:
+            address = replace(Multiaddr.parse(text), peer_id=None)
+        except InvalidAddress:
+            continue
+        if address.ip is not None and address.ip.is_unspecified and address.protocol == seen.protocol:
+            address = replace(address, host=seen.host)
+        if address.host == seen.host or _plausible(address, seen):
+            claimed.append(address)
+    return claimed
+
+
+def _plausible(address: Multiaddr, seen: Multiaddr) -> bool:
+    """Whether a peer seen at `seen` may send us there: nowhere that only we, or our network, can reach."""
+    ip, seen_ip = address.ip, seen.ip
+    if ip is None or seen_ip is None or ip.is_multicast or ip.is_link_local or ip.is_unspecified:
+        return False
+    return seen_ip.is_loopback if ip.is_loopback else ip.is_global or not seen_ip.is_global

@@ -19,18 +19,19 @@ from petalite.errors import (
     ErrorCode,
     Flood,
     FlowControlViolation,
+    FrameTooLarge,
     LocalProtocolError,
     RemoteProtocolError,
     StreamLimitExceeded,
 )
 from petalite.net import frames
-from petalite.net.control import ControlQueue
 from petalite.net.credit import Window, Windows
-from petalite.net.frames import ALIGNED_BYTES, FIN, HEADER, HEADER_BYTES, MAX_DATA_BYTES, FrameType
+from petalite.net.frames import BLOCK_BYTES, FIN, HEADER_BYTES, MAX_DATA_BYTES, U32, U64, FrameType
 from petalite.net.limits import TokenBucket
 from petalite.net.records import MAX_PLAINTEXT_BYTES
-from petalite.net.scheduling import Turns, gather
+from petalite.net.scheduling import ControlQueue, Turns, gather
 from petalite.net.states import (
+    CLOSED,
     READABLE,
     RECEIVED,
     RECEIVING,
@@ -42,12 +43,12 @@ from petalite.net.states import (
     State,
     Step,
 )
-from petalite.net.streams import Priority, Stream
+from petalite.net.streams import NEVER, Priority, Stream
 
-# For DATA, which most frames are, type, flags and aux are looked at as one number: nothing in it but FIN.
-_FAST_HEADER, _NOT_DATA = Struct(">III"), ~(FIN << 16)
+# For DATA, which most frames are, type, flags and aux are one number: nothing in it but FIN.
+_DATA_HEADER, _FIN, _NOT_DATA = Struct(">III"), FIN << 16, ~(FIN << 16)
 
-MAX_STREAM_ID = 0xFFFF_FFFF
+MAX_STREAMS = 0x7FFF_FFFF  # that one end opens in a connection's life: ids have 32 bits
 _EXPRESS_CONTROL = 64  # control frames that fit into a record in front of a small message
 _ALLOWANCE_STEP_BYTES = 1024 * 1024
 _GIVEN_UP_PER_S, _GIVEN_UP_BURST = 200.0, 1000.0  # streams that the peer opens and gives up unanswered
@@ -68,74 +69,61 @@ class Connection:
         self.now = now
         self.rtt_s = 0.1
         self.state = State.OPEN
-        self.closed = False  # whether that is CLOSED; it is asked for every frame
         self.peer_left = False  # the peer sent GOAWAY
-        self.close_code = 0
-        self.close_reason = ""
+        self.close_code, self.close_reason = 0, ""
         self.events: list[tuple[Event, Stream | None]] = []
         self.streams: dict[int, Stream] = {}
+        self.block: Stream | None = None  # whose bytes the next record is
 
-        self._ours = ours
-        self._theirs = theirs
-        self._next_id = 1 if initiator else 2
-        self._peer_parity = 0 if initiator else 1
-        self._last_peer_id = 0
+        self._ours, self._theirs = ours, theirs
+        self._parity = int(initiator)  # of the ids of the streams that we open: 1, 3, …, or 2, 4, …
+        self._opened = self._peer_opened = 0  # streams, so far
+        self._may_open, self._peer_may_open = theirs.streams, ours.streams  # in all
+        self._peer_was_told = ours.streams  # of `_peer_may_open`
         self._given_up = TokenBucket(_GIVEN_UP_PER_S, _GIVEN_UP_BURST, now)
-        self._peer_streams = 0  # opened by the peer so far
-        self._peer_streams_over = 0
-        self._peer_streams_limit = ours.streams
-        self._our_streams = 0
-        self._our_streams_limit = theirs.streams
 
         self._control = ControlQueue()
-        self._ping: bytes | None = None  # what the PONG must bring back
         self._turns = Turns()
+        self._ping: bytes | None = None  # what the PONG must bring back
         self.sent = 0
         self.stalls = 0  # batches cut short because the peer gave no more credit
         self.send_limit = theirs.connection_bytes
 
-        self.received = 0
-        self.consumed = 0
+        self.received = self.consumed = 0
         self.reserved = 0  # of memory, beyond the first windows
-        self._reserve_bytes = reserve
+        self._reserve_memory = reserve
         self._allowance = 0  # unread bytes for which credit is still given
         self.window = Window(ours.connection_bytes, ours.max_connection_bytes, now, self._reserve)
-        self._payload_stream: Stream | None = None  # whose DATA payload is under way
-        self._payload_left = 0
-        self._payload_flags = 0
-        self._payload_chunk: bytearray | None = None
+        self._block_bytes = self._block_flags = 0
+        self._block_chunk: bytearray | None = None  # what it is opened into, if not its reader's memory
 
     # -- opening and ending ------------------------------------------------------------------------
 
     @property
     def can_open(self) -> bool:
         """Whether `open_stream` would succeed now."""
-        return (
-            self.state is State.OPEN
-            and not self.peer_left
-            and self._our_streams < self._our_streams_limit
-            and self._next_id <= MAX_STREAM_ID
-        )
+        return not self.exhausted and self._opened < self._may_open
 
     @property
     def exhausted(self) -> bool:
         """Whether no stream can ever be opened again: another connection has to take over."""
-        return self.state is not State.OPEN or self.peer_left or self._next_id > MAX_STREAM_ID
+        return self.state is not State.OPEN or self.peer_left or self._opened >= MAX_STREAMS
 
     def open_stream(self, priority: Priority) -> Stream:
         if not self.can_open:
             raise LocalProtocolError("no stream can be opened now; look at can_open first")
-        stream = self._new_stream(self._next_id, priority)
-        self._next_id += 2
-        self._our_streams += 1
+        self._opened += 1
+        stream = self._new_stream(2 * self._opened - self._parity, priority)
         self._control.send(FrameType.OPEN, stream.id, aux=priority)
         return stream
 
     def _new_stream(self, stream_id: int, priority: Priority) -> Stream:
         window = Window(self._ours.stream_bytes, self._ours.max_stream_bytes, self.now)
-        stream = Stream(stream_id, priority, self._theirs.stream_bytes, window)
-        self.streams[stream_id] = stream
+        stream = self.streams[stream_id] = Stream(stream_id, priority, self._theirs.stream_bytes, window)
         return stream
+
+    def _is_theirs(self, stream_id: int) -> bool:
+        return stream_id & 1 != self._parity
 
     def goaway(self, code: int, reason: str) -> None:
         """Take no more streams from the peer and open none; those that are open go on."""
@@ -144,7 +132,7 @@ class Connection:
 
     def close(self, code: int, reason: str) -> None:
         """End everything; the peer hears why."""
-        if not self.closed:
+        if self.state is not CLOSED:
             self._control.send(FrameType.CLOSE, payload=frames.encode_reason(code, reason))
         self._step("close")
 
@@ -152,7 +140,7 @@ class Connection:
         after = STATE_STEPS.get((self.state, step))
         if after is None:
             raise LocalProtocolError(f"{step} on a connection that is {self.state.name}")
-        self.state, self.closed = after, after is State.CLOSED
+        self.state = after
 
     @property
     def pinging(self) -> bool:
@@ -162,10 +150,9 @@ class Connection:
     def ping(self, now: float) -> None:
         """Ask for a PONG, which measures the round trip, unless one is awaited."""
         self.now = now
-        if self.pinging:
-            return
-        self._ping = frames.U64.pack(int(now * 1e6))
-        self._control.send(FrameType.PING, payload=self._ping)
+        if self._ping is None:
+            self._ping = U64.pack(int(now * 1e6))
+            self._control.send(FrameType.PING, payload=self._ping)
 
     # -- writing -----------------------------------------------------------------------------------
 
@@ -187,44 +174,48 @@ class Connection:
 
     def express(self, stream: Stream, segments: Sequence[bytes | memoryview], fin: bool) -> bytes | None:
         """The record of a small message, if nothing else waits and it has credit; None: `write` it."""
-        size = sum(map(len, segments))
+        size, control = sum(map(len, segments)), self._control
         if (
-            self._turns.waiting
-            or self._control.waiting > _EXPRESS_CONTROL
+            size >= BLOCK_BYTES
+            or self._turns.waiting
+            or stream.queued
             or stream.send is not SENDING
-            or size >= ALIGNED_BYTES
             or stream.sent + size > stream.send_limit
             or self.sent + size > self.send_limit
-            or stream.queued
-            or self.closed
+            or control.waiting > _EXPRESS_CONTROL
+            or self.state is CLOSED
         ):
             return None
-        small = self._control.take() if self._control.waiting else []
-        small.append(_FAST_HEADER.pack(FIN << 16 if fin else 0, stream.id, size))
         stream.sent += size
         self.sent += size
+        header = _DATA_HEADER.pack(_FIN if fin else 0, stream.id, size)
         if fin:
             stream.step_send(Step.FINISH)
-            stream.step_send(Step.FIN)
-            self._forget_if_over(stream)
-        return b"".join((*small, *segments))
+            self._sent_all(stream)
+        if control.waiting:
+            return b"".join((*control.take(), header, *segments))
+        return b"".join((header, *segments))
 
     def set_priority(self, stream: Stream, priority: Priority) -> None:
         """From the next frame on, here and (if we opened the stream) in the peer's answers."""
         priority = max(priority, stream.highest)
         if stream.priority == priority:
             return
-        self._turns.move(stream, priority)
-        if stream.id & 1 != self._peer_parity and not stream.over:
+        self._turns.leave(stream)
+        stream.priority = priority
+        self._turns.offer(stream)
+        if not self._is_theirs(stream.id) and not stream.over:
             self._control.send(FrameType.PRIORITY, stream.id, aux=priority)
 
     def reset(self, stream: Stream, code: int) -> None:
         """Give up sending; what was queued is dropped. No effect once the last byte is sent."""
-        if stream.send >= SENT:
-            return
+        if stream.send < SENT:
+            self._give_up(stream)
+            self._control.send(FrameType.RESET_STREAM, stream.id, U32.pack(code))
+
+    def _give_up(self, stream: Stream) -> None:
         self._turns.leave(stream)
         stream.give_up_sending()
-        self._control.send(FrameType.RESET_STREAM, stream.id, frames.U32.pack(code))
         self._forget_if_over(stream)
 
     def next_records(self, max_bytes: int) -> list[bytes | memoryview]:
@@ -233,33 +224,32 @@ class Connection:
         Chosen only now, so that nothing urgent stands behind what was chosen long ago.
         """
         records: list[bytes | memoryview] = []
-        small, left = self._control.take(), max_bytes  # `small` is what the next record of many frames holds
-        small_bytes = sum(map(len, small)) if small else 0
-        if self._control.waiting or self.closed:
+        small, left, turns = self._control.take(), max_bytes, self._turns  # `small`: of one record
+        small_bytes = sum(map(len, small))
+        if self._control.waiting or self.state is CLOSED:
             left = 0
-        turns = self._turns
         while left > 0 and turns.waiting and self.sent < self.send_limit:
             stream = turns.next()
             room = min(MAX_DATA_BYTES, stream.send_limit - stream.sent, self.send_limit - self.sent)
             pieces, size = gather(stream.outbox, room)
-            if small_bytes + HEADER_BYTES + size > MAX_PLAINTEXT_BYTES and size < ALIGNED_BYTES:
-                records.append(b"".join(small))
-                small, small_bytes = [], 0
-            last = stream.send is Send.FINISHING and not stream.outbox
-            small.append(HEADER.pack(FrameType.DATA, FIN if last else 0, 0, stream.id, size))
-            if size < ALIGNED_BYTES:
-                small += pieces
-                small_bytes += HEADER_BYTES + size
-            else:
-                records.append(b"".join(small))
-                records.append(pieces[0] if len(pieces) == 1 else b"".join(pieces))
-                small, small_bytes = [], 0
-            left -= HEADER_BYTES + size
             stream.sent += size
             stream.queued -= size
             self.sent += size
-            turns.took(stream)
-            if not stream.outbox:
+            left -= HEADER_BYTES + size
+            flags = FIN if stream.send is Send.FINISHING and not stream.outbox else 0
+            if len(pieces) == 1 and size >= BLOCK_BYTES:
+                small.append(frames.encode(FrameType.BLOCK, stream.id, U32.pack(size), flags))
+                records += b"".join(small), pieces[0]
+                small, small_bytes = [], 0
+            else:
+                if small_bytes + HEADER_BYTES + size > MAX_PLAINTEXT_BYTES:
+                    records.append(b"".join(small))
+                    small, small_bytes = [], 0
+                small += _DATA_HEADER.pack(flags << 16, stream.id, size), *pieces
+                small_bytes += HEADER_BYTES + size
+            if stream.outbox:
+                turns.offer(stream)
+            else:
                 self._sent_all(stream)
         if small:
             records.append(b"".join(small))
@@ -277,10 +267,10 @@ class Connection:
 
     # -- reading -----------------------------------------------------------------------------------
 
-    def take(self, stream: Stream, size: int) -> bytearray:
+    def take(self, stream: Stream, size: int) -> memoryview:
         """Read `size` bytes, which are buffered."""
         taken = stream.take(size)
-        self._consumed(stream, size)
+        self.settle(stream)
         return taken
 
     def expect(self, stream: Stream, target: memoryview) -> bool:
@@ -288,27 +278,24 @@ class Connection:
 
         Credit for all of it is given at once: the caller has set its memory aside.
         """
-        filled = stream.take_into(target)
-        if filled < len(target):
-            stream.target, stream.filled = target, filled
-        self._consumed(stream, filled)
-        return filled == len(target)
-
-    def take_whole(self, stream: Stream) -> None:
-        """Read all that is buffered, which the caller has in its hands: the stream's one chunk."""
-        size, stream.buffered = stream.buffered, 0
-        stream.chunks.clear()
-        self._consumed(stream, size)
+        stream.filled = stream.take_into(target)
+        if stream.filled < len(target):
+            stream.target = target
+        self.settle(stream)
+        return stream.target is None
 
     def stop(self, stream: Stream, code: int) -> None:
         """Read no more: what is buffered and what still comes is dropped, and the peer is told."""
         if stream.receive is RECEIVING:
             stream.step_receive(Step.STOP)
-            self._control.send(FrameType.STOP_SENDING, stream.id, frames.U32.pack(code))
-        self._consumed(stream, stream.drop_unread())
+            self._control.send(FrameType.STOP_SENDING, stream.id, U32.pack(code))
+        stream.drop_unread()
+        self.settle(stream)
         self._forget_if_over(stream)
 
-    def _consumed(self, stream: Stream, size: int) -> None:
+    def settle(self, stream: Stream) -> None:
+        """Count what was taken from the stream as read: that is credit for the peer."""
+        size, stream.taken = stream.taken, 0
         stream.consumed += size
         self.consumed += size
         if stream.receive is RECEIVING:
@@ -322,101 +309,92 @@ class Connection:
             self._grant_connection()
 
     def _grant_connection(self) -> None:
-        unread = self.received - self.consumed
-        if unread > self._allowance:
+        if self.received - self.consumed > self._allowance:
             more = min(_ALLOWANCE_STEP_BYTES, self._ours.allowance_bytes - self._allowance)
             if more and self._reserve(more):
                 self._allowance += more
         read = min(self.received, self.consumed + self._allowance)
         if read >= self.window.due_at:
-            limit = self.window.grant(read, self.now, self.rtt_s)
-            self._control.grant(FrameType.MAX_DATA, 0, limit)
+            self._control.grant(FrameType.MAX_DATA, 0, self.window.grant(read, self.now, self.rtt_s))
 
     def _reserve(self, size: int) -> bool:
-        if not self._reserve_bytes(size):
-            return False
-        self.reserved += size
-        return True
+        granted = self._reserve_memory(size)
+        self.reserved += size * granted
+        return granted
 
     def give_back(self) -> int:
         """Stop allowing for unread bytes while there are none; how much reserved memory that frees."""
-        if self.received > self.consumed:
-            return 0
-        freed, self._allowance = self._allowance, 0
+        freed = self._allowance if self.received == self.consumed else 0
+        self._allowance -= freed
         self.reserved -= freed
         return freed
 
     def _forget_if_over(self, stream: Stream) -> None:
-        if not stream.over or self.streams.pop(stream.id, None) is None:
+        if not stream.over or self.streams.pop(stream.id, None) is None or not self._is_theirs(stream.id):
             return
-        if stream.id & 1 == self._peer_parity:
-            self._peer_streams_over += 1
-            limit = self._peer_streams_over + self._ours.streams
-            if limit - self._peer_streams_limit >= max(1, self._ours.streams >> 2):
-                self._peer_streams_limit = limit
-                self._control.grant(FrameType.MAX_STREAMS, 0, limit)
+        self._peer_may_open += 1
+        if self._peer_may_open - self._peer_was_told >= max(1, self._ours.streams >> 2):
+            self._peer_was_told = self._peer_may_open
+            self._control.grant(FrameType.MAX_STREAMS, 0, self._peer_was_told)
 
     # -- receiving ---------------------------------------------------------------------------------
 
-    def payload_target(self, size: int) -> memoryview | None:
-        """Where to open a record of `size` plaintext bytes, if all of it is one stream's payload."""
-        stream = self._payload_stream
-        if size > self._payload_left or size < ALIGNED_BYTES or stream is None or self.closed:
-            return None
-        if stream.target is not None:
-            filled = stream.filled
-            return stream.target[filled : filled + size] if stream.missing >= size else None
-        if stream.receive is not RECEIVING:
-            return None
-        self._payload_chunk = bytearray(size)
-        return memoryview(self._payload_chunk)
-
-    def payload_received(self, size: int, now: float) -> None:
-        """What `payload_target` gave is filled."""
-        self.now = now
-        stream = self._payload_stream
+    def block_target(self, size: int) -> memoryview:
+        """Where to open the record that `block` announced: its reader's memory, or our own."""
+        stream = self.block
         assert stream is not None
-        self._payload_left -= size
-        if self._payload_chunk is not None:
-            stream.chunks.append(self._payload_chunk)
-            stream.buffered += size
-            self._payload_chunk = None
+        if size != self._block_bytes:
+            raise RemoteProtocolError(f"a record of {size} bytes behind a BLOCK of {self._block_bytes}")
+        if stream.target is not None and stream.missing >= size:
+            return stream.target[stream.filled : stream.filled + size]
+        self._block_chunk = bytearray(size)
+        return memoryview(self._block_chunk)
+
+    def block_received(self, now: float) -> None:
+        """What `block_target` gave is filled."""
+        self.now = now
+        stream, chunk = self.block, self._block_chunk
+        assert stream is not None
+        self.block = self._block_chunk = None
+        if chunk is None:
+            self._filled(stream, self._block_bytes)
         else:
-            self._filled(stream, size)
-        if not self._payload_left:
-            self._end_data(stream, self._payload_flags)
+            self._keep(stream, chunk)
+        self._came(stream, self._block_flags)
 
     def receive(self, plain: memoryview, now: float) -> None:
         """Take a record's plaintext. Raises RemoteProtocolError, after which only `close` makes sense."""
         self.now = now
-        end = len(plain)
+        position, end = 0, len(plain)
         if not end:
             raise RemoteProtocolError("an empty record")
-        position = 0
-        if self._payload_left:
-            position = min(self._payload_left, end)
-            self._continue_payload(plain[:position])
-        while position < end and not self.closed:
-            if end - position < HEADER_BYTES:
-                raise RemoteProtocolError("a record ends inside a frame header")
-            head, stream_id, length = _FAST_HEADER.unpack_from(plain, position)
-            position += HEADER_BYTES
-            if not head & _NOT_DATA and stream_id and length <= MAX_DATA_BYTES:
-                position += self._on_data(stream_id, head, length, plain[position : position + length])
+        while position < end and self.state is not CLOSED:
+            begin = position + HEADER_BYTES
+            if begin > end or self.block is not None:
+                raise RemoteProtocolError("a record ends inside a frame header, or goes on behind a BLOCK")
+            head, stream_id, length = _DATA_HEADER.unpack_from(plain, position)
+            position = begin + length
+            if position > end or head & _NOT_DATA or not stream_id:
+                kind, flags, aux = head >> 24, head >> 16 & 0xFF, head & 0xFFFF
+                handle = frames.check(kind, flags, aux, stream_id, length)
+                if position > end:
+                    raise RemoteProtocolError(f"a record ends inside a frame of type {kind:#04x}")
+                if handle:
+                    _HANDLERS[kind](self, stream_id, flags or aux, plain[begin:position])
                 continue
-            kind, flags, aux = head >> 24, head >> 16 & 0xFF, head & 0xFFFF
-            handle = frames.check(kind, flags, aux, stream_id, length)
-            if length > end - position:
-                raise RemoteProtocolError(f"a record ends inside a frame of type {kind:#04x}")
-            if handle:
-                _HANDLERS[kind](self, stream_id, aux, plain[position : position + length])
-            position += length
+            stream = self._charge(stream_id, length)
+            if length:
+                if stream.target is None and stream.receive is RECEIVING:
+                    stream.append(plain[begin:position])
+                else:
+                    self._keep(stream, plain[begin:position])
+            self._came(stream, head)
 
-    def _on_data(self, stream_id: int, flags: int, length: int, data: memoryview) -> int:
-        """A frame of `length` bytes of which this record has `data`; how many bytes that is."""
+    def _charge(self, stream_id: int, length: int) -> Stream:
+        """The stream that so many bytes came for, within their credit."""
         stream = self.streams.get(stream_id)
         if stream is None or stream.receive >= RECEIVED:
-            raise RemoteProtocolError(f"DATA on stream {stream_id}, which is not open for it")
+            raise RemoteProtocolError(f"bytes for stream {stream_id}, which is not open for them")
         stream.received += length
         self.received += length
         if stream.received > stream.window.limit:
@@ -427,29 +405,13 @@ class Connection:
             raise FlowControlViolation(
                 f"{self.received} bytes on all streams; their credit was {self.window.limit}"
             )
-        size = len(data)
-        if stream.target is None and size and stream.receive is RECEIVING:
-            stream.append(data)
-        elif size:
-            self._take_payload(stream, data)
-        if size == length:
-            self._end_data(stream, flags)
-        else:
-            self._payload_stream, self._payload_left, self._payload_flags = stream, length - size, flags
-        return size
+        return stream
 
-    def _continue_payload(self, data: memoryview) -> None:
-        """The rest, or a part of it, of a payload that began in an earlier record."""
-        stream = self._payload_stream
-        assert stream is not None
-        self._payload_left -= len(data)
-        self._take_payload(stream, data)
-        if not self._payload_left:
-            self._end_data(stream, self._payload_flags)
-
-    def _take_payload(self, stream: Stream, data: memoryview) -> None:
+    def _keep(self, stream: Stream, data: memoryview | bytearray) -> None:
+        """Hand on or keep what came, or drop it where nobody reads."""
         if stream.receive is not RECEIVING:
-            self._consumed(stream, len(data))
+            stream.taken += len(data)
+            self.settle(stream)
             return
         if stream.target is not None:
             size = min(stream.missing, len(data))
@@ -461,80 +423,79 @@ class Connection:
 
     def _filled(self, stream: Stream, size: int) -> None:
         stream.filled += size
-        self._consumed(stream, size)
+        stream.taken += size
+        self.settle(stream)
         if not stream.missing:
             stream.target = None
-            self._announce(stream)
+            self.events.append((READABLE, stream))
 
-    def _end_data(self, stream: Stream, flags: int) -> None:
-        self._payload_stream = None
+    def _came(self, stream: Stream, flags: int) -> None:
+        """Bytes came, with FIN or without."""
         if flags:
             stream.step_receive(Step.FIN)
-            self._announce(stream)
+            self.events.append((READABLE, stream))
             self._forget_if_over(stream)
         elif stream.buffered >= stream.need and stream.target is None:
-            self._announce(stream)
+            stream.need = NEVER  # once is enough, until its reader says otherwise
+            self.events.append((READABLE, stream))
         if self.received >= self.window.due_at:
             self._grant_connection()
-
-    def _announce(self, stream: Stream) -> None:
-        if not stream.announced:
-            stream.announced = True
-            self.events.append((READABLE, stream))
 
     def _known(self, stream_id: int) -> Stream | None:
         """The stream, or None if it is over. Raises for one that never was."""
         stream = self.streams.get(stream_id)
-        if stream is None:
-            theirs = stream_id & 1 == self._peer_parity
-            if stream_id > self._last_peer_id if theirs else stream_id >= self._next_id:
-                raise RemoteProtocolError(f"a frame for stream {stream_id}, which was never opened")
+        opened = self._peer_opened if self._is_theirs(stream_id) else self._opened
+        if stream is None and (stream_id + 1) >> 1 > opened:
+            raise RemoteProtocolError(f"a frame for stream {stream_id}, which was never opened")
         return stream
 
     def _on_open(self, stream_id: int, aux: int, _payload: memoryview) -> None:
-        expected = self._last_peer_id + 2 if self._last_peer_id else 2 - self._peer_parity
-        if stream_id != expected:
-            raise RemoteProtocolError(f"OPEN of stream {stream_id}; the next one is {expected}")
-        if self.peer_left:
-            raise RemoteProtocolError(f"OPEN of stream {stream_id} behind GOAWAY")
-        if self._peer_streams >= self._peer_streams_limit:
-            raise StreamLimitExceeded(f"more than {self._peer_streams_limit} streams opened")
-        self._last_peer_id = stream_id
-        self._peer_streams += 1
+        expected = 2 * self._peer_opened + 1 + self._parity
+        if stream_id != expected or self.peer_left:
+            raise RemoteProtocolError(f"OPEN of stream {stream_id}, not of {expected}, or behind GOAWAY")
+        if self._peer_opened >= self._peer_may_open:
+            raise StreamLimitExceeded(f"more than {self._peer_may_open} streams opened")
+        self._peer_opened += 1
         stream = self._new_stream(stream_id, Priority(aux))
         if self.state is State.OPEN:
             self.events.append((Event.OPENED, stream))
             return
-        self._control.answer(FrameType.RESET_STREAM, stream_id, frames.U32.pack(ErrorCode.SHUTDOWN))
+        self._control.answer(FrameType.RESET_STREAM, stream_id, U32.pack(ErrorCode.SHUTDOWN))
         stream.step_send(Step.RESET)
         self.stop(stream, ErrorCode.SHUTDOWN)
 
+    def _on_block(self, stream_id: int, flags: int, payload: memoryview) -> None:
+        (size,) = U32.unpack(payload)
+        if not 0 < size <= MAX_DATA_BYTES:
+            raise FrameTooLarge(f"a BLOCK of {size} bytes; it has 1 to {MAX_DATA_BYTES}")
+        self.block = self._charge(stream_id, size)
+        self._block_bytes, self._block_flags = size, flags
+
     def _on_max_stream_data(self, stream_id: int, _aux: int, payload: memoryview) -> None:
         stream = self._known(stream_id)
-        (limit,) = frames.U64.unpack(payload)
+        (limit,) = U64.unpack(payload)
         if stream is not None and limit > stream.send_limit:
             stream.send_limit = limit
             self._turns.offer(stream)
 
     def _on_max_data(self, _stream_id: int, _aux: int, payload: memoryview) -> None:
-        self.send_limit = max(self.send_limit, frames.U64.unpack(payload)[0])
+        self.send_limit = max(self.send_limit, U64.unpack(payload)[0])
 
     def _on_max_streams(self, _stream_id: int, _aux: int, payload: memoryview) -> None:
-        (limit,) = frames.U32.unpack(payload)
-        if limit > self._our_streams_limit:
-            self._our_streams_limit = limit
+        (limit,) = U32.unpack(payload)
+        if limit > self._may_open:
+            self._may_open = limit
             self.events.append((Event.ROOM, None))
 
     def _on_reset(self, stream_id: int, _aux: int, payload: memoryview) -> None:
         stream = self._known(stream_id)
         if stream is None or stream.receive >= RECEIVED:
-            raise RemoteProtocolError(
-                f"RESET_STREAM on stream {stream_id}, whose sender had already ended it"
-            )
+            raise RemoteProtocolError(f"RESET_STREAM on stream {stream_id}, whose sender had ended it")
         self._count_given_up(stream)
-        (stream.reset_code,) = frames.U32.unpack(payload)
+        (stream.reset_code,) = U32.unpack(payload)
         stream.step_receive(Step.RESET)
-        self._consumed(stream, stream.drop_unread())
+        stream.drop_unread()
+        self.settle(stream)
         self.events.append((Event.RESET, stream))
         self._forget_if_over(stream)
 
@@ -543,52 +504,40 @@ class Connection:
         if stream is None or stream.send >= SENT:
             return
         self._count_given_up(stream)
-        (stream.stop_code,) = frames.U32.unpack(payload)
-        self._turns.leave(stream)
-        stream.give_up_sending()
-        self._control.answer(FrameType.RESET_STREAM, stream_id, frames.U32.pack(ErrorCode.CANCELLED))
+        (stream.stop_code,) = U32.unpack(payload)
+        self._control.answer(FrameType.RESET_STREAM, stream_id, U32.pack(ErrorCode.CANCELLED))
         self.events.append((Event.STOPPED, stream))
-        self._forget_if_over(stream)
+        self._give_up(stream)
 
     def _count_given_up(self, stream: Stream) -> None:
         # HTTP/2's "rapid reset" (CVE-2023-44487): to open and reset costs the peer nothing, and us a handler.
-        if (
-            stream.id & 1 == self._peer_parity
-            and stream.send is Send.OPEN
-            and not self._given_up.take(self.now)
-        ):
+        if self._is_theirs(stream.id) and stream.send is SENDING and not self._given_up.take(self.now):
             raise Flood(f"streams opened and given up faster than {_GIVEN_UP_PER_S:.0f} a second")
 
     def _on_ping(self, _stream_id: int, _aux: int, payload: memoryview) -> None:
         self._control.answer(FrameType.PONG, 0, bytes(payload))
 
     def _on_pong(self, _stream_id: int, _aux: int, payload: memoryview) -> None:
-        if bytes(payload) != self._ping:
-            return
-        self._ping = None
-        sample_s = self.now - frames.U64.unpack(payload)[0] / 1e6
-        self.rtt_s += (max(0.0, sample_s) - self.rtt_s) / 8  # RFC 6298
-        self.events.append((Event.PONG, None))
+        if bytes(payload) == self._ping:
+            self._ping = None
+            sample_s = self.now - U64.unpack(payload)[0] / 1e6
+            self.rtt_s += (max(0.0, sample_s) - self.rtt_s) / 8  # RFC 6298
 
     def _on_close(self, _stream_id: int, _aux: int, payload: memoryview) -> None:
         self.close_code, self.close_reason = frames.decode_reason(payload)
         self._step("close")
-        self.events.append((Event.CLOSED, None))
 
     def _on_goaway(self, _stream_id: int, _aux: int, payload: memoryview) -> None:
         self.close_code, self.close_reason = frames.decode_reason(payload)
         self.peer_left = True
-        self.events.append((Event.GOAWAY, None))
+        self.events.append((Event.ROOM, None))
 
     def _on_priority(self, stream_id: int, aux: int, _payload: memoryview) -> None:
-        if stream_id & 1 != self._peer_parity:
+        if not self._is_theirs(stream_id):
             raise RemoteProtocolError(f"PRIORITY on stream {stream_id}, which the peer did not open")
         stream = self._known(stream_id)
         if stream is not None:
             self.set_priority(stream, Priority(aux))
-
-    def _on_pad(self, _stream_id: int, _aux: int, _payload: memoryview) -> None:
-        """Nothing."""
 
 
 _HANDLERS = MappingProxyType(
@@ -602,8 +551,9 @@ _HANDLERS = MappingProxyType(
         FrameType.PONG: Connection._on_pong,
         FrameType.CLOSE: Connection._on_close,
         FrameType.MAX_DATA: Connection._on_max_data,
-        FrameType.PAD: Connection._on_pad,
+        FrameType.PAD: lambda *_: None,
         FrameType.GOAWAY: Connection._on_goaway,
         FrameType.PRIORITY: Connection._on_priority,
+        FrameType.BLOCK: Connection._on_block,
     }
 )

@@ -1,7 +1,7 @@
 """Finding a way to a peer: which of its addresses worked, trying several at once, and the handshake there.
 
-The book remembers and backs off; the dialler races (RFC 8305, "Happy Eyeballs") up to the point where a peer
-has proved who it is, and only then tells the winner who we are. Knows addresses, names and sockets; knows no
+The book remembers and backs off; `dial` races (RFC 8305, "Happy Eyeballs") up to the point where a peer has
+proved who it is, and only then tells the winner who we are. Knows addresses, names and sockets; knows no
 link.
 """
 
@@ -30,13 +30,7 @@ MAX_ADDRESSES = 16  # per peer
 BACKOFF_S, MAX_BACKOFF_S = 1.0, 300.0  # doubled with each failure, and give or take a half
 _HANDSHAKE_READ_BYTES = 16 * 1024
 _STAGGER_S = 0.25  # between the starts of two attempts
-_FAMILIES = {
-    "ip4": socket.AF_INET,
-    "ip6": socket.AF_INET6,
-    "dns": socket.AF_UNSPEC,
-    "dns4": socket.AF_INET,
-    "dns6": socket.AF_INET6,
-}
+_FAMILIES = {"ip4": socket.AF_INET, "ip6": socket.AF_INET6, "dns4": socket.AF_INET, "dns6": socket.AF_INET6}
 
 
 @dataclass(slots=True)
@@ -72,21 +66,23 @@ class AddressBook:
         known = self._peers.get(peer, {})
         return sorted(known, key=lambda address: (known[address].failures, -known[address].worked_at))
 
+    def _known(self, peer: PeerId, address: Multiaddr) -> _Known:
+        return self._peers.get(peer, {}).get(_place(address)) or _Known()
+
     def wait_s(self, peer: PeerId, address: Multiaddr) -> float:
         """How long to leave the address alone after its last failure."""
-        known = self._peers.get(peer, {}).get(_place(address))
-        return 0.0 if known is None else max(0.0, known.retry_at - self._clock())
+        return max(0.0, self._known(peer, address).retry_at - self._clock())
 
     def worked(self, peer: PeerId, address: Multiaddr) -> None:
         self.add(peer, [address])
-        if (known := self._peers[peer].get(_place(address))) is not None:
-            known.worked_at, known.failures, known.retry_at = self._clock(), 0, float("-inf")
+        known = self._known(peer, address)
+        known.worked_at, known.failures, known.retry_at = self._clock(), 0, float("-inf")
 
     def failed(self, peer: PeerId, address: Multiaddr) -> None:
-        if (known := self._peers.get(peer, {}).get(_place(address))) is not None:
-            wait_s = min(MAX_BACKOFF_S, BACKOFF_S * 2.0 ** min(known.failures, 16)) * random.uniform(0.5, 1.5)
-            known.failures += 1
-            known.retry_at = self._clock() + wait_s
+        known = self._known(peer, address)
+        wait_s = min(MAX_BACKOFF_S, BACKOFF_S * 2.0 ** min(known.failures, 16)) * random.uniform(0.5, 1.5)
+        known.failures += 1
+        known.retry_at = self._clock() + wait_s
 
 
 def _place(address: Multiaddr) -> Multiaddr:
@@ -110,76 +106,64 @@ class Established:
         return self.handshake.secured
 
 
-class Dialler:
-    """Dials peers at the addresses in the book. `handshake` makes the initiator's end of one."""
-
-    def __init__(self, book: AddressBook, attempt_s: float) -> None:
-        self._book = book
-        self._attempt_s = attempt_s
-
-    async def dial(
-        self, peer: PeerId, handshake: Callable[[], Handshake], *, patient: bool = True
-    ) -> Established:
-        """A connection to the peer. `patient` leaves addresses alone that failed a moment ago."""
-        addresses = self._book.addresses(peer)
-        if not addresses:
-            raise Unreachable(f"no address is known of {peer}")
-        waits_s = [self._book.wait_s(peer, address) for address in addresses]
-        if patient:
-            due = [address for address, wait_s in zip(addresses, waits_s, strict=True) if not wait_s]
-            if not due:
-                raise Unreachable(
-                    f"no address of {peer} answered a moment ago; the next try is in {min(waits_s):.1f} s"
-                )
-            addresses = due
-        attempts: list[Callable[[], Coroutine[Any, Any, Established]]] = [
-            partial(self._attempt, peer, address, handshake) for address in addresses
-        ]
-        proved, errors = await race(attempts, _discard)  # type: ignore[arg-type]
-        if proved is None:
-            raise _summary(peer, addresses, errors)
-        self._book.worked(peer, proved.address)
-        try:
-            await asyncio.get_running_loop().sock_sendall(proved.sock, proved.last_message)
-            proved.address = multiaddr_of(proved.sock.getpeername())
-        except BaseException as error:
-            proved.sock.close()
-            if isinstance(error, OSError):
-                raise Unreachable(f"{peer} went away during the handshake: {error}") from error
-            raise
-        return proved
-
-    async def _attempt(self, peer: PeerId, address: Multiaddr, new: Callable[[], Handshake]) -> Established:
-        """Connect there and hear who it is. Raises PetaliteError or OSError."""
-        sock: socket.socket | None = None
-        try:
-            async with asyncio.timeout(self._attempt_s):
-                sock = await connect(address)
-                tune(sock)
-                handshake = new()
-                rtt_s, last_message = await converse(sock, handshake, handshake.start())
-                return Established(address, sock, handshake, rtt_s, last_message)
-        except BaseException as error:
-            if sock is not None:
-                sock.close()
-            if isinstance(error, Exception):
-                self._book.failed(peer, address)
-            raise
+async def dial(
+    book: AddressBook,
+    peer: PeerId,
+    new: Callable[[], Handshake],
+    attempt_s: float,
+    patient: bool = True,
+) -> Established:
+    """A connection to the peer. `new` makes the initiator's end of a handshake; `patient` leaves addresses
+    alone that failed a moment ago. Raises PetaliteError."""
+    known = {address: book.wait_s(peer, address) for address in book.addresses(peer)}
+    if not known:
+        raise Unreachable(f"no address is known of {peer}")
+    addresses = [address for address, wait_s in known.items() if not wait_s or not patient]
+    if not addresses:
+        wait_s = min(known.values())
+        raise Unreachable(f"no address of {peer} answered a moment ago; the next try is in {wait_s:.1f} s")
+    attempts = [partial(_attempt, book, peer, address, new, attempt_s) for address in addresses]
+    proved, errors = await race(attempts, _discard)
+    if proved is None:
+        if len({type(error) for error in errors}) == 1 and isinstance(errors[0], PetaliteError):
+            raise errors[0]  # every address failed in the same way
+        both = zip(addresses, errors, strict=False)
+        tried = [f"{address}: {error or 'no answer in time'}" for address, error in both]
+        raise Unreachable(f"no address of {peer} answers ({'; '.join(tried)})")
+    book.worked(peer, proved.address)
+    try:
+        await asyncio.get_running_loop().sock_sendall(proved.sock, proved.last_message)
+        proved.address = multiaddr_of(proved.sock.getpeername())
+    except BaseException as error:
+        proved.sock.close()
+        if isinstance(error, OSError):
+            raise Unreachable(f"{peer} went away during the handshake: {error}") from error
+        raise
+    return proved
 
 
 def _discard(late: Established) -> None:
     late.sock.close()
 
 
-def _summary(peer: PeerId, addresses: Sequence[Multiaddr], errors: Sequence[BaseException]) -> PetaliteError:
-    """One error for all attempts: the peer's own, if every address failed in the same way."""
-    if len({type(error) for error in errors}) == 1 and isinstance(errors[0], PetaliteError):
-        return errors[0]
-    tried = "; ".join(
-        f"{address}: {error or 'no answer in time'}"
-        for address, error in zip(addresses, errors, strict=False)
-    )
-    return Unreachable(f"no address of {peer} answers ({tried})")
+async def _attempt(
+    book: AddressBook, peer: PeerId, address: Multiaddr, new: Callable[[], Handshake], attempt_s: float
+) -> Established:
+    """Connect there and hear who it is. Raises PetaliteError or OSError."""
+    sock: socket.socket | None = None
+    try:
+        async with asyncio.timeout(attempt_s):
+            sock = await connect(address)
+            tune(sock)
+            handshake = new()
+            rtt_s, last_message = await converse(sock, handshake, handshake.start())
+            return Established(address, sock, handshake, rtt_s, last_message)
+    except BaseException as error:
+        if sock is not None:
+            sock.close()
+        if isinstance(error, Exception):
+            book.failed(peer, address)
+        raise
 
 
 def multiaddr_of(sockaddr: Any) -> Multiaddr:
@@ -192,29 +176,26 @@ async def resolve(address: Multiaddr) -> list[tuple[socket.AddressFamily, Any]]:
     """The socket addresses that a multiaddr stands for. Raises OSError for a name that does not resolve."""
     if address.relay is not None:
         raise InvalidAddress(f"{address} leads through a relay, which this version does not dial")
-    family = _FAMILIES[address.protocol]
-    loop = asyncio.get_running_loop()
+    family, loop = _FAMILIES.get(address.protocol, socket.AF_UNSPEC), asyncio.get_running_loop()
     found = await loop.getaddrinfo(address.host, address.port, family=family, type=socket.SOCK_STREAM)
     return [(item[0], item[4]) for item in found]
 
 
 async def connect(address: Multiaddr) -> socket.socket:
     """A connected non-blocking socket. Raises OSError."""
-    error = OSError(f"{address.host} has no address")
+    failure = OSError(f"{address.host} has no address")
     for family, sockaddr in await resolve(address):
         sock = socket.socket(family, socket.SOCK_STREAM)
+        sock.setblocking(False)
         try:
-            sock.setblocking(False)
             await asyncio.get_running_loop().sock_connect(sock, sockaddr)
-        except OSError as reason:
-            sock.close()
-            error = reason
-        except BaseException:
-            sock.close()
-            raise
-        else:
             return sock
-    raise error
+        except BaseException as error:
+            sock.close()
+            if not isinstance(error, OSError):
+                raise
+            failure = error
+    raise failure
 
 
 async def converse(sock: socket.socket, handshake: Handshake, first: bytes) -> tuple[float, bytes]:
@@ -236,7 +217,7 @@ async def converse(sock: socket.socket, handshake: Handshake, first: bytes) -> t
 
 
 async def race(
-    attempts: Sequence[Callable[[], Coroutine[Any, Any, T]]], discard: Callable[[T], None]
+    attempts: Sequence[Callable[[], Coroutine[Any, Any, T]]], discard: Callable[[T], object]
 ) -> tuple[T | None, list[BaseException]]:
     """The result of the first attempt that succeeds, or None with why each failed.
 

@@ -2,27 +2,26 @@
 
     u8 type | u8 flags | u16 aux | u32 stream | u32 length | length bytes          big-endian
 
-Every frame lies whole in one record, but for the payload of DATA, which may go on through the records after
-its header; a DATA payload of 32 KiB or more starts and ends on record boundaries, so that it is sealed from
-its sender's memory and opened into its reader's. Knows shapes and sizes; knows nothing of streams' states.
+Every frame lies whole in one record. Bytes of a stream come in DATA, or, when they are many, as the whole
+plaintext of a record that a BLOCK frame announced: so they are sealed from their sender's memory and opened
+into their reader's. Knows shapes and sizes; knows nothing of streams' states.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from enum import IntEnum
 from struct import Struct
 from types import MappingProxyType
+from typing import NamedTuple
 
 from petalite.errors import FrameTooLarge, RemoteProtocolError
 
 HEADER = Struct(">BBHII")
 HEADER_BYTES = HEADER.size
-U32 = Struct(">I")
-U64 = Struct(">Q")
+U32, U64 = Struct(">I"), Struct(">Q")
 
-MAX_DATA_BYTES = 63 * 1024  # of one DATA frame; with its tag it fits one record
-ALIGNED_BYTES = 32 * 1024  # a DATA payload this long has records of its own; to copy a shorter one is faster
+MAX_DATA_BYTES = 128 * 1024  # of a stream, in one DATA frame or one BLOCK
+BLOCK_BYTES = 32 * 1024  # bytes this many are sent as a BLOCK; to copy fewer is faster
 MAX_REASON_BYTES = 256
 FIN = 0x01
 FIRST_IGNORABLE = 0x40  # a type from here on may be skipped by who does not know it
@@ -42,10 +41,10 @@ class FrameType(IntEnum):
     PAD = 0x0A  # nothing
     GOAWAY = 0x0B  # u32 code, text: open no more streams; those that are open go on
     PRIORITY = 0x0C  # aux: the priority the stream's opener now asks for
+    BLOCK = 0x0D  # u32: the next record is so many stream bytes; FIN: the last of them
 
 
-@dataclass(frozen=True, slots=True)
-class FrameRule:
+class FrameRule(NamedTuple):
     """What a frame of one type must look like."""
 
     low: int  # least payload bytes
@@ -70,6 +69,7 @@ RULES = MappingProxyType(
         FrameType.PAD: FrameRule(0, MAX_DATA_BYTES, False),
         FrameType.GOAWAY: FrameRule(4, 4 + MAX_REASON_BYTES, False),
         FrameType.PRIORITY: FrameRule(0, 0, True, aux_high=3),
+        FrameType.BLOCK: FrameRule(4, 4, True, flags=FIN),
     }
 )
 
@@ -92,16 +92,13 @@ def decode_reason(payload: memoryview) -> tuple[int, str]:
 def check(kind: int, flags: int, aux: int, stream: int, length: int) -> bool:
     """Whether to handle the frame (true) or skip it (false). Raises what the sender gets to hear."""
     rule = RULES.get(kind)  # type: ignore[call-overload]  # an int finds its IntEnum
+    if rule is None and kind < FIRST_IGNORABLE:
+        raise RemoteProtocolError(f"frame type {kind:#04x} is unknown, and below 0x40 may not be skipped")
+    most = MAX_DATA_BYTES if rule is None else rule.high
+    if length > most:
+        raise FrameTooLarge(f"a frame of type {kind:#04x} claims {length} bytes; the most is {most}")
     if rule is None:
-        if kind < FIRST_IGNORABLE:
-            raise RemoteProtocolError(f"frame type {kind:#04x} is unknown, and below 0x40 may not be skipped")
-        if length > MAX_DATA_BYTES:
-            raise FrameTooLarge(
-                f"a frame of type {kind:#04x} claims {length} bytes; the most is {MAX_DATA_BYTES}"
-            )
         return False
-    if length > rule.high:
-        raise FrameTooLarge(f"{FrameType(kind).name} claims {length} bytes; the most is {rule.high}")
     if length < rule.low or flags & ~rule.flags or aux > rule.aux_high or (stream != 0) is not rule.on_stream:
         raise RemoteProtocolError(
             f"{FrameType(kind).name} cannot have flags {flags:#x}, aux {aux}, stream {stream}, {length} bytes"

@@ -12,6 +12,7 @@ handshake and this end of it alone. Sans I/O: bytes in, bytes out. Knows no sock
 from __future__ import annotations
 
 from dataclasses import dataclass
+from struct import Struct
 from typing import Annotated
 
 import msgpack
@@ -22,9 +23,10 @@ from petalite.net import schema
 from petalite.net.credit import Windows
 from petalite.net.identity import Identity, PeerId
 from petalite.net.noise import AES_GCM, SUITES, HandshakeState, Suite
-from petalite.net.records import LENGTH, Opener, Sealer
+from petalite.net.records import Opener, Sealer
 from petalite.net.schema import Bounds
 
+LENGTH = Struct(">H")  # of a handshake message
 MAGIC = b"petl"
 VERSION = 1
 PRELUDE_BYTES = 8
@@ -82,7 +84,7 @@ class Handshake:
         """`expected` is who the initiator dialled; `suite` is the initiator's choice."""
         self._identity = identity
         self._hello = hello
-        self._initiator = initiator
+        self.initiator = initiator
         self._expected = expected
         self._swarm_key = swarm_key
         self._suite = suite
@@ -99,7 +101,7 @@ class Handshake:
 
     def start(self) -> bytes:
         """The initiator's prelude and first message."""
-        if not self._initiator or self._noise is not None:
+        if not self.initiator or self._noise is not None:
             raise LocalProtocolError("only the initiator starts a handshake, and once")
         flags = FLAG_SWARM_KEY if self._swarm_key is not None else 0
         prelude = MAGIC + bytes([VERSION, self._suite.number, flags, 0])
@@ -110,7 +112,7 @@ class Handshake:
         """Take what came; what to send in answer. Raises HandshakeFailed, after which nothing may be sent."""
         if self.secured is not None:
             raise LocalProtocolError("the handshake has finished")
-        if self._initiator and self._noise is None:
+        if self.initiator and self._noise is None:
             raise LocalProtocolError("start() comes first")
         self._buffer += data
         if self._noise is None and not self._read_prelude():
@@ -122,7 +124,7 @@ class Handshake:
 
     def _new_noise(self, prelude: bytes) -> HandshakeState:
         static = X25519PrivateKey.generate()
-        return HandshakeState(self._suite, self._initiator, prelude, static, psk=self._swarm_key)
+        return HandshakeState(self._suite, self.initiator, prelude, static, psk=self._swarm_key)
 
     def _read_prelude(self) -> bool:
         prelude = bytes(self._buffer[:PRELUDE_BYTES])
@@ -166,12 +168,12 @@ class Handshake:
         assert noise is not None
         payload = noise.read(message)
         self._messages_read += 1
-        if not self._initiator and self._messages_read == 1:
+        if not self.initiator and self._messages_read == 1:
             if payload:
                 raise HandshakeFailed("the first handshake message carries a payload, which nothing protects")
             return _framed(noise.write(self._prove))
         self._peer = self._verify(payload, noise.payload_hash)
-        answer = _framed(noise.write(self._prove)) if self._initiator else b""
+        answer = _framed(noise.write(self._prove)) if self.initiator else b""
         sending, receiving = noise.keys()
         self.secured = Secured(
             *self._peer, Sealer(self._suite, sending), Opener(self._suite, receiving), noise.hash
@@ -179,7 +181,7 @@ class Handshake:
         return answer
 
     def _prove(self, transcript: bytes) -> bytes:
-        signature = self._identity.sign(_signed(self._initiator, transcript))
+        signature = self._identity.sign(_signed(self.initiator, transcript))
         hello: bytes = msgpack.packb(schema.encode(self._hello))
         return self._identity.peer_id.public_key + signature + hello
 
@@ -187,7 +189,7 @@ class Handshake:
         if len(payload) < _PROOF_BYTES:
             raise HandshakeFailed("a handshake payload is too short for a key and a signature")
         peer_id, signature = PeerId(payload[:32]), payload[32:_PROOF_BYTES]
-        if not peer_id.verify(signature, _signed(not self._initiator, transcript)):
+        if not peer_id.verify(signature, _signed(not self.initiator, transcript)):
             raise HandshakeFailed(f"the signature of {peer_id} does not hold for this handshake")
         if peer_id == self._identity.peer_id:
             raise WrongPeer("this address is our own: the peer there has our identity")

@@ -11,9 +11,13 @@ import os
 from collections import Counter, OrderedDict
 from collections.abc import Hashable
 from dataclasses import dataclass
-from ipaddress import IPv4Address, IPv6Address
+from ipaddress import IPv6Address
+from typing import TypeVar
 
 from petalite.errors import ErrorCode
+from petalite.net.multiaddr import Multiaddr
+
+T = TypeVar("T")
 
 HALF_LIFE_S = 600.0  # in which blame fades to its half
 BAN_SCORE = 50.0
@@ -37,13 +41,15 @@ class Limits:
     peer_memory_bytes: int = 1 << 30  # of that, for one peer
 
 
-def prefix_of(ip: IPv4Address | IPv6Address) -> Hashable:
+def prefix_of(address: Multiaddr) -> Hashable:
     """What stands for one customer of a provider; None for loopback, which is us."""
+    ip = address.ip
     if isinstance(ip, IPv6Address) and ip.ipv4_mapped is not None:
         ip = ip.ipv4_mapped
+    assert ip is not None
     if ip.is_loopback:
         return None
-    return ip if isinstance(ip, IPv4Address) else int(ip) >> 72
+    return int(ip) >> 72 if isinstance(ip, IPv6Address) else ip
 
 
 class TokenBucket:
@@ -72,15 +78,12 @@ class Budget:
     __slots__ = ("_limit", "_parent", "used")
 
     def __init__(self, limit: int, parent: Budget | None = None) -> None:
-        self._limit = limit
-        self._parent = parent
+        self._limit, self._parent = limit, parent
         self.used = 0
 
     def reserve(self, size: int) -> bool:
         """Set bytes aside, all or none; `release` gives them back."""
-        if self.used + size > self._limit:
-            return False
-        if self._parent is not None and not self._parent.reserve(size):
+        if self.used + size > self._limit or (self._parent is not None and not self._parent.reserve(size)):
             return False
         self.used += size
         return True
@@ -104,17 +107,20 @@ class Reputation:
 
     def blame(self, key: Hashable, points: float, now: float) -> None:
         """Loopback, whose key is None, is never blamed: it is shared by everybody on this machine."""
-        if key is None:
-            return
-        self._scores[key] = (self.score(key, now) + points, now)
-        self._scores.move_to_end(key)
-        if len(self._scores) > _REMEMBERED:
-            self._scores.popitem(last=False)
+        if key is not None:
+            _remember(self._scores, key, (self.score(key, now) + points, now))
 
     def ban_s(self, key: Hashable, now: float) -> float:
         """How long the ban still lasts; 0 where there is none."""
         score = self.score(key, now)
         return HALF_LIFE_S * math.log2(score / BAN_SCORE) if score > BAN_SCORE else 0.0
+
+
+def _remember(table: OrderedDict[Hashable, T], key: Hashable, value: T) -> None:
+    table[key] = value
+    table.move_to_end(key)
+    if len(table) > _REMEMBERED:
+        table.popitem(last=False)
 
 
 class Gate:
@@ -137,10 +143,8 @@ class Gate:
         if list(self._handshakes.values()).count(prefix) >= self.limits.handshakes_per_prefix:
             return ErrorCode.RESOURCE_LIMIT
         rate = self.limits.new_per_prefix_s
-        bucket = self._rates.setdefault(prefix, TokenBucket(rate, 10 * rate, now))
-        self._rates.move_to_end(prefix)
-        if len(self._rates) > _REMEMBERED:
-            self._rates.popitem(last=False)
+        bucket = self._rates.get(prefix) or TokenBucket(rate, 10 * rate, now)
+        _remember(self._rates, prefix, bucket)
         return ErrorCode.OK if bucket.take(now) else ErrorCode.RATE_LIMITED
 
     def begin_handshake(self, token: object, prefix: Hashable) -> object | None:
@@ -156,19 +160,17 @@ class Gate:
     def end_handshake(self, token: object) -> None:
         self._handshakes.pop(token, None)
 
-    def enter(self, prefix: Hashable) -> ErrorCode:
-        """Whether one more connection may stay: OK, and it is counted until `leave`, or why not."""
-        if self._connections.total() >= self.limits.connections:
-            return ErrorCode.RESOURCE_LIMIT
-        if prefix is not None and self._connections[prefix] >= self.limits.connections_per_prefix:
-            return ErrorCode.RESOURCE_LIMIT
+    def enter(self, prefix: Hashable) -> bool:
+        """Whether one more connection may stay; it is then counted until `leave`."""
+        most = math.inf if prefix is None else self.limits.connections_per_prefix
+        if self._connections.total() >= self.limits.connections or self._connections[prefix] >= most:
+            return False
         self._connections[prefix] += 1
-        return ErrorCode.OK
+        return True
 
     def leave(self, prefix: Hashable) -> None:
         self._connections[prefix] -= 1
-        if not self._connections[prefix]:
-            del self._connections[prefix]
+        self._connections += Counter()  # forgets zeros
 
 
 def _quarter_of_memory() -> int:

@@ -22,8 +22,8 @@ from petalite.net.lane import BULK_UNSENT_S, Lane
 from petalite.net.limits import Budget, TokenBucket
 from petalite.net.messages import Buffer, Message
 from petalite.net.multiaddr import Multiaddr
-from petalite.net.rpc import Body, Call
-from petalite.net.states import READABLE, Event
+from petalite.net.rpc import Body, Call, Method
+from petalite.net.states import Event
 from petalite.net.streams import Priority, Stream
 
 MAX_LANES = 4
@@ -44,12 +44,10 @@ class LinkOwner(Protocol):
     """What a link asks of its host."""
 
     journal: Journal
+    methods: dict[str, Method]  # that the peer may call
 
-    def spawn(self, coroutine: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
-        """A task that ends with the host at the latest."""
-
-    def on_call(self, call: Call) -> None:
-        """The peer opened a call: serve it."""
+    def spawn(self, coroutine: Coroutine[Any, Any, None], serves: bool = False) -> asyncio.Task[None]:
+        """A task that ends with the host at the latest; `serves`: a call of the peer's."""
 
     def on_lost(self, link: Link, error: PetaliteError, guilty: bool) -> None:
         """The link ended; said once, whoever brought it about."""
@@ -77,14 +75,12 @@ class Link:
         self.outbound = outbound
         self.memory = memory  # for what the peer sends
         self.loop = asyncio.get_running_loop()
-        self.journal = owner.journal
         self.supplanted = False  # another link to the peer is used for new calls
         self.error: PetaliteError | None = None  # why it ended
         self.rates: dict[str, TokenBucket] = {}  # of the methods that the peer calls
         self.lanes: list[Lane] = []  # the interactive one first
-        self._owner = owner
-        self._timers = timers
-        self._room: list[asyncio.Future[None]] = []
+        self._owner, self._timers = owner, timers
+        self._changed = asyncio.Event()  # set when there may be room for a stream, or never again
         self._last_call = monotonic()
         self._bulk_dial: asyncio.Task[None] | None = None
         self._bulk_retry_at = 0.0
@@ -123,19 +119,27 @@ class Link:
     async def open(self, method: str, priority: Priority, timeout_s: float | None) -> Call:
         """A new call, once the peer has room for its stream. Nothing is sent yet but that it opens."""
         lane = self.lanes[0] if priority is not Priority.BULK else await self._bulk_lane()
-        while self.error is None and not lane.connection.can_open:
+        while not lane.connection.can_open or self.error is not None:
+            if self.error is not None:
+                raise self.error
+            if lane.connection.exhausted and lane is self.lanes[0]:
+                raise ShuttingDown(f"{self.peer.short()} takes no more calls on this connection")
             if lane.connection.exhausted:
-                if lane is self.lanes[0]:
-                    raise ShuttingDown(f"{self.peer.short()} takes no more calls on this connection")
                 lane = self.lanes[0]
             else:
-                await self._wait_for_room(timeout_s)
-        if self.error is not None:
-            raise self.error
+                await self._change(timeout_s)
         call = Call(self, lane, lane.connection.open_stream(priority), method)
         self._last_call = monotonic()
         call.set_deadline(timeout_s)
         return call
+
+    async def _change(self, timeout_s: float | None) -> None:
+        self._changed.clear()
+        try:
+            async with asyncio.timeout(timeout_s):
+                await self._changed.wait()
+        except TimeoutError:
+            raise DeadlineExceeded(f"{self.peer.short()} had no room for another call") from None
 
     async def call(
         self,
@@ -149,7 +153,7 @@ class Link:
         """One request, one answer."""
         call = await self.open(method, priority, timeout_s)
         try:
-            call.begin(body, buffers, fin=True)
+            await call.begin(body, buffers, fin=True)
             return await call.receive() or Message()
         finally:
             call.end()
@@ -167,57 +171,38 @@ class Link:
             await self._owner.open_bulk_lane(self)
         except (PetaliteError, OSError) as error:
             self._bulk_retry_at = monotonic() + _BULK_RETRY_S
-            self.journal.note("lane:failed", self.peer, reason=str(error))
+            self._owner.journal.note("lane:failed", self.peer, reason=str(error))
         finally:
             self._bulk_dial = None
-
-    async def _wait_for_room(self, timeout_s: float | None) -> None:
-        waiter = self.loop.create_future()
-        self._room.append(waiter)
-        try:
-            async with asyncio.timeout(timeout_s):
-                await waiter
-        except TimeoutError:
-            raise DeadlineExceeded(f"{self.peer.short()} had no room for another call") from None
 
     # -- what lanes tell ---------------------------------------------------------------------------
 
     def lane_events(self, lane: Lane, events: list[tuple[Event, Stream | None]]) -> None:
         for event, stream in events:
             if stream is None:
-                if event is Event.ROOM or event is Event.GOAWAY:
-                    self._wake_room()
-                continue
-            if event is READABLE:
-                stream.announced = False
+                self._changed.set()
             elif event is Event.OPENED:
                 self._last_call = monotonic()
-                self._owner.on_call(Call(self, lane, stream))
-                continue
-            if stream.owner is not None:
+                call = Call(self, lane, stream, methods=self._owner.methods)
+                call.task = self._owner.spawn(call.serve(), serves=True)
+            elif stream.owner is not None:
                 stream.owner.on_event(event)
 
     def lane_lost(self, lane: Lane, error: PetaliteError, guilty: bool) -> None:
         if guilty or lane is self.lanes[0]:
-            self._finish(error, guilty)
+            self.finish(error, guilty)
         elif self.error is None:
             self.lanes.remove(lane)
             self._fail_calls(lane, error)
-            self._wake_room()
-            self.journal.note("lane:lost", self.peer, code_of(error), reason=str(error))
+            self._owner.journal.note("lane:lost", self.peer, code_of(error), reason=str(error))
 
     def _fail_calls(self, lane: Lane, error: PetaliteError) -> None:
         """A lane is gone, and its calls with it."""
+        self._changed.set()
         self.memory.release(lane.connection.reserved)
         for stream in list(lane.connection.streams.values()):
             if stream.owner is not None:
                 stream.owner.lost(error)
-
-    def _wake_room(self) -> None:
-        waiters, self._room = self._room, []
-        for waiter in waiters:
-            if not waiter.done():
-                waiter.set_result(None)
 
     # -- life and end ------------------------------------------------------------------------------
 
@@ -230,11 +215,8 @@ class Link:
                 self.lane_lost(lane, ConnectionLost(reason), guilty=False)
             else:
                 self.memory.release(lane.connection.give_back())
-        if self.error is not None:
-            return
-        if self.calls:
+        if self.error is not None or self.calls:
             self._last_call = now
-            return
         unused_s = now - self._last_call
         if self.supplanted and unused_s > self._timers.supplanted_s:
             self.close(ErrorCode.SUPPLANTED, "another connection is used instead")
@@ -246,11 +228,7 @@ class Link:
         if self.error is None:
             for lane in self.lanes:
                 lane.close(code, reason)
-            self._finish(ConnectionLost(f"closed here: {reason or code.name}"), guilty=False)
-
-    def abort(self, error: PetaliteError) -> None:
-        """End it without a word: the peer would not hear it."""
-        self._finish(error, guilty=False)
+            self.finish(ConnectionLost(f"closed here: {reason or code.name}"))
 
     def leave(self, reason: str) -> None:
         """Take no more calls; those that are under way go on."""
@@ -259,11 +237,11 @@ class Link:
                 lane.connection.goaway(ErrorCode.SHUTDOWN, reason)
                 lane.flush()
 
-    def _finish(self, error: PetaliteError, guilty: bool) -> None:
+    def finish(self, error: PetaliteError, guilty: bool = False) -> None:
+        """End it; to a peer that would not hear it without a word."""
         if self.error is not None:
             return
         self.error = error
-        self._wake_room()
         for lane in self.lanes:
             if not lane.ending:
                 lane.abort()

@@ -1,4 +1,4 @@
-"""The record layer: a 2-byte length, then one AEAD box, after the handshake and until the lane ends.
+"""The record layer: a 4-byte length, then one AEAD box, after the handshake and until the lane ends.
 
 The nonce is a counter that lives in one place per direction and only ever grows; keys are renewed (Noise
 §4.2) long before the limits of either cipher (RFC 9001 §6.6). Boxes are made from and opened into memory that
@@ -15,11 +15,11 @@ from cryptography.exceptions import InvalidTag
 from petalite.errors import RemoteProtocolError
 from petalite.net.noise import TAG_BYTES, Suite
 
-LENGTH = Struct(">H")
+LENGTH = Struct(">I")
 PREFIX_BYTES = LENGTH.size
 OVERHEAD_BYTES = PREFIX_BYTES + TAG_BYTES
-MAX_PLAINTEXT_BYTES = 0xFFFF - TAG_BYTES
-REKEY_EVERY = 2**20  # records; at most 64 GiB under one key
+MAX_PLAINTEXT_BYTES = 132 * 1024
+REKEY_EVERY = 2**19  # records; at most 66 GiB under one key
 
 
 class _Direction:
@@ -47,7 +47,7 @@ class Sealer(_Direction):
     __slots__ = ()
 
     def seal(self, plaintext: bytes | memoryview, out: memoryview) -> int:
-        """Write the record of `plaintext` to the front of `out`; its whole length is the plaintext's + 18."""
+        """Write the record of `plaintext` to the front of `out`; its whole length is the plaintext's + 20."""
         box_bytes = len(plaintext) + TAG_BYTES
         end = PREFIX_BYTES + box_bytes
         LENGTH.pack_into(out, 0, box_bytes)

@@ -30,9 +30,9 @@ from petalite.errors import (
 )
 from petalite.net import messages, schema
 from petalite.net.limits import TokenBucket
-from petalite.net.messages import FAILURE, MESSAGE, REQUEST, Buffer, Message, MessageReader, Progress
+from petalite.net.messages import FAILURE, MESSAGE, REQUEST, Buffer, Header, Message
 from petalite.net.multiaddr import Multiaddr
-from petalite.net.states import READABLE, RECEIVING, SENDING, Event, Receive, Send
+from petalite.net.states import READABLE, RECEIVING, SENDING, Event
 from petalite.net.streams import Priority, Stream
 
 if TYPE_CHECKING:
@@ -77,28 +77,48 @@ class Call:
 
     # fmt: off
     __slots__ = (
-        "_deadline", "_drain_waiters", "_error", "_lane", "_link", "_max_buffers", "_max_bytes", "_reader",
-        "_reserved", "_stream", "_timer", "_waiter", "method", "request", "task",
+        "_deadline", "_error", "_lane", "_link", "_max_buffers", "_max_bytes", "_messages", "_methods",
+        "_midway", "_reserved", "_senders", "_served", "_stream", "_timer", "_waiter", "method", "request",
+        "task",
     )
     # fmt: on
 
-    def __init__(self, link: Link, lane: Lane, stream: Stream, method: str = "") -> None:
-        self._link = link
-        self._lane = lane
-        self._stream = stream
+    def __init__(
+        self,
+        link: Link,
+        lane: Lane,
+        stream: Stream,
+        method: str = "",
+        methods: Mapping[str, Method] | None = None,
+    ) -> None:
+        """`methods`, on the server's end: what a peer may call."""
+        self._link, self._lane, self._stream = link, lane, stream
         self.method = method
         self.request = Message()  # the server's end: the call's first message
         self.task: asyncio.Task[None] | None = None  # the server's end: the handler's
-        self._max_bytes = MAX_REPLY_BYTES
-        self._max_buffers = messages.MAX_BUFFERS
-        self._reader = MessageReader(lane.connection, stream, self._admit, lane.allocate)
+        self._methods = methods
+        self._served: Method | None = None  # which of them
+        self._max_bytes, self._max_buffers = MAX_REPLY_BYTES, messages.MAX_BUFFERS
+        self._messages = messages.read_messages(lane.connection, stream, self._admit, lane.allocate)
         self._error: PetaliteError | None = None
-        self._waiter: asyncio.Future[None] | None = None
-        self._drain_waiters: list[asyncio.Future[None]] = []
+        self._waiter: asyncio.Future[None] | None = None  # of whom receives
+        self._senders: list[asyncio.Future[None]] = []  # of those whose messages are not all sent
         self._deadline: float | None = None
         self._timer: asyncio.TimerHandle | None = None
         self._reserved = 0  # bytes of memory for the message under way
+        self._midway = False  # it was waited for the next message: some of it may be here
         stream.owner = self
+
+    async def __aenter__(self) -> Call:
+        return self
+
+    async def __aexit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        """Left before its end, it is cancelled at the peer."""
+        try:
+            if kind is None:
+                await self.finish()
+        finally:
+            self.end()
 
     @property
     def peer(self) -> PeerId:
@@ -120,9 +140,7 @@ class Call:
 
     def remaining_s(self) -> float | None:
         """How long the call may still take; None without a deadline."""
-        if self._deadline is None:
-            return None
-        return max(0.0, self._deadline - self._link.loop.time())
+        return None if self._deadline is None else max(0.0, self._deadline - self._link.loop.time())
 
     # -- the caller's verbs ------------------------------------------------------------------------
 
@@ -132,27 +150,29 @@ class Call:
 
         Cancelled inside a message that is partly sent, it ends the call: the rest can no longer follow.
         """
-        self._write([MESSAGE, body or {}, None], buffers, fin=False)
+        self._write([MESSAGE, body or {}, None], buffers)
         if self._stream.queued:
-            await self._drained()
+            await self._sent()
 
     async def receive(self) -> Message | None:
         """The next message; None when the peer has finished."""
         try:
             received = await self._next()
-        except (BadMessage, ResourceLimit) as error:
-            self.cancel(error.code)
+        except (BadMessage, ResourceLimit) as bad:
+            self.cancel(bad.code)
             raise
         if received is None:
             return None
         header, buffers = received
         if header[0] == FAILURE:
-            raise self._failed(from_wire(header[3], header[4], header[1]))
+            error = from_wire(header[3], header[4], header[1])
+            self._error = self._error or error
+            raise error
         return Message(header[1], buffers)
 
     async def finish(self) -> None:
         """Say that no more messages follow; receiving goes on."""
-        if self._stream.send is Send.OPEN:
+        if self._stream.send is SENDING:
             self._lane.write(self._stream, [], fin=True)
 
     def cancel(self, code: ErrorCode = ErrorCode.CANCELLED) -> None:
@@ -171,16 +191,13 @@ class Call:
             self._deadline = loop.time() + timeout_s
             self._timer = loop.call_at(self._deadline, self._expire, timeout_s)
 
-    def begin(self, body: Body, buffers: Sequence[Buffer], fin: bool) -> None:
-        """Queue the request."""
-        remaining_s = self.remaining_s()
-        deadline_ms = 0 if remaining_s is None else min(max(1, int(remaining_s * 1000)), 2**31)
+    async def begin(self, body: Body, buffers: Sequence[Buffer], fin: bool = False) -> None:
+        """Send the request; without `fin` return when it is sealed."""
+        left_s = self.remaining_s()
+        deadline_ms = 0 if left_s is None else min(max(1, int(left_s * 1000)), 2**31)
         self._write([REQUEST, body or {}, None, self.method, deadline_ms], buffers, fin)
-
-    async def begun(self) -> None:
-        """Wait until the request is sealed."""
-        if self._stream.queued:
-            await self._drained()
+        if self._stream.queued and not fin:
+            await self._sent()
 
     def end(self, *, keep_queued: bool = False) -> None:
         """Nobody uses this end any more: what is still open is cut off, and what waits to be sent with it."""
@@ -190,15 +207,15 @@ class Call:
         if self._reserved:
             self._release()
         stream, connection = self._stream, self._lane.connection
-        if stream.send is Send.OPEN or stream.receive is Receive.OPEN:
-            if stream.send is Send.OPEN or (stream.queued and not keep_queued):
-                connection.reset(stream, ErrorCode.CANCELLED)
+        if stream.send is SENDING or (stream.queued and not keep_queued and stream.receive is RECEIVING):
+            connection.reset(stream, ErrorCode.CANCELLED)
+        if stream.receive is RECEIVING or stream.buffered:
             connection.stop(stream, ErrorCode.CANCELLED)
+        if connection.wants_write:
             self._lane.flush()
-        elif stream.buffered:
-            connection.stop(stream, ErrorCode.CANCELLED)
         self._error = self._error or Cancelled("the call is over")
-        stream.owner = self._reader.admit = None  # no cycle is left for the garbage collector
+        stream.owner = None
+        self._messages.close()  # no cycle is left for the garbage collector
 
     def on_event(self, event: Event) -> None:
         """What happened to the call's stream."""
@@ -206,10 +223,7 @@ class Call:
             if self._waiter is not None and not self._waiter.done():
                 self._waiter.set_result(None)
         elif event is Event.DRAINED:
-            for waiter in self._drain_waiters:
-                if not waiter.done():
-                    waiter.set_result(None)
-            self._drain_waiters.clear()
+            self._wake(self._senders, None)
         elif event is Event.RESET:
             self._fail(from_wire(self._stream.reset_code, self._by_peer("gave up")))
         elif event is Event.STOPPED:
@@ -217,27 +231,28 @@ class Call:
             if self.task is not None:
                 self._fail(error)  # the caller wants no answer
             else:
-                self._fail_drains(error)  # the answer may still come, and says more than this
+                self._wake(self._senders, error)  # the answer may still come, and says more than this
 
     def lost(self, error: PetaliteError) -> None:
         """The link is gone."""
-        if isinstance(error, ConnectionLost):
-            self._fail(ConnectionLost(f"{self.peer.short()}: {error}"))
-        else:
-            self._fail(error)
+        lost = isinstance(error, ConnectionLost)
+        self._fail(ConnectionLost(f"{self.peer.short()}: {error}") if lost else error)
 
     # -- within ------------------------------------------------------------------------------------
 
     def _by_peer(self, did: str) -> str:
         return f"{self.peer.short()} {did} the call to {self.method!r}"
 
-    def _admit(self, header: list[Any]) -> None:
-        if header[0] == REQUEST:
-            raise BadMessage("a second request in one call")
-        if header[2]:
-            self._admit_sizes(header[2])
-
-    def _admit_sizes(self, sizes: list[int]) -> None:
+    def _admit(self, header: Header) -> None:
+        """Whether a message whose header has come may go on; its memory is set aside."""
+        if (header[0] == REQUEST) is not (self._methods is not None):
+            raise BadMessage("a call begins with a request, and has one")
+        if self._methods is not None:
+            self._served = self._admit_request(header[3], self._methods)
+            self._methods = None
+        sizes = header[2]
+        if not sizes:
+            return
         size = sum(sizes)
         if len(sizes) > self._max_buffers or size > self._max_bytes:
             raise BadMessage(
@@ -249,51 +264,68 @@ class Call:
                 raise ResourceLimit(f"no memory for a message of {size} bytes now")
             self._reserved = size
 
+    def _admit_request(self, name: str, methods: Mapping[str, Method]) -> Method:
+        self.method = name
+        method = methods.get(name)
+        if method is None:
+            raise UnknownMethod(f"there is no method {name!r} here")
+        policy, now, rates = method.policy, monotonic(), self._link.rates
+        bucket = rates.get(name)
+        if bucket is None:
+            bucket = rates[name] = TokenBucket(policy.calls_per_s, policy.calls_per_s, now)
+        if not bucket.take(now):
+            raise RateLimited(f"more than {policy.calls_per_s:g} calls to {name!r} a second")
+        self._max_bytes, self._max_buffers = policy.max_message_bytes, policy.max_buffers
+        return method
+
     def _release(self) -> None:
         """The message is whole, or will never be: its memory is its reader's."""
         self._link.memory.release(self._reserved)
         self._reserved = 0
 
-    def _write(self, header: list[Any], buffers: Sequence[Buffer], fin: bool) -> None:
+    def _write(self, header: Header, buffers: Sequence[Buffer], fin: bool = False) -> None:
         if self._error is not None:
             raise self._error
         if self._stream.send is not SENDING:
             if self._stream.stop_code:
                 raise from_wire(self._stream.stop_code, self._by_peer("no longer reads"))
             raise LocalProtocolError(f"send on a call to {self.method!r} that has finished")
-        segments = messages.encode(header, buffers)
-        self._lane.write(self._stream, segments, fin)
+        self._lane.write(self._stream, messages.encode(header, buffers), fin)
 
-    async def _next(self) -> tuple[list[Any], list[memoryview]] | None:
+    async def _next(self) -> tuple[Header, list[memoryview]] | None:
         """The next header and its buffers; None when the peer has finished."""
         connection, stream = self._lane.connection, self._stream
         while True:
-            if stream.buffered or stream.receive is not RECEIVING or self._reader.midway:
-                polled = self._reader.poll()
+            if self._midway or stream.buffered or stream.receive is not RECEIVING:
+                message = next(self._messages, ())
                 if connection.wants_write:
                     self._lane.flush()  # what was read is credit for the peer
-                if type(polled) is tuple:
+                if message:
+                    self._midway = False
                     if self._reserved:
                         self._release()
-                    return polled
-                if polled is Progress.END:
+                    return message
+                if message is not None and self._error is None:
                     return None
+            else:
+                stream.need = 1
             if self._error is not None:
                 raise self._error
             if self._waiter is not None:
                 raise LocalProtocolError("two tasks wait for messages of one call")
-            self._waiter = self._link.loop.create_future()
+            self._waiter, self._midway = self._link.loop.create_future(), True
             try:
                 await self._waiter
             finally:
                 self._waiter = None
 
-    async def _drained(self) -> None:
-        waiter = self._link.loop.create_future()
-        self._drain_waiters.append(waiter)
-        self._stream.wants_drained = True
+    async def _sent(self) -> None:
+        """Wait until all that is queued is sealed."""
         if self._error is not None:
             raise self._error
+        waiter = self._link.loop.create_future()
+        self._senders.append(waiter)
+        self._stream.wants_drained = True
         try:
             await waiter
         except asyncio.CancelledError:
@@ -302,50 +334,41 @@ class Call:
             raise
 
     def _expire(self, timeout_s: float) -> None:
-        self._fail(
-            DeadlineExceeded(f"{self.method!r} at {self.peer.short()} took longer than {timeout_s:.3g} s"),
-            ErrorCode.DEADLINE,
-        )
-
-    def _failed(self, error: PetaliteError) -> PetaliteError:
-        self._error = self._error or error
-        return error
+        text = f"{self.method!r} at {self.peer.short()} took longer than {timeout_s:.3g} s"
+        self._fail(DeadlineExceeded(text), ErrorCode.DEADLINE)
 
     def _fail(self, error: PetaliteError, tell: ErrorCode | None = None) -> None:
         """End it with an error, raised in whoever waits for it; a handler that does not is cancelled."""
         if tell is not None:
-            connection = self._lane.connection
-            connection.reset(self._stream, tell)
-            connection.stop(self._stream, tell)
+            self._lane.connection.reset(self._stream, tell)
+            self._lane.connection.stop(self._stream, tell)
             self._lane.flush()
         if self._error is not None:
             return
         self._error = error
-        waited_for = self._fail_drains(error)
-        if self._waiter is not None and not self._waiter.done():
-            self._waiter.set_exception(error)
-            waited_for = True
-        if (
-            not waited_for
-            and self.task is not None
-            and self.task is not asyncio.current_task(self._link.loop)
-        ):
+        waiters = self._senders if self._waiter is None else [*self._senders, self._waiter]
+        if self._wake(waiters, error) or self.task is None:
+            return
+        if self.task is not asyncio.current_task(self._link.loop):
             self.task.cancel()
 
-    def _fail_drains(self, error: PetaliteError) -> bool:
-        """Raise `error` in who waits for a message to be sent; whether anybody did."""
-        waiters = [waiter for waiter in self._drain_waiters if not waiter.done()]
-        self._drain_waiters.clear()
+    def _wake(self, waiters: list[asyncio.Future[None]], error: PetaliteError | None) -> bool:
+        """Whether anybody waited."""
+        waiters = [waiter for waiter in waiters if not waiter.done()]
+        self._senders = []
         for waiter in waiters:
-            waiter.set_exception(error)
+            if error is None:
+                waiter.set_result(None)
+            else:
+                waiter.set_exception(error)
         return bool(waiters)
 
     # -- serving -----------------------------------------------------------------------------------
 
-    async def serve(self, methods: Mapping[str, Method]) -> None:
+    async def serve(self) -> None:
         """Read the request, run its handler, send what it returns or raises. A host's task runs this."""
         try:
-            await self._serve(methods)
+            await self._serve()
         except asyncio.CancelledError:
             if self._error is None:
                 raise  # the host is closing
@@ -358,20 +381,12 @@ class Call:
         finally:
             self.end(keep_queued=True)
 
-    async def _serve(self, methods: Mapping[str, Method]) -> None:
-        found: list[Method] = []
-
-        def admit(header: list[Any]) -> None:
-            found.append(self._admit_request(header, methods))
-            self._reader.admit = self._admit
-
-        self._reader.admit = admit
-        if self._stream.receive is Receive.OPEN:  # most requests are here as a whole, and need no timer
+    async def _serve(self) -> None:
+        if self._stream.receive is RECEIVING:  # most requests are here as a whole, and need no timer
             self.set_deadline(REQUEST_TIMEOUT_S)
-        first = await self._next()
-        if first is None:
+        first, method = await self._next(), self._served
+        if first is None or method is None:
             raise BadMessage("a call without a request")
-        method = found[0]
         if method.running >= method.policy.max_concurrent:
             raise ResourceLimit(f"{self.method!r} already runs {method.running} calls")
         header, buffers = first
@@ -379,45 +394,24 @@ class Call:
         self.set_deadline(header[4] / 1000 if header[4] else None)
         self._stream.highest = method.policy.priority
         self.priority = self._stream.priority
+        arguments = () if method.request is None else (schema.decode(method.request, header[1]),)
         method.running += 1
         try:
-            if method.request is None:
-                reply = await method.handler(self)
-            else:
-                reply = await method.handler(self, schema.decode(method.request, header[1]))
+            reply = await method.handler(self, *arguments)
         finally:
             method.running -= 1
-        await self._reply(reply)
-
-    def _admit_request(self, header: list[Any], methods: Mapping[str, Method]) -> Method:
-        if header[0] != REQUEST:
-            raise BadMessage("a call begins with a request")
-        self.method = header[3]
-        method = methods.get(self.method)
-        if method is None:
-            raise UnknownMethod(f"there is no method {self.method!r} here")
-        now, rates = monotonic(), self._link.rates
-        rate = method.policy.calls_per_s
-        if not rates.setdefault(self.method, TokenBucket(rate, rate, now)).take(now):
-            raise RateLimited(f"more than {rate:g} calls to {self.method!r} a second")
-        self._max_bytes, self._max_buffers = method.policy.max_message_bytes, method.policy.max_buffers
-        self._admit_sizes(header[2])
-        return method
-
-    async def _reply(self, reply: Reply) -> None:
-        if self._stream.send is not Send.OPEN:
+        if self._stream.send is not SENDING:
             return
         if reply is None:
             await self.finish()
             return
         message = reply if isinstance(reply, Message) else Message(reply)
         self._write([MESSAGE, message.body, None], message.buffers, fin=True)
-        await self.begun()
+        if self._stream.queued:
+            await self._sent()
 
     def _tell(self, error: PetaliteError) -> None:
         """Let the peer know why its call failed, if it can still hear it."""
-        if self._stream.send is not Send.OPEN or isinstance(self._error, ConnectionLost):
-            return
-        text = str(error)[:1000]
-        header = [FAILURE, error.details(), None, int(code_of(error)), text]
-        self._lane.write(self._stream, messages.encode(header, ()), fin=True)
+        if self._stream.send is SENDING and not isinstance(self._error, ConnectionLost):
+            header = [FAILURE, error.details(), None, int(code_of(error)), str(error)[:1000]]
+            self._lane.write(self._stream, messages.encode(header, ()), fin=True)

@@ -1,18 +1,62 @@
-"""Whose turn it is to send: strict between the classes, in turn within one, and nobody starved.
+"""What goes out next: control frames before data, and whose turn it is among the streams.
 
-A turn is one DATA frame of at most 63 KiB, into which a stream's small segments are gathered, so turns are
-about as fair in bytes as they are in number. Knows streams' outboxes and credit; knows no connection.
+Data is strict between the classes, in turn within one, and nobody is starved. A turn is one frame of at most
+128 KiB, into which a stream's small segments are gathered, so turns are about as fair in bytes as they are in
+number. Knows frames, outboxes and credit; knows no connection.
 """
 
 from __future__ import annotations
 
 from collections import deque
 
-from petalite.net.frames import ALIGNED_BYTES, MAX_DATA_BYTES
+from petalite.errors import Flood
+from petalite.net import frames
+from petalite.net.frames import BLOCK_BYTES, MAX_DATA_BYTES, U32, U64, FrameType
 from petalite.net.states import Send
 from petalite.net.streams import Priority, Stream
 
+MAX_PONGS = 8  # unsent
+MAX_PROVOKED = 1024  # unsent frames in front of one more that the peer makes us send
+MAX_CONTROL = 2048  # frames in one record; they have 20 bytes, but for CLOSE and GOAWAY
 STARVED_BYTES = 15 * MAX_DATA_BYTES  # after so many from the classes above, a waiting class gets a turn
+
+
+class ControlQueue:
+    """`waiting` is 0 when no frame waits, and never less than how many do."""
+
+    __slots__ = ("_frames", "_grants", "_pongs", "waiting")
+
+    def __init__(self) -> None:
+        self._frames: list[bytes | memoryview] = []
+        self._grants: dict[tuple[FrameType, int], int] = {}  # only the newest limit of each kind and stream
+        self._pongs = 0
+        self.waiting = 0
+
+    def send(self, kind: FrameType, stream: int = 0, payload: bytes = b"", aux: int = 0) -> None:
+        self._frames.append(frames.encode(kind, stream, payload, aux=aux))
+        self.waiting += 1
+
+    def grant(self, kind: FrameType, stream: int, limit: int) -> None:
+        """A new limit, in the place of one that has not gone out."""
+        self._grants[kind, stream] = limit
+        self.waiting += 1
+
+    def answer(self, kind: FrameType, stream: int, payload: bytes) -> None:
+        """What the peer makes us send. Raises Flood when it makes us send too much and reads none of it."""
+        self._pongs += kind is FrameType.PONG
+        if self._pongs > MAX_PONGS or len(self._frames) >= MAX_PROVOKED:
+            raise Flood(f"{len(self._frames)} control frames wait to be read by the peer")
+        self.send(kind, stream, payload)
+
+    def take(self) -> list[bytes | memoryview]:
+        """The frames for the next record."""
+        for (kind, stream), limit in self._grants.items():
+            self.send(kind, stream, (U32 if kind is FrameType.MAX_STREAMS else U64).pack(limit))
+        self._grants.clear()
+        self._pongs = 0
+        taken, self._frames = self._frames[:MAX_CONTROL], self._frames[MAX_CONTROL:]
+        self.waiting = len(self._frames)
+        return taken
 
 
 class Turns:
@@ -33,60 +77,45 @@ class Turns:
             self._ready[stream.priority].append(stream)
 
     def leave(self, stream: Stream) -> None:
+        """No turn for this one until it is offered again."""
         if stream.ready:
             self._ready[stream.priority].remove(stream)
             self.waiting -= 1
             stream.ready = False
 
-    def move(self, stream: Stream, priority: Priority) -> None:
-        """Give the stream another class."""
-        self.leave(stream)
-        stream.priority = priority
-        self.offer(stream)
-
     def next(self) -> Stream:
-        """Whose turn it is: the highest class that waits, or one below it that waited for too long."""
-        ready, chosen = self._ready, 0
-        while not ready[chosen]:
-            chosen += 1
-        if len(ready[chosen]) < self.waiting:
-            above = chosen
-            for priority in range(chosen + 1, len(ready)):
-                if ready[priority]:
-                    self._starved[priority] += min(MAX_DATA_BYTES, ready[above][0].queued)
-                    if self._starved[priority] > STARVED_BYTES:
-                        chosen = priority
-                        break
-            self._starved[chosen] = 0
-        return ready[chosen][0]
-
-    def took(self, stream: Stream) -> None:
-        """The stream that `next` named has had its turn."""
-        self._ready[stream.priority].popleft()
+        """Take out whose turn it is: of the highest class that waits, or of one that waited for too long."""
+        ready = self._ready
+        waiting = [priority for priority in Priority if ready[priority]]
+        chosen = waiting[0]
+        for priority in waiting[1:]:
+            self._starved[priority] += min(MAX_DATA_BYTES, ready[waiting[0]][0].queued)
+            if self._starved[priority] > STARVED_BYTES:
+                chosen = priority
+                break
+        self._starved[chosen] = 0
+        stream = ready[chosen].popleft()
         self.waiting -= 1
         stream.ready = False
-        if stream.outbox:
-            self.offer(stream)
+        return stream
 
 
 def gather(outbox: deque[bytes | memoryview], room: int) -> tuple[list[bytes | memoryview], int]:
-    """Take the payload of the next frame: a large segment alone, or as many small ones as fit."""
+    """Take the bytes of the next frame: a large segment alone, or as many small ones as fit."""
     pieces: list[bytes | memoryview] = []
     size = 0
     while outbox and size < room:
         segment = outbox[0]
-        length = len(segment)
-        if size and length >= ALIGNED_BYTES:
-            break  # it has records of its own
-        if length > room - size:
+        if size and len(segment) >= BLOCK_BYTES:
+            break  # it has a record of its own
+        if len(segment) > room - size:
             segment = memoryview(segment)
             outbox[0] = segment[room - size :]
             segment = segment[: room - size]
-            length = room - size
         else:
             outbox.popleft()
         pieces.append(segment)
-        size += length
-        if length >= ALIGNED_BYTES:
+        size += len(segment)
+        if len(segment) >= BLOCK_BYTES:
             break
     return pieces, size

@@ -62,15 +62,7 @@ class Event(IntEnum):
     RESET = auto()  # the peer gave up sending: `reset_code`
     STOPPED = auto()  # the peer stopped reading: `stop_code`
     DRAINED = auto()  # the outbox is empty
-    ROOM = auto()  # more streams may be opened
-    PONG = auto()  # `rtt_s` was measured
-    GOAWAY = auto()  # the peer takes no more streams
-    CLOSED = auto()  # the peer ended the connection: `close_code`, `close_reason`
-
-
-# Names for what every message passes: to find a member in its enum costs as much as a call.
-SENDING, RECEIVING, READABLE = Send.OPEN, Receive.OPEN, Event.READABLE
-SENT, RECEIVED = Send.FINISHED, Receive.FINISHED
+    ROOM = auto()  # more streams may be opened; or, with `peer_left`, none any more
 
 
 class State(IntEnum):
@@ -89,3 +81,7 @@ STATE_STEPS = MappingProxyType(
         (State.CLOSED, "close"): State.CLOSED,
     }
 )
+
+# Names for what every message passes: to find a member in its enum costs as much as a call.
+SENDING, RECEIVING, READABLE, CLOSED = Send.OPEN, Receive.OPEN, Event.READABLE, State.CLOSED
+SENT, RECEIVED = Send.FINISHED, Receive.FINISHED

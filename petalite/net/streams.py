@@ -1,22 +1,21 @@
 """One stream of a connection: two halves with their legal transitions, what waits to be read and to be sent.
 
-Knows bytes and offsets of its own stream; the connection knows frames, credit and turns. The tables below are
-the whole truth about a stream's life (after RFC 9000 §3); a step that is not in them raises.
+Knows bytes and offsets of its own stream; the connection knows frames, credit and turns.
 """
 
 from __future__ import annotations
 
 from collections import deque
 from enum import IntEnum
+from itertools import islice
 from typing import Any
 
 from petalite.errors import LocalProtocolError
 from petalite.net.credit import Window
 from petalite.net.states import RECEIVE_STEPS, RECEIVED, SEND_STEPS, SENT, Receive, Send, Step
 
-SMALL_CHUNK_BYTES = (
-    4096  # received pieces below this are gathered, so that one-byte frames cost no more than bytes
-)
+SMALL_CHUNK_BYTES = 4096  # received pieces below this are gathered: one-byte frames cost no more than bytes
+NEVER = 1 << 62  # more bytes than any stream has
 
 
 class Priority(IntEnum):
@@ -33,9 +32,9 @@ class Stream:
 
     # fmt: off
     __slots__ = (
-        "announced", "buffered", "chunks", "consumed", "filled", "highest", "id", "need", "outbox", "owner",
-        "priority", "queued", "ready", "receive", "received", "reset_code", "send", "send_limit", "sent",
-        "stop_code", "target", "wants_drained", "window",
+        "buffered", "chunks", "consumed", "filled", "highest", "id", "need", "outbox", "owner", "priority",
+        "queued", "ready", "receive", "received", "reset_code", "send", "send_limit", "sent", "skip",
+        "stop_code", "taken", "target", "wants_drained", "window",
     )
     # fmt: on
 
@@ -47,24 +46,21 @@ class Stream:
 
         self.send = Send.OPEN
         self.outbox: deque[bytes | memoryview] = deque()
-        self.queued = 0  # bytes in the outbox
-        self.sent = 0
+        self.queued = self.sent = 0  # bytes in the outbox; bytes that went out
         self.send_limit = send_limit  # the peer's credit: `sent` may reach this
         self.ready = False  # whether it stands in a queue of the scheduler
         self.wants_drained = False  # whether to say so when the outbox is empty
-        self.stop_code = 0  # why the peer stopped reading
+        self.stop_code = self.reset_code = 0  # why the peer stopped reading, or gave up sending
 
         self.receive = Receive.OPEN
         self.chunks: deque[bytearray] = deque()
-        self.buffered = 0  # bytes in the chunks
+        self.skip = 0  # bytes of the first chunk that are taken
+        self.buffered = self.taken = 0  # bytes in the chunks; bytes taken of which the connection knows not
         self.need = 1  # how many buffered bytes are worth an event
         self.target: memoryview | None = None  # where the reader wants the next bytes
         self.filled = 0  # of the target
-        self.received = 0
-        self.consumed = 0  # read by the application, or thrown away
+        self.received = self.consumed = 0  # bytes that came; of them read, or thrown away
         self.window = window  # our credit: `received` may reach its limit
-        self.reset_code = 0  # why the peer gave up sending
-        self.announced = False  # whether an unhandled event says that there is something to read
 
     def __repr__(self) -> str:
         return f"<Stream {self.id} send={self.send.name} receive={self.receive.name}>"
@@ -91,59 +87,57 @@ class Stream:
         """Whether nothing can come or go any more."""
         return self.send >= SENT and self.receive >= RECEIVED and not self.buffered
 
-    def append(self, data: memoryview) -> None:
-        """Keep a copy of what came until it is read."""
+    def append(self, data: memoryview | bytearray) -> None:
+        """Keep what came until it is read; a view is copied."""
         chunks = self.chunks
-        if chunks and len(chunks[-1]) < SMALL_CHUNK_BYTES:
-            chunks[-1] += data
-        else:
-            chunks.append(bytearray(data))
         self.buffered += len(data)
+        if chunks and len(chunks[-1]) < SMALL_CHUNK_BYTES:
+            try:
+                chunks[-1] += data
+                return
+            except BufferError:  # a part of it is in its reader's hands
+                pass
+        chunks.append(data if type(data) is bytearray else bytearray(data))
 
-    def take(self, size: int) -> bytearray:
-        """Remove the next `size` bytes, which are there. A chunk of just that size is not copied."""
-        assert size <= self.buffered
-        if size and len(self.chunks[0]) == size:
-            self.buffered -= size
-            return self.chunks.popleft()
-        taken = bytearray(size)
-        self.take_into(memoryview(taken))
-        return taken
+    def take(self, size: int) -> memoryview:
+        """Remove the next `size` bytes, which are there; not copied where they lie in one piece."""
+        begin = self.skip
+        end = begin + size
+        if not size or end > len(head := self.chunks[0]):
+            taken = memoryview(bytearray(size))
+            self.take_into(taken)
+            return taken
+        self.buffered -= size
+        self.taken += size
+        if end < len(head):
+            self.skip = end
+        else:
+            self.chunks.popleft()
+            self.skip = 0
+        return memoryview(head)[begin:end]
 
-    def peek(self, size: int) -> bytearray:
+    def peek(self, size: int) -> memoryview:
         """The next few bytes, which are there, left where they are."""
-        peeked = self.chunks[0][:size]
-        if len(peeked) == size:
-            return peeked
-        peeked.clear()
-        for chunk in self.chunks:
-            peeked += chunk[: size - len(peeked)]
-            if len(peeked) == size:
-                break
-        return peeked
+        front = memoryview(self.chunks[0])[self.skip : self.skip + size]
+        if len(front) == size:
+            return front
+        return memoryview(b"".join(islice(self.chunks, size + 1)))[self.skip : self.skip + size]
 
     def take_into(self, target: memoryview) -> int:
         """Move what is buffered into the front of `target`; how many bytes that was."""
-        position, end, chunks = 0, min(len(target), self.buffered), self.chunks
+        position, end = 0, min(len(target), self.buffered)
         while position < end:
-            head = chunks[0]
-            size = min(len(head), end - position)
-            target[position : position + size] = memoryview(head)[:size]
-            position += size
-            if size == len(head):
-                chunks.popleft()
-            else:
-                del head[:size]
-        self.buffered -= end
+            piece = self.take(min(len(self.chunks[0]) - self.skip, end - position))
+            target[position : position + len(piece)] = piece
+            position += len(piece)
         return end
 
-    def drop_unread(self) -> int:
-        """Throw away what is buffered and the target; how many bytes were never consumed."""
-        unread = self.buffered
+    def drop_unread(self) -> None:
+        """Throw away what is buffered and the target."""
+        self.taken += self.buffered
         self.chunks.clear()
-        self.buffered = 0
+        self.buffered = self.skip = 0
         self.target = None
-        return unread
 
     def give_up_sending(self) -> None:
         """What was not sent never will be."""

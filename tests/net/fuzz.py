@@ -25,10 +25,10 @@ with atheris.instrument_imports(include=["petalite"]):
     from petalite.net.frames import FrameType
     from petalite.net.handshake import Handshake, Hello
     from petalite.net.identity import Identity
-    from petalite.net.messages import MessageReader, Progress
+    from petalite.net.messages import read_messages
     from petalite.net.multiaddr import Multiaddr
     from petalite.net.noise import AES_GCM
-    from petalite.net.records import Opener, Sealer
+    from petalite.net.records import OVERHEAD_BYTES, PREFIX_BYTES, Opener, Sealer
 
 IDENTITY = Identity.from_seed(bytes(32))
 HELLO = Hello(bytes(16), 0, 65536, 65536, 4)
@@ -82,10 +82,10 @@ def stream(data: bytes) -> None:
         if sum(header[2]) > 1 << 16:  # type: ignore[call-overload]
             raise BadMessage("too much")
 
-    reader = MessageReader(core, core.streams[1], admit)
     with contextlib.suppress(BadMessage):
-        while reader.poll() is not Progress.PENDING:
-            pass
+        for message in read_messages(core, core.streams[1], admit):
+            if message is None:
+                break
 
 
 def header(data: bytes) -> None:
@@ -100,9 +100,9 @@ def multiaddr(data: bytes) -> None:
 
 
 def _sealed(plain: bytes) -> bytes:
-    record = bytearray(len(plain) + 18)
+    record = bytearray(len(plain) + OVERHEAD_BYTES)
     Sealer(AES_GCM, bytes(32)).seal(plain, memoryview(record))
-    return bytes(record[2:])
+    return bytes(record[PREFIX_BYTES:])
 
 
 def _record(*parts: bytes) -> bytes:

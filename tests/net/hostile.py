@@ -69,9 +69,9 @@ class Attacker:
         """(type, stream, payload) of what the host sends, until it closes."""
         assert self.handshake.secured is not None
         while True:
-            while len(self._buffer) >= 2 and len(self._buffer) >= 2 + LENGTH.unpack_from(self._buffer)[0]:
-                end = 2 + LENGTH.unpack_from(self._buffer)[0]
-                box = memoryview(bytearray(self._buffer[2:end]))
+            while len(self._buffer) >= 4 and len(self._buffer) >= 4 + LENGTH.unpack_from(self._buffer)[0]:
+                end = 4 + LENGTH.unpack_from(self._buffer)[0]
+                box = memoryview(bytearray(self._buffer[4:end]))
                 self._buffer = self._buffer[end:]
                 self.handshake.secured.opener.open(box, box[:-16])
                 plain, position = bytes(box[:-16]), 0

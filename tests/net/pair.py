@@ -27,20 +27,17 @@ class End:
 
     def take(self, record: bytes, now: float = 0.0) -> None:
         """Give it a record as a lane does: straight into a payload's target where there is one."""
-        target = self.core.payload_target(len(record))
-        if target is None:
+        if self.core.block is None:
             self.core.receive(memoryview(record), now)
         else:
+            target = self.core.block_target(len(record))
             target[:] = record
             target.release()
-            self.core.payload_received(len(record), now)
+            self.core.block_received(now)
         self.collect()
 
     def collect(self) -> None:
-        for event, stream in self.core.events:
-            if stream is not None:
-                stream.announced = False
-            self.events.append((event, stream))
+        self.events += self.core.events
         self.core.events.clear()
 
     def happened(self, event: Event) -> list[Stream | None]:

@@ -24,10 +24,11 @@ import pytest
 from petalite.errors import ErrorCode
 from petalite.net import Call, Host, HostSettings, Identity, MethodPolicy
 from petalite.net.credit import Windows
-from petalite.net.frames import HEADER, U32, U64, FrameType, encode
+from petalite.net.frames import HEADER, MAX_DATA_BYTES, U32, U64, FrameType, encode
 from petalite.net.handshake import Handshake
 from petalite.net.limits import Limits
 from petalite.net.link import Timers
+from petalite.net.records import MAX_PLAINTEXT_BYTES
 
 from .hostile import HELLO, Attacker, attacker, data, dial, open_stream, read_to_end
 from .hosts import Net, echo, eventually
@@ -187,7 +188,7 @@ async def test_out_of_descriptors(host: Host, monkeypatch: pytest.MonkeyPatch) -
 
 
 @pytest.mark.parametrize(
-    "lie", ["garbage", "flipped", "replayed", "reordered", "dropped", "too short", "empty"]
+    "lie", ["garbage", "flipped", "replayed", "reordered", "dropped", "too short", "oversized", "empty"]
 )
 async def test_records_that_lie(host: Host, lie: str) -> None:
     async with attacker(host) as enemy:
@@ -199,7 +200,8 @@ async def test_records_that_lie(host: Host, lie: str) -> None:
                 "replayed": good[0] + good[0],
                 "reordered": good[1] + good[0],
                 "dropped": good[0] + good[2],
-                "too short": b"\0\x10" + bytes(16),
+                "too short": b"\0\0\0\x10" + bytes(16),
+                "oversized": (MAX_PLAINTEXT_BYTES + 17).to_bytes(4, "big"),
                 "empty": good[0] + good[1] + good[2] + enemy.record(b""),
             }[lie]
             + bytes(70_000)  # enough for whatever length the garbage claims
@@ -257,7 +259,7 @@ async def test_bytes_behind_the_close_are_not_looked_at(host: Host) -> None:
             HEADER.pack(0x41, 0, 0, 0, 2**31), ErrorCode.FRAME_TOO_LARGE, id="oversized ignorable frame"
         ),
         pytest.param(
-            open_stream(1) + HEADER.pack(0, 0, 0, 1, 0xFC01),
+            open_stream(1) + HEADER.pack(0, 0, 0, 1, MAX_DATA_BYTES + 1),
             ErrorCode.FRAME_TOO_LARGE,
             id="OPEN with an oversized first frame (rust-yamux CVE-2026-32314)",
         ),
@@ -522,7 +524,7 @@ async def test_unread_data_has_a_bound_however_many_streams_hold_it(net: Net) ->
     async with asyncio.TaskGroup() as group:
 
         async def fill() -> None:
-            async with caller.stream(host.addresses[0], "deaf") as call:
+            async with await caller.open(host.addresses[0], "deaf") as call:
                 async with asyncio.timeout(0.5):
                     await call.send({}, [bytes(4_000_000)])
 

@@ -78,7 +78,7 @@ async def test_the_peer_and_its_address_are_known_to_the_handler(two: tuple[Host
 
 async def test_bidirectional(two: tuple[Host, Host]) -> None:
     caller, server = two
-    async with caller.stream(server.peer_id, "stream", timeout_s=10) as call:
+    async with await caller.open(server.peer_id, "stream", timeout_s=10) as call:
         for size in (0, 1, 16_384, 3_000_000):
             await call.send({"size": size}, [b"\x05" * size])
             reply = await call.receive()
@@ -103,12 +103,12 @@ async def test_server_stream_and_client_stream(two: tuple[Host, Host]) -> None:
 
     server.serve("count", count)
     server.serve("total", total)
-    async with caller.stream(server.peer_id, "count", {"to": 500}) as call:
+    async with await caller.open(server.peer_id, "count", {"to": 500}) as call:
         seen = []
         while (message := await call.receive()) is not None:
             seen.append(message.body["i"])
     assert seen == list(range(500))
-    async with caller.stream(server.peer_id, "total") as call:
+    async with await caller.open(server.peer_id, "total") as call:
         for i in range(500):
             await call.send({"i": i})
         await call.finish()
@@ -163,7 +163,7 @@ async def test_errors_come_back_as_their_class(
     assert "secret" in caplog.text
     with pytest.raises(UnknownMethod, match="nowhere"):
         await caller.call(server.peer_id, "nowhere", timeout_s=5)
-    async with caller.stream(server.peer_id, "gap") as call:
+    async with await caller.open(server.peer_id, "gap") as call:
         with pytest.raises(SessionGap):
             await call.receive()
     assert (await caller.call(server.peer_id, "echo", timeout_s=5)).body == {}
@@ -201,7 +201,7 @@ async def test_what_a_caller_gets_wrong(two: tuple[Host, Host]) -> None:
     caller, server = two
     with pytest.raises(InvalidArgument):
         await caller.call(server.peer_id, "echo", {"bad": object()}, timeout_s=5)
-    async with caller.stream(server.peer_id, "stream") as call:
+    async with await caller.open(server.peer_id, "stream") as call:
         await call.finish()
         with pytest.raises(LocalProtocolError):
             await call.send({})
@@ -261,7 +261,7 @@ async def test_cancel_of_a_stream_reaches_a_handler_that_receives(two: tuple[Hos
     caller, server = two
     handler = WatchedReceiving()
     server.serve("slow", handler)
-    async with caller.stream(server.peer_id, "slow") as call:
+    async with await caller.open(server.peer_id, "slow") as call:
         await handler.started.wait()
         call.cancel()
         with pytest.raises(Cancelled):
@@ -276,7 +276,7 @@ async def test_leaving_a_stream_early_ends_the_handler(two: tuple[Host, Host]) -
     handler = Watched()
     server.serve("slow", handler)
     with pytest.raises(ZeroDivisionError):
-        async with caller.stream(server.peer_id, "slow"):
+        async with await caller.open(server.peer_id, "slow"):
             await handler.started.wait()
             raise ZeroDivisionError
     assert await handler.ended is asyncio.CancelledError
@@ -290,7 +290,7 @@ async def test_a_server_may_give_up_too(two: tuple[Host, Host]) -> None:
         call.cancel(ErrorCode.BUSY)
 
     server.serve("refuse", refuse)
-    async with caller.stream(server.peer_id, "refuse") as call:
+    async with await caller.open(server.peer_id, "refuse") as call:
         await call.send({})
         with pytest.raises(RemoteError) as raised:
             await call.receive()
@@ -302,7 +302,7 @@ async def test_a_call_cut_off_while_it_sends_harms_no_other(two: tuple[Host, Hos
     caller, server = two
     handler = Watched()
     server.serve("deaf", handler)
-    async with caller.stream(server.peer_id, "deaf") as call:
+    async with await caller.open(server.peer_id, "deaf") as call:
         await handler.started.wait()
         with pytest.raises(TimeoutError):
             async with asyncio.timeout(0.05):
@@ -320,7 +320,7 @@ async def test_a_slow_reader_stops_its_sender_and_nobody_else(two: tuple[Host, H
     caller, server = two
     handler = Watched()
     server.serve("deaf", handler)
-    async with caller.stream(server.peer_id, "deaf") as call:
+    async with await caller.open(server.peer_id, "deaf") as call:
         await handler.started.wait()
         sent = 0
 
@@ -341,7 +341,7 @@ async def test_buffers_are_the_callers_again_when_send_returns(two: tuple[Host, 
     """The same tensor, overwritten after each send."""
     caller, server = two
     tensor = bytearray(1_000_000)
-    async with caller.stream(server.peer_id, "stream", timeout_s=20) as call:
+    async with await caller.open(server.peer_id, "stream", timeout_s=20) as call:
         reader = asyncio.create_task(collect(call, 10))
         for i in range(10):
             tensor[:] = bytes([i]) * len(tensor)
@@ -414,7 +414,7 @@ async def test_a_killed_peer_is_noticed_at_once(
     process, address = child
     caller = await net.host()
     async with contextlib.AsyncExitStack() as stack:
-        calls = [await stack.enter_async_context(caller.stream(address, "hang")) for _ in range(5)]
+        calls = [await stack.enter_async_context(await caller.open(address, "hang")) for _ in range(5)]
         for call in calls:
             assert await call.receive() is not None
         waiting = [asyncio.create_task(call.receive()) for call in calls]
@@ -434,7 +434,7 @@ async def test_a_stopped_peer_is_given_up_after_the_stated_silence(
     """SIGSTOP: the socket stays open and nothing answers."""
     process, address = child
     caller = await net.host(HostSettings(timers=Timers(ping_every_s=0.1, dead_after_s=0.5)))
-    async with caller.stream(address, "hang") as call:
+    async with await caller.open(address, "hang") as call:
         assert await call.receive() is not None
         process.send_signal(signal.SIGSTOP)
         try:

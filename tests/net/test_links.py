@@ -21,9 +21,9 @@ from petalite.errors import (
     Unreachable,
 )
 from petalite.net import Call, Host, HostSettings, Identity, MethodPolicy, Multiaddr, Priority
+from petalite.net.accepting import claimed_addresses
 from petalite.net.credit import Windows
 from petalite.net.handshake import Hello
-from petalite.net.host import _claimed
 from petalite.net.limits import VIOLATION, Limits
 from petalite.net.link import Timers
 
@@ -55,8 +55,8 @@ async def test_bulk_has_a_connection_of_its_own_opened_when_needed(two: tuple[Ho
 async def test_a_lost_bulk_lane_ends_its_own_calls_alone(two: tuple[Host, Host]) -> None:
     caller, server = two
     async with (
-        caller.stream(server.peer_id, "stream", priority=Priority.BULK) as bulk,
-        caller.stream(server.peer_id, "stream") as call,
+        await caller.open(server.peer_id, "stream", priority=Priority.BULK) as bulk,
+        await caller.open(server.peer_id, "stream") as call,
     ):
         for each in (bulk, call):
             await each.send({"n": 1})
@@ -92,7 +92,7 @@ async def test_an_urgent_call_beside_bulk_does_not_wait_for_it(two: tuple[Host, 
     finished: list[str] = []
 
     async def bulk() -> None:
-        async with caller.stream(server.peer_id, "sink", priority=Priority.BULK) as call:
+        async with await caller.open(server.peer_id, "sink", priority=Priority.BULK) as call:
             for _ in range(50):
                 await call.send({}, [bytes(4_000_000)])
             await call.finish()
@@ -212,7 +212,7 @@ async def test_a_message_that_stops_after_its_header_gives_its_memory_back(two: 
     caller, server = two
     call = await caller.open(server.peer_id, "echo")
     used = server._gate.memory.used
-    async with caller.stream(server.peer_id, "stream") as stream:
+    async with await caller.open(server.peer_id, "stream") as stream:
         sending = asyncio.create_task(stream.send({}, [bytes(50_000_000)]))
         await eventually(lambda: server._gate.memory.used > used)
         sending.cancel()
@@ -262,7 +262,7 @@ def test_a_peer_cannot_send_us_where_only_we_can_reach(seen: str, claimed: str, 
     hello = Hello(
         bytes(16), 0, 4096, 4096, 1, "", (f"/ip4/{claimed}/tcp/5", "/dns/internal/tcp/80", "nonsense")
     )
-    found = _claimed(hello, Multiaddr("ip4", seen, 1234))
+    found = claimed_addresses(hello, Multiaddr("ip4", seen, 1234))
     assert [address.host for address in found] == (
         [seen if claimed == "0.0.0.0" else claimed] if kept else []
     )
@@ -278,7 +278,7 @@ async def test_a_cancelled_request_is_not_sent_to_its_end(two: tuple[Host, Host]
         await asyncio.Event().wait()
 
     server.serve("deaf", deaf)
-    async with caller.stream(server.peer_id, "deaf") as call:
+    async with await caller.open(server.peer_id, "deaf") as call:
         await started.wait()
         sending = asyncio.create_task(call.send({}, [bytes(30_000_000)]))
         await asyncio.sleep(0)
@@ -330,7 +330,7 @@ async def test_a_thousand_streams_share_fairly(net: Net) -> None:
             await call.send({}, [chunk])
 
     async def read(index: int) -> None:
-        async with caller.stream(server.addresses[0], "source") as call:
+        async with await caller.open(server.addresses[0], "source") as call:
             while await call.receive() is not None:
                 received[index] += 1
                 if not snapshot and sum(received) >= count * chunks // 2:
@@ -358,6 +358,6 @@ async def test_a_deadline_holds_while_waiting_for_room(net: Net) -> None:
     tiny = HostSettings(windows=Windows(streams=1), timers=Timers())
     caller, server = await net.host(), await net.host(tiny, listen=True)
     server.serve("stream", echo_stream)
-    async with caller.stream(server.addresses[0], "stream"):
+    async with await caller.open(server.addresses[0], "stream"):
         with pytest.raises(DeadlineExceeded, match="room"):
             await caller.call(server.peer_id, "stream", timeout_s=0.05)

@@ -74,9 +74,9 @@ def test_equals_the_other_implementation(
     sending, receiving = ours.keys()
     sealer, opener = Sealer(suite, sending), Opener(suite, receiving)
     for text in (b"one", b"", b"three" * 100):
-        record = bytearray(len(text) + 18)
+        record = bytearray(len(text) + 20)
         assert sealer.seal(text, memoryview(record)) == len(record)
-        assert theirs.decrypt(bytes(record[2:])) == text
+        assert theirs.decrypt(bytes(record[4:])) == text
         plain = bytearray(len(text))
         opener.open(memoryview(bytearray(theirs.encrypt(text))), memoryview(plain))
         assert plain == text
@@ -111,9 +111,9 @@ def test_vectors(vector: dict[str, Any]) -> None:
             assert {side.hash.hex() for side in sides} == {vector["handshake_hash"]}
     sealers = [Sealer(suite, side.keys()[0]) for side in sides]
     for index, (payload, ciphertext) in enumerate(messages[3:], start=3):
-        record = bytearray(len(payload) + 18)
+        record = bytearray(len(payload) + 20)
         sealers[index % 2].seal(payload, memoryview(record))
-        assert record[2:] == ciphertext
+        assert record[4:] == ciphertext
 
 
 def pair(prologues: tuple[bytes, bytes] = (b"p", b"p")) -> list[HandshakeState]:

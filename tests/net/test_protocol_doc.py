@@ -89,11 +89,11 @@ class Fixed(Handshake):
     """With the X25519 keys of the example."""
 
     def _new_noise(self, prelude: bytes) -> HandshakeState:
-        first = 1 if self._initiator else 3
+        first = 1 if self.initiator else 3
         static, ephemeral = (
             X25519PrivateKey.from_private_bytes(bytes([first + index]) * 32) for index in range(2)
         )
-        return HandshakeState(self._suite, self._initiator, prelude, static, ephemeral=ephemeral)
+        return HandshakeState(self._suite, self.initiator, prelude, static, ephemeral=ephemeral)
 
 
 def handshake() -> tuple[list[bytes], Fixed, Fixed]:
@@ -122,9 +122,14 @@ def rebuilt() -> dict[str, bytes]:
     sent, first, _ = handshake()
     assert first.secured is not None
     plaintext = first_plaintext()
-    record = bytearray(len(plaintext) + 18)
+    record = bytearray(len(plaintext) + 20)
     first.secured.sealer.seal(plaintext, memoryview(record))
+    core = Connection(True, Windows(), Windows())
+    stream = core.open_stream(Priority.INTERACTIVE)
+    core.next_records(1000)
+    core.write(stream, [bytes(40_000)], fin=True)
     return {
+        "block": bytes(core.next_records(1000)[0]),
         "prelude": sent[0][:PRELUDE_BYTES],
         "message 1": sent[0][PRELUDE_BYTES:],
         "message 2": sent[1],
@@ -137,7 +142,8 @@ def rebuilt() -> dict[str, bytes]:
 
 
 @pytest.mark.parametrize(
-    "name", ["prelude", "message 1", "message 2", "message 3", "record", "frames", "request", "failure"]
+    "name",
+    ["prelude", "message 1", "message 2", "message 3", "record", "frames", "block", "request", "failure"],
 )
 def test_examples(name: str) -> None:
     assert EXAMPLES[name].hex() == rebuilt()[name].hex()
@@ -152,7 +158,7 @@ def test_the_examples_first_record_opens_at_the_other_end() -> None:
     """With the responder's keys, from the bytes in the document."""
     _, _, second = handshake()
     assert second.secured is not None
-    box = memoryview(bytearray(EXAMPLES["record"]))[2:]
+    box = memoryview(bytearray(EXAMPLES["record"]))[4:]
     second.secured.opener.open(box, box[:-16])
     core = Connection(False, Windows(), Windows())
     core.receive(box[:-16], 0.0)
