@@ -123,7 +123,8 @@ async def dial(
         wait_s = min(known.values())
         raise Unreachable(f"no address of {peer} answered a moment ago; the next try is in {wait_s:.1f} s")
     attempts = [partial(_attempt, book, peer, address, new, attempt_s) for address in addresses]
-    proved, errors = await race(attempts, _discard)
+    result = await race(attempts, _discard)
+    proved, errors = result
     if proved is None:
         if len({type(error) for error in errors}) == 1 and isinstance(errors[0], PetaliteError):
             raise errors[0]  # every address failed in the same way

@@ -69,65 +69,8 @@ def _hkdf(chaining_key: bytes, material: bytes, outputs: int) -> list[bytes]:
     return blocks
 
 
-class SymmetricState:
-    """The chaining key, transcript hash and cipher key that a handshake mixes into (Noise §5.1, §5.2)."""
-
-    def __init__(self, suite: Suite, protocol_name: str) -> None:
-        name = protocol_name.encode()
-        self.hash = name.ljust(32, b"\0") if len(name) <= 32 else sha256(name).digest()
-        self._suite = suite
-        self._chaining_key = self.hash
-        self._key: bytes | None = None
-        self._counter = 0
-
-    def mix_key(self, material: bytes) -> None:
-        self._chaining_key, self._key = _hkdf(self._chaining_key, material, 2)
-        self._counter = 0
-
-    def mix_hash(self, data: bytes) -> None:
-        self.hash = sha256(self.hash + data).digest()
-
-    def mix_key_and_hash(self, material: bytes) -> None:
-        self._chaining_key, mixed, self._key = _hkdf(self._chaining_key, material, 3)
-        self.mix_hash(mixed)
-        self._counter = 0
-
-    def encrypt_and_hash(self, plaintext: bytes) -> bytes:
-        box = plaintext
-        if self._key is not None:
-            nonce = self._suite.nonce(self._counter)
-            box = self._suite.aead(self._key).encrypt(nonce, plaintext, self.hash)
-            self._counter += 1
-        self.mix_hash(box)
-        return box
-
-    def decrypt_and_hash(self, box: bytes) -> bytes:
-        plaintext = box
-        if self._key is not None:
-            nonce = self._suite.nonce(self._counter)
-            try:
-                plaintext = self._suite.aead(self._key).decrypt(nonce, box, self.hash)
-            except InvalidTag as error:
-                raise HandshakeFailed(
-                    "a handshake message does not authenticate: another swarm key, suite or version, "
-                    "or somebody changed it on its way"
-                ) from error
-            self._counter += 1
-        self.mix_hash(box)
-        return plaintext
-
-    @property
-    def has_key(self) -> bool:
-        return self._key is not None
-
-    def split(self) -> tuple[bytes, bytes]:
-        """The transport keys: initiator to responder, and back."""
-        first, second = _hkdf(self._chaining_key, b"", 2)
-        return first, second
-
-
 class HandshakeState:
-    """One handshake, seen from one end (Noise §5.3). Call `write` and `read` in turn until `finished`."""
+    """One end of a handshake (Noise §5.2, §5.3). Call `write` and `read` in turn until `finished`."""
 
     def __init__(
         self,
@@ -142,70 +85,61 @@ class HandshakeState:
         if psk is not None and len(psk) != KEY_BYTES:
             raise LocalProtocolError(f"a pre-shared key has {KEY_BYTES} bytes, found {len(psk)}")
         pattern = "XX" if psk is None else "XXpsk3"
-        self._symmetric = SymmetricState(suite, f"Noise_{pattern}_25519_{suite.name}_SHA256")
-        self._symmetric.mix_hash(prologue)
-        self._messages = list(_PATTERNS[pattern])
-        self._initiator = initiator
-        self._our_turn = initiator
-        self._psk = psk
-        self._static: X25519PrivateKey | None = static
-        self._ephemeral = ephemeral
-        self._remote_static: bytes | None = None
-        self._remote_ephemeral: bytes | None = None
+        name = f"Noise_{pattern}_25519_{suite.name}_SHA256".encode()
+        # The transcript hash; once finished, a name for this session that no other session has.
+        self.hash = name.ljust(32, b"\0") if len(name) <= 32 else sha256(name).digest()
         self.payload_hash = b""  # the transcript hash just before the payload last written or read
+        self._suite, self._initiator, self._psk = suite, initiator, psk
+        self._chaining_key, self._key, self._counter = self.hash, b"", 0
+        self._messages = list(_PATTERNS[pattern])
+        self._our_turn = initiator
+        self._ours = {"s": static, "e": ephemeral or X25519PrivateKey.generate()}
+        self._theirs: dict[str, bytes] = {}
+        self._mix_hash(prologue)
 
     @property
     def finished(self) -> bool:
         return not self._messages
 
-    @property
-    def hash(self) -> bytes:
-        """The transcript hash; once finished, a name for this session that no other session has."""
-        return self._symmetric.hash
-
     def write(self, payload: Callable[[bytes], bytes]) -> bytes:
         """The next message. `payload` is called with the transcript hash up to it, which it may sign."""
-        tokens = self._next(ours=True)
-        message = bytearray()
-        for token in tokens:
+        message = b""
+        for token in self._next(ours=True):
             if token == "e":
-                self._ephemeral = self._ephemeral or X25519PrivateKey.generate()
-                public = public_bytes(self._ephemeral)
+                public = public_bytes(self._ours["e"])
                 message += public
                 self._mix_ephemeral(public)
             elif token == "s":
-                assert self._static is not None
-                message += self._symmetric.encrypt_and_hash(public_bytes(self._static))
+                message += self._seal(public_bytes(self._ours["s"]))
             else:
                 self._mix_secret(token)
         self.payload_hash = self.hash
-        message += self._symmetric.encrypt_and_hash(payload(self.hash))
+        message += self._seal(payload(self.hash))
         self._forget_keys_if_finished()
-        return bytes(message)
+        return message
 
     def read(self, message: bytes) -> bytes:
         """The payload of the peer's next message. Raises HandshakeFailed, and is of no use from then on."""
-        tokens = self._next(ours=False)
         rest = message
-        for token in tokens:
+        for token in self._next(ours=False):
             if token == "e":
-                self._remote_ephemeral, rest = _cut(rest, KEY_BYTES)
-                self._mix_ephemeral(self._remote_ephemeral)
+                self._theirs["e"], rest = _cut(rest, KEY_BYTES)
+                self._mix_ephemeral(self._theirs["e"])
             elif token == "s":
-                box, rest = _cut(rest, KEY_BYTES + (TAG_BYTES if self._symmetric.has_key else 0))
-                self._remote_static = self._symmetric.decrypt_and_hash(box)
+                box, rest = _cut(rest, KEY_BYTES + TAG_BYTES)
+                self._theirs["s"] = self._open(box)
             else:
                 self._mix_secret(token)
         self.payload_hash = self.hash
-        payload = self._symmetric.decrypt_and_hash(rest)
+        payload = self._open(rest)
         self._forget_keys_if_finished()
         return payload
 
     def keys(self) -> tuple[bytes, bytes]:
-        """(sending key, receiving key) of the transport, once finished."""
+        """(sending key, receiving key) of the transport, once finished: Split of Noise §5.2."""
         if not self.finished:
             raise LocalProtocolError("the handshake has not finished")
-        to_responder, to_initiator = self._symmetric.split()
+        to_responder, to_initiator = _hkdf(self._chaining_key, b"", 2)
         return (to_responder, to_initiator) if self._initiator else (to_initiator, to_responder)
 
     def _next(self, ours: bool) -> tuple[str, ...]:
@@ -214,30 +148,62 @@ class HandshakeState:
         self._our_turn = not ours
         return self._messages.pop(0)
 
+    def _mix_hash(self, data: bytes) -> None:
+        self.hash = sha256(self.hash + data).digest()
+
+    def _mix_key(self, material: bytes) -> None:
+        self._chaining_key, self._key = _hkdf(self._chaining_key, material, 2)
+        self._counter = 0
+
     def _mix_ephemeral(self, public: bytes) -> None:
-        self._symmetric.mix_hash(public)
+        self._mix_hash(public)
         if self._psk is not None:  # Noise §9.2
-            self._symmetric.mix_key(public)
+            self._mix_key(public)
 
     def _mix_secret(self, token: str) -> None:
         if token == "psk":
             assert self._psk is not None
-            self._symmetric.mix_key_and_hash(self._psk)
+            self._chaining_key, mixed, self._key = _hkdf(self._chaining_key, self._psk, 3)
+            self._counter = 0
+            self._mix_hash(mixed)
             return
         # The first letter names the initiator's key, the second the responder's.
-        ours, theirs = (token[0], token[1]) if self._initiator else (token[1], token[0])
-        private = self._ephemeral if ours == "e" else self._static
-        public = self._remote_ephemeral if theirs == "e" else self._remote_static
-        assert private is not None and public is not None
+        ours, theirs = list(token if self._initiator else token[::-1])
         try:
-            secret = private.exchange(X25519PublicKey.from_public_bytes(public))
+            secret = self._ours[ours].exchange(X25519PublicKey.from_public_bytes(self._theirs[theirs]))
         except ValueError as error:  # a point of low order, whose secret is zero whatever our key
             raise HandshakeFailed("the peer sent a public key of low order") from error
-        self._symmetric.mix_key(secret)
+        self._mix_key(secret)
+
+    def _nonce(self) -> bytes:
+        self._counter += 1
+        return self._suite.nonce(self._counter - 1)
+
+    def _seal(self, plaintext: bytes) -> bytes:
+        """EncryptAndHash of Noise §5.2; without a key yet, in the clear."""
+        box = plaintext
+        if self._key:
+            box = self._suite.aead(self._key).encrypt(self._nonce(), plaintext, self.hash)
+        self._mix_hash(box)
+        return box
+
+    def _open(self, box: bytes) -> bytes:
+        """DecryptAndHash of Noise §5.2."""
+        plaintext = box
+        if self._key:
+            try:
+                plaintext = self._suite.aead(self._key).decrypt(self._nonce(), box, self.hash)
+            except InvalidTag as error:
+                raise HandshakeFailed(
+                    "a handshake message does not authenticate: another swarm key, suite or version, "
+                    "or somebody changed it on its way"
+                ) from error
+        self._mix_hash(box)
+        return plaintext
 
     def _forget_keys_if_finished(self) -> None:
         if self.finished:
-            self._static = self._ephemeral = self._psk = None
+            self._ours, self._psk = {}, None
 
 
 def _cut(message: bytes, size: int) -> tuple[bytes, bytes]:
