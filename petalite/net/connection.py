@@ -48,7 +48,7 @@ from petalite.net.streams import NEVER, Priority, Stream
 # For DATA, which most frames are, type, flags and aux are one number: nothing in it but FIN.
 _DATA_HEADER, _FIN, _NOT_DATA = Struct(">III"), FIN << 16, ~(FIN << 16)
 
-MAX_STREAMS = 0x7FFF_FFFF  # that one end opens in a connection's life: ids have 32 bits
+MAX_OPENED = 0x7FFF_FFFF  # that one end opens in a connection's life: ids have 32 bits
 _EXPRESS_CONTROL = 64  # control frames that fit into a record in front of a small message
 _ALLOWANCE_STEP_BYTES = 1024 * 1024
 _GIVEN_UP_PER_S, _GIVEN_UP_BURST = 200.0, 1000.0  # streams that the peer opens and gives up unanswered
@@ -78,8 +78,7 @@ class Connection:
         self._ours, self._theirs = ours, theirs
         self._parity = int(initiator)  # of the ids of the streams that we open: 1, 3, …, or 2, 4, …
         self._opened = self._peer_opened = 0  # streams, so far
-        self._may_open, self._peer_may_open = theirs.streams, ours.streams  # in all
-        self._peer_was_told = ours.streams  # of `_peer_may_open`
+        self._ended = self._peer_ended = 0  # of them, in both directions
         self._given_up = TokenBucket(_GIVEN_UP_PER_S, _GIVEN_UP_BURST, now)
 
         self._control = ControlQueue()
@@ -102,12 +101,12 @@ class Connection:
     @property
     def can_open(self) -> bool:
         """Whether `open_stream` would succeed now."""
-        return not self.exhausted and self._opened < self._may_open
+        return not self.exhausted and self._opened - self._ended < self._theirs.streams
 
     @property
     def exhausted(self) -> bool:
         """Whether no stream can ever be opened again: another connection has to take over."""
-        return self.state is not State.OPEN or self.peer_left or self._opened >= MAX_STREAMS
+        return self.state is not State.OPEN or self.peer_left or self._opened >= MAX_OPENED
 
     def open_stream(self, priority: Priority) -> Stream:
         if not self.can_open:
@@ -204,7 +203,7 @@ class Connection:
         self._turns.leave(stream)
         stream.priority = priority
         self._turns.offer(stream)
-        if not self._is_theirs(stream.id) and not stream.over:
+        if not self._is_theirs(stream.id) and not stream.ended:
             self._control.send(FrameType.PRIORITY, stream.id, aux=priority)
 
     def reset(self, stream: Stream, code: int) -> None:
@@ -216,7 +215,7 @@ class Connection:
     def _give_up(self, stream: Stream) -> None:
         self._turns.leave(stream)
         stream.give_up_sending()
-        self._forget_if_over(stream)
+        self._end_if_over(stream)
 
     def next_records(self, max_bytes: int) -> list[bytes | memoryview]:
         """The plaintexts of the next records: all control frames, and data up to about `max_bytes`.
@@ -263,7 +262,7 @@ class Connection:
             self.events.append((Event.DRAINED, stream))
         if stream.send is Send.FINISHING:
             stream.step_send(Step.FIN)
-            self._forget_if_over(stream)
+            self._end_if_over(stream)
 
     # -- reading -----------------------------------------------------------------------------------
 
@@ -291,7 +290,7 @@ class Connection:
             self._control.send(FrameType.STOP_SENDING, stream.id, U32.pack(code))
         stream.drop_unread()
         self.settle(stream)
-        self._forget_if_over(stream)
+        self._end_if_over(stream)
 
     def settle(self, stream: Stream) -> None:
         """Count what was taken from the stream as read: that is credit for the peer."""
@@ -304,7 +303,7 @@ class Connection:
                 limit = stream.window.grant(read, self.now, self.rtt_s)
                 self._control.grant(FrameType.MAX_STREAM_DATA, stream.id, limit)
         elif stream.receive is RECEIVED:
-            self._forget_if_over(stream)
+            self._end_if_over(stream)
         if self.received >= self.window.due_at:
             self._grant_connection()
 
@@ -329,13 +328,19 @@ class Connection:
         self.reserved -= freed
         return freed
 
-    def _forget_if_over(self, stream: Stream) -> None:
-        if not stream.over or self.streams.pop(stream.id, None) is None or not self._is_theirs(stream.id):
+    def _end_if_over(self, stream: Stream) -> None:
+        if stream.send < SENT or stream.receive < RECEIVED:
             return
-        self._peer_may_open += 1
-        if self._peer_may_open - self._peer_was_told >= max(1, self._ours.streams >> 2):
-            self._peer_was_told = self._peer_may_open
-            self._control.grant(FrameType.MAX_STREAMS, 0, self._peer_was_told)
+        if not stream.ended:
+            stream.ended = True
+            if self._is_theirs(stream.id):
+                self._peer_ended += 1
+            else:
+                if self._opened - self._ended == self._theirs.streams:
+                    self.events.append((Event.ROOM, None))
+                self._ended += 1
+        if not stream.buffered:
+            self.streams.pop(stream.id, None)
 
     # -- receiving ---------------------------------------------------------------------------------
 
@@ -434,7 +439,7 @@ class Connection:
         if flags:
             stream.step_receive(Step.FIN)
             self.events.append((READABLE, stream))
-            self._forget_if_over(stream)
+            self._end_if_over(stream)
         elif stream.buffered >= stream.need and stream.target is None:
             stream.need = NEVER  # once is enough, until its reader says otherwise
             self.events.append((READABLE, stream))
@@ -453,8 +458,8 @@ class Connection:
         expected = 2 * self._peer_opened + 1 + self._parity
         if stream_id != expected or self.peer_left:
             raise RemoteProtocolError(f"OPEN of stream {stream_id}, not of {expected}, or behind GOAWAY")
-        if self._peer_opened >= self._peer_may_open:
-            raise StreamLimitExceeded(f"more than {self._peer_may_open} streams opened")
+        if self._peer_opened - self._peer_ended >= self._ours.streams:
+            raise StreamLimitExceeded(f"more than {self._ours.streams} streams at once")
         self._peer_opened += 1
         stream = self._new_stream(stream_id, Priority(aux))
         if self.state is State.OPEN:
@@ -481,12 +486,6 @@ class Connection:
     def _on_max_data(self, _stream_id: int, _aux: int, payload: memoryview) -> None:
         self.send_limit = max(self.send_limit, U64.unpack(payload)[0])
 
-    def _on_max_streams(self, _stream_id: int, _aux: int, payload: memoryview) -> None:
-        (limit,) = U32.unpack(payload)
-        if limit > self._may_open:
-            self._may_open = limit
-            self.events.append((Event.ROOM, None))
-
     def _on_reset(self, stream_id: int, _aux: int, payload: memoryview) -> None:
         stream = self._known(stream_id)
         if stream is None or stream.receive >= RECEIVED:
@@ -497,7 +496,7 @@ class Connection:
         stream.drop_unread()
         self.settle(stream)
         self.events.append((Event.RESET, stream))
-        self._forget_if_over(stream)
+        self._end_if_over(stream)
 
     def _on_stop(self, stream_id: int, _aux: int, payload: memoryview) -> None:
         stream = self._known(stream_id)
@@ -546,7 +545,6 @@ _HANDLERS = MappingProxyType(
         FrameType.MAX_STREAM_DATA: Connection._on_max_stream_data,
         FrameType.RESET_STREAM: Connection._on_reset,
         FrameType.STOP_SENDING: Connection._on_stop,
-        FrameType.MAX_STREAMS: Connection._on_max_streams,
         FrameType.PING: Connection._on_ping,
         FrameType.PONG: Connection._on_pong,
         FrameType.CLOSE: Connection._on_close,

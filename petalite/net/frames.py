@@ -33,15 +33,14 @@ class FrameType(IntEnum):
     MAX_STREAM_DATA = 0x02  # u64: how many bytes of this stream may be sent in all
     RESET_STREAM = 0x03  # u32 code: no more bytes will come
     STOP_SENDING = 0x04  # u32 code: no more bytes will be read
-    MAX_STREAMS = 0x05  # u32: how many streams the receiver of this may open in all
-    PING = 0x06  # 8 bytes, to be returned
-    PONG = 0x07
-    CLOSE = 0x08  # u32 code, text: the connection ends here
-    MAX_DATA = 0x09  # u64: how many bytes of all streams together may be sent in all
-    PAD = 0x0A  # nothing
-    GOAWAY = 0x0B  # u32 code, text: open no more streams; those that are open go on
-    PRIORITY = 0x0C  # aux: the priority the stream's opener now asks for
-    BLOCK = 0x0D  # u32: the next record is so many stream bytes; FIN: the last of them
+    PING = 0x05  # 8 bytes, to be returned
+    PONG = 0x06
+    CLOSE = 0x07  # u32 code, text: the connection ends here
+    MAX_DATA = 0x08  # u64: how many bytes of all streams together may be sent in all
+    PAD = 0x09  # nothing
+    GOAWAY = 0x0A  # u32 code, text: open no more streams; those that are open go on
+    PRIORITY = 0x0B  # aux: the priority the stream's opener now asks for
+    BLOCK = 0x0C  # u32: the next record is so many stream bytes; FIN: the last of them
 
 
 class FrameRule(NamedTuple):
@@ -61,7 +60,6 @@ RULES = MappingProxyType(
         FrameType.MAX_STREAM_DATA: FrameRule(8, 8, True),
         FrameType.RESET_STREAM: FrameRule(4, 4, True),
         FrameType.STOP_SENDING: FrameRule(4, 4, True),
-        FrameType.MAX_STREAMS: FrameRule(4, 4, False),
         FrameType.PING: FrameRule(8, 8, False),
         FrameType.PONG: FrameRule(8, 8, False),
         FrameType.CLOSE: FrameRule(4, 4 + MAX_REASON_BYTES, False),

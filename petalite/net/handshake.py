@@ -11,6 +11,7 @@ handshake and this end of it alone. Sans I/O: bytes in, bytes out. Knows no sock
 
 from __future__ import annotations
 
+from collections.abc import Generator
 from dataclasses import dataclass
 from struct import Struct
 from typing import Annotated
@@ -82,17 +83,13 @@ class Handshake:
         suite: Suite = AES_GCM,
     ) -> None:
         """`expected` is who the initiator dialled; `suite` is the initiator's choice."""
-        self._identity = identity
-        self._hello = hello
         self.initiator = initiator
-        self._expected = expected
-        self._swarm_key = swarm_key
-        self._suite = suite
-        self._noise: HandshakeState | None = None
-        self._messages_read = 0
-        self._buffer = bytearray()
-        self._peer: tuple[PeerId, Hello] | None = None
         self.secured: Secured | None = None
+        self._identity, self._hello, self._expected = identity, hello, expected
+        self._swarm_key, self._suite = swarm_key, suite
+        self._buffer = bytearray()  # what came and was not taken
+        self._talk = self._initiate() if initiator else self._respond()
+        self._started = not initiator
 
     @property
     def leftover(self) -> bytes:
@@ -101,84 +98,88 @@ class Handshake:
 
     def start(self) -> bytes:
         """The initiator's prelude and first message."""
-        if not self.initiator or self._noise is not None:
+        if self._started:
             raise LocalProtocolError("only the initiator starts a handshake, and once")
-        flags = FLAG_SWARM_KEY if self._swarm_key is not None else 0
-        prelude = MAGIC + bytes([VERSION, self._suite.number, flags, 0])
-        self._noise = self._new_noise(prelude)
-        return prelude + _framed(self._noise.write(lambda _hash: b""))
+        self._started = True
+        return next(self._talk)
 
     def receive(self, data: bytes) -> bytes:
         """Take what came; what to send in answer. Raises HandshakeFailed, after which nothing may be sent."""
-        if self.secured is not None:
-            raise LocalProtocolError("the handshake has finished")
-        if self.initiator and self._noise is None:
-            raise LocalProtocolError("start() comes first")
+        if self.secured is not None or not self._started:
+            raise LocalProtocolError("the handshake has finished, or is still to be started")
         self._buffer += data
-        if self._noise is None and not self._read_prelude():
-            return b""
-        answer = b""
-        while self.secured is None and (message := self._cut_message()) is not None:
-            answer += self._read_message(message)
-        return answer
+        return next(self._talk)
+
+    # Both ends are told as they go: each `yield` says something and waits for more to come.
+
+    def _initiate(self) -> Generator[bytes, None, None]:
+        flags = FLAG_SWARM_KEY if self._swarm_key is not None else 0
+        prelude = MAGIC + bytes([VERSION, self._suite.number, flags, 0])
+        noise = self._new_noise(prelude)
+        second = yield from self._next(prelude + _framed(noise.write(lambda _hash: b"")))
+        peer = self._verify(noise.read(second), noise.payload_hash)
+        third = _framed(noise.write(self._prove))
+        self._finish(noise, *peer)
+        yield third
+
+    def _respond(self) -> Generator[bytes, None, None]:
+        while len(self._buffer) < PRELUDE_BYTES:
+            self._check_magic()
+            yield b""
+        self._check_magic()
+        prelude = bytes(self._buffer[:PRELUDE_BYTES])
+        del self._buffer[:PRELUDE_BYTES]
+        self._suite = self._suite_of(prelude)
+        noise = self._new_noise(prelude)
+        first = yield from self._next(b"")
+        if noise.read(first):
+            raise HandshakeFailed("the first handshake message carries a payload, which nothing protects")
+        third = yield from self._next(_framed(noise.write(self._prove)))
+        self._finish(noise, *self._verify(noise.read(third), noise.payload_hash))
+        yield b""
+
+    def _next(self, answer: bytes) -> Generator[bytes, None, bytes]:
+        """Say `answer`, and wait for the next message."""
+        end = LENGTH.size
+        while True:
+            if len(self._buffer) >= LENGTH.size:
+                (length,) = LENGTH.unpack_from(self._buffer)
+                if not 32 <= length <= MAX_MESSAGE_BYTES:
+                    raise HandshakeFailed(
+                        f"a handshake message claims {length} bytes; they have 32 to {MAX_MESSAGE_BYTES}"
+                    )
+                end = LENGTH.size + length
+            if len(self._buffer) >= end > LENGTH.size:
+                message = bytes(self._buffer[LENGTH.size : end])
+                del self._buffer[:end]
+                return message
+            yield answer
+            answer = b""
 
     def _new_noise(self, prelude: bytes) -> HandshakeState:
         static = X25519PrivateKey.generate()
         return HandshakeState(self._suite, self.initiator, prelude, static, psk=self._swarm_key)
 
-    def _read_prelude(self) -> bool:
-        prelude = bytes(self._buffer[:PRELUDE_BYTES])
-        if not MAGIC.startswith(prelude[: len(MAGIC)]):
-            raise HandshakeFailed(f"not a petalite peer: its first bytes are {prelude[:4]!r}")
-        if len(prelude) < PRELUDE_BYTES:
-            return False
+    def _check_magic(self) -> None:
+        magic = bytes(self._buffer[: len(MAGIC)])
+        if not MAGIC.startswith(magic):
+            raise HandshakeFailed(f"not a petalite peer: its first bytes are {magic!r}")
+
+    def _suite_of(self, prelude: bytes) -> Suite:
         version, number, flags, reserved = prelude[len(MAGIC) :]
-        if version != VERSION or reserved or flags & ~FLAG_SWARM_KEY:
+        if version != VERSION or reserved or flags & ~FLAG_SWARM_KEY or number not in SUITES:
             raise HandshakeFailed(
-                f"prelude {prelude.hex()} is not of version {VERSION}, which is spoken here"
+                f"prelude {prelude.hex()} is not of version {VERSION} and a suite known here"
             )
-        suite = SUITES.get(number)
-        if suite is None:
-            raise HandshakeFailed(f"suite {number} is unknown; known are {sorted(SUITES)}")
         if bool(flags & FLAG_SWARM_KEY) is not (self._swarm_key is not None):
             private = "private" if self._swarm_key is not None else "public"
             raise HandshakeFailed(f"this host is in a {private} swarm, and the peer is not")
-        self._suite = suite
-        self._noise = self._new_noise(prelude)
-        del self._buffer[:PRELUDE_BYTES]
-        return True
+        return SUITES[number]
 
-    def _cut_message(self) -> bytes | None:
-        if len(self._buffer) < LENGTH.size:
-            return None
-        (length,) = LENGTH.unpack_from(self._buffer)
-        if not 32 <= length <= MAX_MESSAGE_BYTES:
-            raise HandshakeFailed(
-                f"a handshake message claims {length} bytes; they have 32 to {MAX_MESSAGE_BYTES}"
-            )
-        end = LENGTH.size + length
-        if len(self._buffer) < end:
-            return None
-        message = bytes(self._buffer[LENGTH.size : end])
-        del self._buffer[:end]
-        return message
-
-    def _read_message(self, message: bytes) -> bytes:
-        noise = self._noise
-        assert noise is not None
-        payload = noise.read(message)
-        self._messages_read += 1
-        if not self.initiator and self._messages_read == 1:
-            if payload:
-                raise HandshakeFailed("the first handshake message carries a payload, which nothing protects")
-            return _framed(noise.write(self._prove))
-        self._peer = self._verify(payload, noise.payload_hash)
-        answer = _framed(noise.write(self._prove)) if self.initiator else b""
+    def _finish(self, noise: HandshakeState, peer_id: PeerId, hello: Hello) -> None:
         sending, receiving = noise.keys()
-        self.secured = Secured(
-            *self._peer, Sealer(self._suite, sending), Opener(self._suite, receiving), noise.hash
-        )
-        return answer
+        sealer, opener = Sealer(self._suite, sending), Opener(self._suite, receiving)
+        self.secured = Secured(peer_id, hello, sealer, opener, noise.hash)
 
     def _prove(self, transcript: bytes) -> bytes:
         signature = self._identity.sign(_signed(self.initiator, transcript))

@@ -11,7 +11,7 @@ from collections import deque
 
 from petalite.errors import Flood
 from petalite.net import frames
-from petalite.net.frames import BLOCK_BYTES, MAX_DATA_BYTES, U32, U64, FrameType
+from petalite.net.frames import BLOCK_BYTES, MAX_DATA_BYTES, U64, FrameType
 from petalite.net.states import Send
 from petalite.net.streams import Priority, Stream
 
@@ -51,7 +51,7 @@ class ControlQueue:
     def take(self) -> list[bytes | memoryview]:
         """The frames for the next record."""
         for (kind, stream), limit in self._grants.items():
-            self.send(kind, stream, (U32 if kind is FrameType.MAX_STREAMS else U64).pack(limit))
+            self.send(kind, stream, U64.pack(limit))
         self._grants.clear()
         self._pongs = 0
         taken, self._frames = self._frames[:MAX_CONTROL], self._frames[MAX_CONTROL:]

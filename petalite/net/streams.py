@@ -12,7 +12,7 @@ from typing import Any
 
 from petalite.errors import LocalProtocolError
 from petalite.net.credit import Window
-from petalite.net.states import RECEIVE_STEPS, RECEIVED, SEND_STEPS, SENT, Receive, Send, Step
+from petalite.net.states import RECEIVE_STEPS, SEND_STEPS, Receive, Send, Step
 
 SMALL_CHUNK_BYTES = 4096  # received pieces below this are gathered: one-byte frames cost no more than bytes
 NEVER = 1 << 62  # more bytes than any stream has
@@ -32,9 +32,9 @@ class Stream:
 
     # fmt: off
     __slots__ = (
-        "buffered", "chunks", "consumed", "filled", "highest", "id", "need", "outbox", "owner", "priority",
-        "queued", "ready", "receive", "received", "reset_code", "send", "send_limit", "sent", "skip",
-        "stop_code", "taken", "target", "wants_drained", "window",
+        "buffered", "chunks", "consumed", "ended", "filled", "highest", "id", "need", "outbox", "owner",
+        "priority", "queued", "ready", "receive", "received", "reset_code", "send", "send_limit", "sent",
+        "skip", "stop_code", "taken", "target", "wants_drained", "window",
     )
     # fmt: on
 
@@ -43,6 +43,7 @@ class Stream:
         self.priority = priority
         self.highest = Priority.CONTROL  # the class above which it is not sent, whatever the peer asks for
         self.owner: Any = None
+        self.ended = False  # nothing can come or go any more; some of it may still be unread
 
         self.send = Send.OPEN
         self.outbox: deque[bytes | memoryview] = deque()
@@ -81,11 +82,6 @@ class Stream:
     def missing(self) -> int:
         """How many bytes of the target are still to come."""
         return len(self.target) - self.filled if self.target is not None else 0
-
-    @property
-    def over(self) -> bool:
-        """Whether nothing can come or go any more."""
-        return self.send >= SENT and self.receive >= RECEIVED and not self.buffered
 
     def append(self, data: memoryview | bytearray) -> None:
         """Keep what came until it is read; a view is copied."""
