@@ -152,9 +152,10 @@ class Lane:
             return
         if monotonic() - now > TURN_S:
             self._read_bytes = max(self._read_bytes >> 1, MIN_READ_BYTES)
-        elif len(pieces[-1]) == self._read_bytes:
+        elif len(data) == self._read_bytes:
             self._read_bytes = min(self._read_bytes << 1, RECEIVE_BYTES)
-        self._notify()
+        if connection.events:
+            self._notify()
         if connection.state is CLOSED:
             code, reason = connection.close_code, connection.close_reason
             self._end(from_wire(code, reason) if code else ConnectionLost(f"the peer closed: {reason}"))
@@ -188,10 +189,8 @@ class Lane:
         self._rest = self._partial[len(front) :]
 
     def _notify(self) -> None:
-        events = self.connection.events
-        if events:
-            self.connection.events = []
-            self._owner.lane_events(self, events)
+        events, self.connection.events = self.connection.events, []
+        self._owner.lane_events(self, events)
 
     # -- sending -----------------------------------------------------------------------------------
 
@@ -211,7 +210,8 @@ class Lane:
             self.flush()
             return
         try:
-            if not self._transmit((record,)):
+            buffer = self._scratch.borrow()
+            if not self._send(buffer[: self._sealer.seal(record, buffer)], buffer):
                 self._await_room()
         except OSError as error:
             self._lose(f"the connection broke: {error.strerror or error}")
@@ -238,9 +238,9 @@ class Lane:
 
     def _transmit(self, records: Sequence[bytes | memoryview]) -> bool:
         """Seal records and send them; whether the kernel took everything."""
-        seal, buffer, end = self._sealer.seal, self._scratch.borrow(), 0
+        buffer, end = self._scratch.borrow(), 0
         for plain in records:
-            end += seal(plain, buffer[end:] if end else buffer)
+            end += self._sealer.seal(plain, buffer[end:])
         return self._send(buffer[:end], buffer)
 
     def _send(self, unsent: memoryview, buffer: memoryview | None) -> bool:
@@ -249,15 +249,16 @@ class Lane:
             sent = self._sock.send(unsent)
         except (BlockingIOError, InterruptedError):
             sent = 0
-        rest: memoryview | None = unsent[sent:] if sent < len(unsent) else None
-        if rest is not None and buffer is not None and len(rest) > _SMALL_LEFTOVER_BYTES:
-            self._unsent, self._buffer = rest, buffer
-            return False
-        if buffer is not None:
-            rest = None if rest is None else memoryview(bytes(rest))
+        if sent == len(unsent):
+            self._unsent = self._buffer = None
+            if buffer is not None:
+                self._scratch.give_back(buffer)
+            return True
+        self._unsent, self._buffer = unsent[sent:], buffer
+        if buffer is not None and len(unsent) - sent <= _SMALL_LEFTOVER_BYTES:
+            self._unsent, self._buffer = memoryview(bytes(self._unsent)), None
             self._scratch.give_back(buffer)
-        self._unsent, self._buffer = rest, None
-        return rest is None
+        return False
 
     def _on_writable(self) -> None:
         try:

@@ -48,7 +48,7 @@ MESSAGE, REQUEST, FAILURE = 0, 1, 2
 _ENDS = MappingProxyType({MESSAGE: (), REQUEST: (str, int), FAILURE: (int, str)})
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)  # not frozen: that is slower, and there is one for every message
 class Message:
     """One RPC message. Buffers are sent from their own memory and received as writable memoryviews."""
 
@@ -171,21 +171,26 @@ def read_messages(
             _check_end(stream)
             stream.need = _PREFIX
             yield None
-        (length,) = U32.unpack(stream.peek(_PREFIX))
+        view = stream.front(_PREFIX)
+        (length,) = U32.unpack_from(view)
         if length > MAX_HEADER_BYTES:
             raise BadMessage(f"a message header claims {length} bytes; the most is {MAX_HEADER_BYTES}")
         end = _PREFIX + length
-        if stream.buffered < end:
+        if len(view) < end:
             yield from _wait(stream, end)
-        header = decode_header(stream.take(end)[_PREFIX:])
+            view = stream.front(end)
+        header, buffers = decode_header(view[_PREFIX:end]), list[memoryview]()
         admit(header)
-        sizes, buffers = header[2], list[memoryview]()
-        if sizes:
-            padding = -end % ALIGNMENT
-            if stream.buffered < padding:
-                connection.settle(stream)
-                yield from _wait(stream, padding)
-            stream.take(padding)
+        if sizes := header[2]:
+            end += -end % ALIGNMENT
+        if len(view) >= end + sum(sizes):  # the usual small message: its buffers are what came
+            for size in sizes:
+                buffers.append(view[end : end + size])
+                end += size
+            stream.drop(end)
+        else:
+            yield from _wait(stream, end)
+            stream.take(end)
             for size in sizes:
                 if stream.buffered >= size:
                     buffers.append(stream.take(size))

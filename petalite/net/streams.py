@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections import deque
 from enum import IntEnum
-from itertools import islice
 from typing import Any
 
 from petalite.errors import LocalProtocolError
@@ -95,29 +94,32 @@ class Stream:
                 pass
         chunks.append(data if type(data) is bytearray else bytearray(data))
 
-    def take(self, size: int) -> memoryview:
-        """Remove the next `size` bytes, which are there; not copied where they lie in one piece."""
-        begin = self.skip
-        end = begin + size
-        if not size or end > len(head := self.chunks[0]):
-            taken = memoryview(bytearray(size))
-            self.take_into(taken)
-            return taken
+    def front(self, size: int) -> memoryview:
+        """The first chunk's rest, which has `size` bytes at least, left where it is: they are buffered."""
+        chunks = self.chunks
+        while len(chunks[0]) - self.skip < size:
+            chunks[0] = chunks.popleft()[self.skip :] + chunks[0]
+            self.skip = 0
+        return memoryview(chunks[0])[self.skip :] if self.skip else memoryview(chunks[0])
+
+    def drop(self, size: int) -> None:
+        """Remove so many bytes of the first chunk."""
         self.buffered -= size
         self.taken += size
-        if end < len(head):
-            self.skip = end
-        else:
+        self.skip += size
+        if self.skip == len(self.chunks[0]):
             self.chunks.popleft()
             self.skip = 0
-        return memoryview(head)[begin:end]
 
-    def peek(self, size: int) -> memoryview:
-        """The next few bytes, which are there, left where they are."""
-        front = memoryview(self.chunks[0])[self.skip : self.skip + size]
-        if len(front) == size:
-            return front
-        return memoryview(b"".join(islice(self.chunks, size + 1)))[self.skip : self.skip + size]
+    def take(self, size: int) -> memoryview:
+        """Remove the next `size` bytes, which are there; not copied where they lie in one piece."""
+        if size and len(self.chunks[0]) - self.skip >= size:
+            taken = self.front(size)[:size]
+            self.drop(size)
+        else:
+            taken = memoryview(bytearray(size))
+            self.take_into(taken)
+        return taken
 
     def take_into(self, target: memoryview) -> int:
         """Move what is buffered into the front of `target`; how many bytes that was."""
