@@ -100,12 +100,6 @@ class OwnAdapter:
             self._parts[span] = AdapterPart(adapter_digest(blob), blob, shapes)
         return self._parts[span]
 
-    @property
-    def nbytes(self) -> int:
-        """Memory that this version takes here: its copy, and what is sent of it."""
-        sent = sum(len(part.blob or b"") for part in self._parts.values())
-        return sum(tensor.nbytes for tensor in self._tensors.values()) + sent
-
 
 def _block_of(name: str) -> int:
     head, _, rest = name.partition(".")

@@ -52,8 +52,8 @@ class Wanted:
     @property
     def condition(self) -> str:
         """For people, after "no server holds …"."""
-        training = f"takes training calls of {self.training_tokens} tokens" if self.training_tokens else ""
-        adapter = f"holds the adapter {self.adapter.hex()[:12]}" if self.adapter else ""
+        training = f"take training calls of {self.training_tokens} tokens" if self.training_tokens else ""
+        adapter = f"hold the adapter {self.adapter.hex()[:12]}" if self.adapter else ""
         named = " and ".join(filter(None, (training, adapter)))
         return f" (of those that {named})" if named else ""
 

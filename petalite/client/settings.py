@@ -54,8 +54,8 @@ class TrainingSettings:
 
     part_tokens: int = 1024  # a batch goes through the chain in parts of about so many; a row is never cut
     in_flight: int = 8  # parts under way at once
-    call_s: float = 60.0  # the longest wait for a server's answer; token_s more for each token under way
-    token_s: float = 0.05
+    call_s: float = 30.0  # the longest wait for a server's answer; token_s more for each token under way
+    token_s: float = 0.02
     recovery_s: float = 60.0  # without progress, from a failure until the pass fails
     retry_s: float = 0.05  # pause before a third attempt at the same blocks; doubles up to five seconds
     pass_s: float = 900.0  # for one forward or backward pass, in all
