@@ -170,9 +170,16 @@ class RotationTable:
     @torch.inference_mode(False)  # autograd may not save what inference mode made
     def rows(self, start: int, end: int) -> Tensor:
         """(end - start, 1, D/2) for the positions [start, end)."""
-        known = self._table.shape[0]
-        if end > known:
-            grown = max(_MIN_POSITIONS, 1 << (end - 1).bit_length())
-            more = rotations(self._rope, self._head_dim, known, grown, self._device)
-            self._table = torch.cat((self._table, more))
-        return self._table[start:end]
+        return self.up_to(end)[start:end]
+
+    def up_to(self, end: int) -> Tensor:
+        """(`end` or more, 1, D/2), all positions from 0 on."""
+        if end > self._table.shape[0]:
+            self._grow(end)
+        return self._table
+
+    @torch.inference_mode(False)
+    def _grow(self, end: int) -> None:
+        grown = max(_MIN_POSITIONS, 1 << (end - 1).bit_length())
+        more = rotations(self._rope, self._head_dim, self._table.shape[0], grown, self._device)
+        self._table = torch.cat((self._table, more))

@@ -268,15 +268,15 @@ class Step:
         return views[0] if len(views) == 1 else torch.cat(views)
 
     def native(self) -> tuple[Tensor, list[NativeSegment]]:
-        """Rotations of all positions up to the last, (positions, 1, D/2), and the segments, as a native call
-        takes them.
+        """Rotations of all positions up to the last and maybe more, (positions, 1, D/2), and the segments, as
+        a native call takes them.
         """
         segments = []
         for row, _, n_tokens, position, _ in self._parts:
             if row.addresses is None:
                 row.addresses = native_addresses(row.blocks)
             segments.append(NativeSegment(position, n_tokens, row.capacity, row.addresses))
-        return self._rotations.rows(0, max(end for *_, end in self._parts)), segments
+        return self._rotations.up_to(max(end for *_, end in self._parts)), segments
 
     def attend(self, block: int, heads: Tensor, n_heads: int, window: int | None) -> Tensor:
         """Append the keys and values in `heads` (T, H + 2K, D) to block `block` of every row → (T, H · D)."""

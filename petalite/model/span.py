@@ -105,10 +105,11 @@ class BlockSpan:
         n_tokens = sum(segment.n_tokens for segment in segments)
         self._check(hidden, (n_tokens, self.config.hidden_size))
         if self._native is not None and adapted is None:
-            with torch.inference_mode(), cache.step(segments, first, last) as step:
+            with cache.step(segments, first, last) as step:
                 rotations, places = step.native()
+                given = hidden.detach() if hidden.requires_grad else hidden
                 blocks = first - self.start, last - self.start
-                return self._native.step(hidden, *blocks, places, rotations)
+                return self._native.step(given, *blocks, places, rotations)
         fewest = self._min_tokens
         with torch.inference_mode(), cache.step(segments, first, last, min_tokens=fewest) as step:
             hidden = hidden.to(self.device, self.dtype)

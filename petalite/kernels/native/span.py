@@ -102,6 +102,7 @@ class NativeSpan:
         )
         self._blocks = (_BlockStruct * len(blocks))(*(self._block(block) for block in blocks))
         self._scratch = torch.empty(0, dtype=torch.uint8)
+        self._call = _CallStruct(shape=ctypes.addressof(self._struct))
         self._lock = threading.Lock()
 
     @staticmethod
@@ -120,68 +121,62 @@ class NativeSpan:
 
         `rotations` (positions, 1, D/2) complex64 of all positions. Raises InvalidArgument.
         """
-        n_tokens = self._check_step(hidden, first, last, segments, rotations)
-        result = torch.empty(n_tokens, self._shape.hidden_size)
-        result.copy_(hidden.to(self._dtype))
-        call = _CallStruct(
-            ctypes.pointer(self._struct),
-            ctypes.cast(ctypes.byref(self._blocks, first * ctypes.sizeof(_BlockStruct)), _POINTER),
-            (_SegmentStruct * len(segments))(
-                *(
-                    _SegmentStruct(s.position, s.n_tokens, s.capacity, ctypes.addressof(s.addresses))
-                    for s in segments
-                )
-            ),
-            last - first,
-            len(segments),
-            result.data_ptr(),
-            rotations.data_ptr(),
-        )
+        n_tokens = self._check_step(first, last, segments, rotations)
+        if hidden.shape != (n_tokens, self._shape.hidden_size) or hidden.device.type != "cpu":
+            raise InvalidArgument(
+                f"hidden states of shape {tuple(hidden.shape)} on {hidden.device}; expected "
+                f"({n_tokens}, {self._shape.hidden_size}) on the CPU"
+            )
+        exact = hidden.to(self._dtype).float().contiguous()
+        result = exact.clone() if exact.data_ptr() == hidden.data_ptr() else exact
+        places = (_SegmentStruct * len(segments))()
+        for place, segment in zip(places, segments, strict=True):
+            place.position, place.n_tokens, place.capacity = (
+                segment.position,
+                segment.n_tokens,
+                segment.capacity,
+            )
+            place.blocks = ctypes.addressof(segment.addresses)
         with self._lock:
+            call = self._call
+            call.blocks = ctypes.addressof(self._blocks) + first * ctypes.sizeof(_BlockStruct)
+            call.segments, call.n_segments = ctypes.addressof(places), len(segments)
+            call.n_blocks = last - first
+            call.hidden, call.rotation = result.data_ptr(), rotations.data_ptr()
             self._run(call)
         return result.to(self._dtype)
 
     def _run(self, call: _CallStruct) -> None:
         run: Callable[..., int] = self._library.functions.petalite_span_step
         team = self._library.team()
-        while True:
-            call.scratch, call.scratch_bytes = self._scratch.data_ptr(), len(self._scratch)
-            needed = run(team, ctypes.byref(call))
-            if not needed:
-                return
+        while needed := run(team, ctypes.byref(call)):
             self._scratch = torch.empty(needed, dtype=torch.uint8)
+            call.scratch, call.scratch_bytes = self._scratch.data_ptr(), needed
 
-    def _check_step(
-        self, hidden: Tensor, first: int, last: int, segments: Sequence[NativeSegment], rotations: Tensor
-    ) -> int:
-        shape, n_blocks = self._shape, last - first
-        n_tokens = sum(segment.n_tokens for segment in segments)
-        if not (0 <= first < last <= len(self._blocks)) or not n_tokens:
-            raise InvalidArgument(f"blocks {first}:{last} of {len(self._blocks)}, {n_tokens} tokens")
-        if hidden.shape != (n_tokens, shape.hidden_size) or hidden.device.type != "cpu":
-            raise InvalidArgument(
-                f"hidden states of shape {tuple(hidden.shape)} on {hidden.device}; expected "
-                f"({n_tokens}, {shape.hidden_size}) on the CPU"
-            )
-        end = 0
+    def _check_step(self, first: int, last: int, segments: Sequence[NativeSegment], rotations: Tensor) -> int:
+        """How many tokens it is."""
+        n_blocks, n_tokens, end = last - first, 0, 0
         for segment in segments:
             last_position = segment.position + segment.n_tokens
-            end = max(end, last_position)
             if segment.position < 0 or segment.n_tokens < 1 or last_position > segment.capacity:
                 raise InvalidArgument(f"{segment} does not fit its row")
             if len(segment.addresses) != n_blocks:
                 raise InvalidArgument(
                     f"a row of {len(segment.addresses)} blocks, the step is over {n_blocks}"
                 )
+            n_tokens += segment.n_tokens
+            end = max(end, last_position)
+        if not (0 <= first < last <= len(self._blocks)) or not n_tokens:
+            raise InvalidArgument(f"blocks {first}:{last} of {len(self._blocks)}, {n_tokens} tokens")
         if self._has_rope and (
-            rotations.shape[1:] != (1, shape.head_dim // 2)
+            rotations.shape[1:] != (1, self._shape.head_dim // 2)
             or len(rotations) < end
             or rotations.dtype != torch.complex64
             or not rotations.is_contiguous()
         ):
             raise InvalidArgument(
                 f"rotations {rotations.dtype}{list(rotations.shape)}; expected contiguous complex64 of {end} "
-                f"positions, (positions, 1, {shape.head_dim // 2})"
+                f"positions, (positions, 1, {self._shape.head_dim // 2})"
             )
         return n_tokens
 
@@ -284,9 +279,9 @@ class _CallStruct(ctypes.Structure):
     """`SpanCall`."""
 
     _fields_ = (
-        ("shape", ctypes.POINTER(_ShapeStruct)),
+        ("shape", _POINTER),
         ("blocks", _POINTER),
-        ("segments", ctypes.POINTER(_SegmentStruct)),
+        ("segments", _POINTER),
         ("n_blocks", _I64),
         ("n_segments", _I64),
         ("hidden", _POINTER),
