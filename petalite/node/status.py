@@ -40,7 +40,7 @@ def show_model(model: ModelRecord, directory: Directory) -> None:
     if missing:
         out.print(f"[red]nobody serves {describe(missing)}[/]")
     out.print(f"  holders per block  {holders(directory.span, spans)}")
-    table = Table("server", "blocks", "dtype", "ms per block", "free tokens", "address", box=None)
+    table = Table("server", "blocks", "dtype", "ms per block", "sessions", "free tokens", "address", box=None)
     for entry in sorted(directory.servers, key=lambda entry: entry.record.span):
         record = entry.record
         going = f" to {record.claim}" if record.serving and record.claim else ""
@@ -49,6 +49,7 @@ def show_model(model: ModelRecord, directory: Directory) -> None:
             f"{record.span}{going}",
             record.dtype if record.quant == "none" else f"{record.dtype} {record.quant}",
             f"{record.block_ms:.2f}",
+            f"{record.sessions}, {record.kept_mib} MiB kept" if record.kept_mib else str(record.sessions),
             str(record.free_tokens) if record.serving else "loading",
             record.addresses[0] if record.addresses else str(entry.peer),
         )

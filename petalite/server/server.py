@@ -242,6 +242,8 @@ class BlockServer:
             claim_start=claim.start if claim else 0,
             claim_end=claim.end if claim else 0,
             gives_weights=loaded is not None and gives(self.checkpoint),
+            sessions=self.sessions.count if loaded else 0,
+            kept_mib=self.sessions.kept_bytes >> 20 if loaded else 0,
             adapters=tuple(HostedAdapter(name, digest) for name, digest in self.adapters.lent.items()),
             training_tokens=self.training.trainer.memory.most_tokens if loaded else 0,
         )

@@ -72,6 +72,8 @@ class ServerRecord:
     claim_start: Block = 0  # the blocks it is about to move to; 0:0 where it stays
     claim_end: Block = 0
     gives_weights: bool = False  # whoever joins can fetch the model's tensors from it
+    sessions: Annotated[int, Bounds(0, 2**20)] = 0  # open when this was written
+    kept_mib: Annotated[int, Bounds(0, 2**30)] = 0  # of what they pushed on, to replay it
     adapters: Annotated[tuple[HostedAdapter, ...], Bounds(0, MAX_ADAPTERS)] = ()
     training_tokens: Annotated[int, Bounds(0, 2**40)] = 0  # most that it takes in one call; 0: it takes none
 

@@ -157,6 +157,7 @@ async def test_leaving_takes_no_longer_than_it_says(servers: Servers) -> None:
         async with session:
             await model.generate(PROMPT, max_new_tokens=2, session=session)
             await until(lambda: first.sessions.count == 1)
+            assert first._record().sessions == 1
             async with asyncio.timeout(0.3 + 5.0):
                 await first.close()
             assert first.sessions.count == 0
