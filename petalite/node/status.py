@@ -8,7 +8,7 @@ from petalite.node.console import out, run_async
 from petalite.node.settings import NodeSettings
 from petalite.swarm.directory import Directory, find_models
 from petalite.swarm.peer import SwarmPeer
-from petalite.swarm.records import ModelRecord
+from petalite.swarm.records import ModelRecord, ServerRecord
 from petalite.swarm.spans import Span, describe, uncovered
 
 _FIND_S = 10.0
@@ -54,6 +54,14 @@ def show_model(model: ModelRecord, directory: Directory) -> None:
             record.addresses[0] if record.addresses else str(entry.peer),
         )
     out.print(table)
+    lent = {(one.name, one.digest) for entry in directory.servers for one in entry.record.adapters}
+    for name, digest in sorted(lent):
+        spans = [entry.record.span for entry in directory.servers if lends(entry.record, digest)]
+        out.print(f"  adapter {name} ({digest.hex()[:12]})  {holders(directory.span, spans)}")
+
+
+def lends(record: ServerRecord, digest: bytes) -> bool:
+    return record.serving and any(one.digest == digest for one in record.adapters)
 
 
 def holders(span: Span, held: list[Span]) -> str:

@@ -1,13 +1,15 @@
 """The LoRAs that a server holds: those its owner lends for as long as it runs, and those that clients sent.
 
-What clients sent is kept within a number of bytes; the longest unused goes first, and what a session or a
-call is using stays. An adapter is named by its digest alone, so nobody can change another's, and the same
-one sent twice is held once. Knows adapters and blocks; knows no socket.
+What clients sent is kept within a number of bytes. Of whoever takes most of them the longest unused goes
+first, so that nobody drives out others'; what a session or a call is using stays. An adapter is named by
+its digest alone, so nobody can change another's, and the same one sent twice is held once. Knows adapters
+and blocks; knows no socket.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -40,8 +42,9 @@ def read_lent(folders: Sequence[Path], checkpoint: Checkpoint) -> dict[str, Adap
 class HeldAdapter:
     """One adapter, and the blocks that compute with it."""
 
-    def __init__(self, adapter: Adapter) -> None:
+    def __init__(self, adapter: Adapter, sender: Hashable = None) -> None:
         self.adapter = adapter
+        self.sender = sender
         self.users = 0
         self._span: BlockSpan | None = None
         self._blocks: Sequence[Block] = ()
@@ -92,21 +95,24 @@ class Adapters:
                 f"send the tensors of fewer blocks, or of a lower rank"
             )
 
-    def put(self, adapter: Adapter) -> None:
+    def put(self, adapter: Adapter, sender: Hashable = None) -> None:
         """Hold it; others go for it. Raises BadAdapter where it is too large, Busy where all are in use."""
         if adapter.digest in self:
             return
-        held = HeldAdapter(adapter)
-        if held.nbytes > self.limit_bytes:
-            self.check_size(adapter.nbytes)
-        spare = [digest for digest, other in self._sent.items() if not other.users]
+        held = HeldAdapter(adapter, sender)
+        self.check_size(adapter.nbytes)
         while self.sent_bytes + held.nbytes > self.limit_bytes:
-            if not spare:
-                raise Busy(
-                    "all adapters that this server holds are in use; try again later", retry_after_s=5.0
-                )
-            del self._sent[spare.pop(0)]
+            del self._sent[self._next_to_go()]
         self._sent[adapter.digest] = held
+
+    def _next_to_go(self) -> bytes:
+        taken: Counter[Hashable] = Counter()
+        for held in self._sent.values():
+            taken[held.sender] += held.nbytes
+        unused = [digest for digest, held in self._sent.items() if not held.users]
+        if not unused:
+            raise Busy("all adapters that this server holds are in use; try again later", retry_after_s=5.0)
+        return max(unused, key=lambda digest: taken[self._sent[digest].sender])  # of equals, the first
 
     @contextmanager
     def use(self, digest: bytes | None) -> Iterator[HeldAdapter | None]:

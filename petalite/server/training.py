@@ -136,7 +136,7 @@ class Trainer:
                 finally:
                     self.memory.release(room)
 
-    async def put_adapter(self, blob: Buffer, digest: bytes | None = None) -> None:
+    async def put_adapter(self, blob: Buffer, digest: bytes | None = None, *, peer: Hashable = None) -> None:
         """`SpanTraining.put_adapter`. Raises BadAdapter, too, for a file that has not the `digest`."""
         self._adapters.check_size(len(blob))
         found = await asyncio.to_thread(adapter_digest, blob)  # a pass over the bytes, without torch
@@ -153,7 +153,7 @@ class Trainer:
             )
         except InvalidAdapter as error:
             raise BadAdapter(str(error)) from error
-        self._adapters.put(adapter)
+        self._adapters.put(adapter, peer)
 
     @contextmanager
     def _admitted(self, peer: Hashable) -> Iterator[None]:

@@ -153,7 +153,7 @@ class TrainingService:
                 raise BadMessage(
                     f"{len(call.request.buffers)} buffers came; an adapter is one file in one buffer"
                 )
-            await self.trainer.put_adapter(call.request.buffers[0], request.digest)
+            await self.trainer.put_adapter(call.request.buffers[0], request.digest, peer=call.peer)
             return Message(encode(AdapterHeld(request.digest)))
 
     @property

@@ -139,6 +139,20 @@ def test_gradients_pass_quantized_weights(tmp_path: Any, quant: str) -> None:
     close(found.adapter, gradients.adapter, 1e-4)
 
 
+def test_gradients_in_bfloat16(checkpoint: Checkpoint) -> None:
+    """Of prompts and adapter they are summed in float32, in whatever the blocks compute."""
+    case = Case(checkpoint, load_span(checkpoint, START, END, dtype=torch.bfloat16))
+    _, gradients = case.expected()
+    walk = case.walk(Hold.EVERYTHING, 2)
+    run(walk.forward())
+    found, _ = run(walk.backward(case.gradient, hidden=True, prompts=True, adapter=True))
+    assert found.prompts is not None and found.adapter is not None
+    assert found.prompts.dtype == found.adapter.dtype == torch.float32
+    close(found.hidden, gradients.hidden, 0.03)
+    close(found.prompts, gradients.prompts, 0.03)
+    close(found.adapter, gradients.adapter, 0.03)
+
+
 def test_a_forward_without_backward_holds_nothing(checkpoint: Checkpoint) -> None:
     case = Case(checkpoint, load_span(checkpoint, START, END), prompts=False, lora=False)
     walk = case.walk(Hold.NOTHING, 3)

@@ -40,7 +40,7 @@ from petalite.net.host import Host
 from petalite.net.identity import Identity
 from petalite.net.multiaddr import Multiaddr
 from petalite.net.schema import decode, encode
-from petalite.server.adapters import Adapters
+from petalite.server.adapters import COPIES, Adapters
 from petalite.server.backend import Backend
 from petalite.server.training_calls import TrainingService
 from petalite.server.training_memory import TrainingSettings
@@ -463,7 +463,7 @@ async def test_the_longest_unused_adapter_goes_and_one_in_use_stays(
 ) -> None:
     checkpoint = Checkpoint.open(llama)
     one = adapter_of(checkpoint, factors(checkpoint, ("query",)))
-    serving = await serving_of(llama, stack, adapter_bytes=2 * one.nbytes * 2)  # room for two
+    serving = await serving_of(llama, stack, adapter_bytes=2 * COPIES * one.nbytes)  # room for two
     blobs = [blob_of(factors(checkpoint, ("query",), seed=seed)) for seed in range(3)]
     digests = [await serving.put(blob) for blob in blobs[:2]]
     with serving.adapters.use(digests[0]):
@@ -473,6 +473,16 @@ async def test_the_longest_unused_adapter_goes_and_one_in_use_stays(
             await serving.put(blobs[1])
     await serving.put(blobs[1])
     assert serving.adapters.sent_bytes <= serving.adapters.limit_bytes
+
+
+async def test_a_flood_of_adapters_drives_out_its_senders_own(llama: Path, stack: AsyncExitStack) -> None:
+    checkpoint = Checkpoint.open(llama)
+    adapters = [adapter_of(checkpoint, factors(checkpoint, ("query",), seed=seed)) for seed in range(8)]
+    held = Adapters(4 * COPIES * adapters[0].nbytes)
+    held.put(adapters[0], "modest")
+    for adapter in adapters[1:]:
+        held.put(adapter, "greedy")
+    assert [adapter.digest in held for adapter in adapters] == [True] + [False] * 4 + [True] * 3
 
 
 async def test_adapters_that_do_not_fit_are_refused(llama: Path, stack: AsyncExitStack) -> None:
