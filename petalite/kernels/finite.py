@@ -16,5 +16,6 @@ def all_finite(tensor: Tensor) -> bool:
     found = library() if tensor.device.type == "cpu" and tensor.dtype in FLOATS else None
     if found is not None and tensor.is_contiguous():
         return bool(found.functions.petalite_finite(FLOATS[tensor.dtype], tensor.data_ptr(), tensor.numel()))
-    # The sum of finite numbers may overflow; only then is every one looked at.
-    return math.isfinite(float(tensor.sum(dtype=torch.float32))) or bool(torch.isfinite(tensor).all())
+    # Sums of finite numbers may overflow; only then is every one looked at.
+    sums = (tensor.sum(dtype=dtype) for dtype in (tensor.dtype, torch.float32))
+    return any(math.isfinite(float(total)) for total in sums) or bool(torch.isfinite(tensor).all())

@@ -24,6 +24,7 @@ from typing import Any, ParamSpec, TypeVar
 import torch
 
 from petalite.errors import ShuttingDown
+from petalite.kernels.finite import all_finite
 
 # Of so few float32 values a sum in the interpreter's doubles, which they cannot overflow, takes less than a
 # tensor operation does between two passes over a model's weights, whose caches are cold.
@@ -115,5 +116,4 @@ def is_finite(tensor: torch.Tensor) -> bool:
     ):
         bytes_ = (ctypes.c_char * tensor.nbytes).from_address(tensor.data_ptr())
         return math.isfinite(sum(memoryview(bytes_).cast("B").cast("f")))
-    sums = (tensor.sum(dtype=dtype) for dtype in (tensor.dtype, torch.float32))
-    return any(math.isfinite(float(total)) for total in sums) or bool(torch.isfinite(tensor).all())
+    return all_finite(tensor)
