@@ -18,10 +18,12 @@ from pathlib import Path
 import pytest
 import torch
 
+from petalite.model.checkpoint import Checkpoint
 from petalite.net.identity import Identity
 from petalite.node import cli
 from petalite.node.processes import NodeProcess, bootstrap_node, serve_node
 from tests.helpers.checkpoints import tiny_llama
+from tests.helpers.lora import factors, peft_folder
 
 ANYONE = str(Identity.from_seed(b"\x01" * 32).peer_id)
 NOBODY = f"/ip4/127.0.0.1/tcp/9/p2p/{ANYONE}"  # the discard port: nothing listens there
@@ -81,8 +83,10 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def half_swarm(model: Path) -> Iterator[NodeProcess]:
-    """A swarm in which nobody serves blocks 2 and 3."""
-    with serve_node(str(model), "0:2", []) as server:
+    """A swarm in which nobody serves blocks 2 and 3; who serves 0 and 1 lends a LoRA."""
+    checkpoint = Checkpoint.open(model)
+    tone = peft_folder(checkpoint, factors(checkpoint, ("query",), range(4)), model.parent / "tone")
+    with serve_node(str(model), "0:2", [], "--adapter", str(tone)) as server:
         yield server
 
 
@@ -196,6 +200,7 @@ def test_a_block_that_nobody_serves(
     assert status.returncode == 0
     assert "nobody serves blocks 2:4" in status.stdout
     assert "1100" in status.stdout
+    assert "adapter tone" in status.stdout
 
 
 def test_a_prompt_longer_than_the_model_takes(refused: Refused, model: Path) -> None:
