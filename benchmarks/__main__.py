@@ -18,6 +18,7 @@ BENCHMARKS = {
     "training": "forward and backward of batches over three servers, beside one process; a kill; memory",
     "decode": "SmolLM2 token by token, in every format, beside transformers and llama.cpp",
     "prefill": "SmolLM2 prefill of 512 tokens in one process, beside transformers and llama.cpp",
+    "quality": "what int8, nf4 and others' formats cost SmolLM2: perplexity, divergence, greedy answers",
     "contended": "SmolLM2 token by token while another process takes one of two cores, beside llama.cpp",
     "linear": "one large native linear in every format, weights cold, beside what memory gives and torch's",
     "load": "loading 8 blocks from a cold disk, beside reading their bytes, and the memory it takes",

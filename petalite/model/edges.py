@@ -14,9 +14,9 @@ from torch.nn.functional import layer_norm, rms_norm
 
 from petalite.errors import InvalidArgument, InvalidCheckpoint
 from petalite.kernels import linear
-from petalite.kernels.int8 import Int8Linear
 from petalite.kernels.native.linears import NativeLinear
-from petalite.kernels.quantized import FORMATS, NONE
+from petalite.kernels.quantized import FORMATS, NONE, QuantizedWeight
+from petalite.kernels.wide import WideLinear
 from petalite.model.checkpoint import Checkpoint
 from petalite.model.compute import is_finite
 from petalite.model.config import ModelConfig
@@ -32,7 +32,7 @@ class Edges:
         config: ModelConfig,
         embedding: Tensor,
         norm: Norm,
-        head: linear.Linear,
+        head: linear.Linear,  # float32 in, float32 out
         *,
         embedding_norm: Norm | None = None,
         dtype: torch.dtype,
@@ -68,10 +68,7 @@ class Edges:
 
     def head(self, hidden: Tensor) -> Tensor:
         """Hidden states (T, E) → logits (T, V) in float32, the final norm included."""
-        normed = self.norm(hidden)
-        if isinstance(self._head, Int8Linear | NativeLinear):  # sum in float32, round to what they were given
-            normed = normed.float()
-        return self._head(normed).float()
+        return self._head(self.norm(hidden).float())
 
     def norm(self, hidden: Tensor) -> Tensor:
         """Hidden states (…, E) after the last block → (…, E) as the head has them."""
@@ -117,13 +114,23 @@ def load_edges(
         config,
         tensors[embedding],
         (parts[norm], parts.get(_bias(norm))),
-        linear.pick(device, dtype, quant).make(weight, None),
+        _head(weight, dtype, device, quant),
         embedding_norm=None
         if embedding_norm is None
         else (parts[embedding_norm], parts[_bias(embedding_norm)]),
         dtype=dtype,
         device=device,
     )
+
+
+def _head(
+    weight: Tensor | QuantizedWeight, dtype: torch.dtype, device: torch.device, quant: str
+) -> linear.Linear:
+    """The head's product. torch's own would round the logits to `dtype`."""
+    kernel = linear.pick(device, dtype, quant)
+    if isinstance(weight, Tensor) and dtype != torch.float32 and kernel.make is not NativeLinear:
+        return WideLinear(weight)
+    return kernel.make(weight, None)
 
 
 def _bias(weight: str) -> str:
