@@ -175,6 +175,34 @@ def test_a_broken_folder_is_one_clear_sentence(what: str, error: type, says: str
 @pytest.mark.parametrize(
     ("change", "says"),
     [
+        ({"hidden_size": 32}, r"has shape \(64,\); config.json makes it \(32,\)"),
+        ({"intermediate_size": 95}, r"\(96, 64\); config.json makes it \(95, 64\)"),
+        ({"num_attention_heads": 2}, r"k_proj.*\(32, 64\); config.json makes it \(64, 64\)"),
+        ({"num_key_value_heads": 4}, r"k_proj.*\(32, 64\); config.json makes it \(64, 64\)"),
+        ({"head_dim": 8}, r"_proj.* config.json makes it \((16, 64|32, 64|64, 32)\)"),
+        ({"attention_bias": True}, "has no tensor 'model.layers.0.self_attn.*bias'"),
+        ({"mlp_bias": True}, "has no tensor 'model.layers.0.mlp.*bias'"),
+        ({"model_type": "qwen3"}, "has no tensor 'model.layers.0.self_attn.[qk]_norm.weight'"),
+        ({"model_type": "mixtral"}, "block 0 has a tensor 'model.layers.0.mlp.* unknown to config.json"),
+        ({"num_hidden_layers": 4}, "has no tensor 'model.layers.3"),
+        ({"vocab_size": 261}, r"\(260, 64\); config.json makes it \(261, 64\)"),
+    ],
+    ids=str,
+)
+def test_a_config_that_contradicts_its_tensors(change: dict[str, Any], says: str, tmp_path: Path) -> None:
+    folder = tiny_llama(tmp_path)
+    config = json.loads((folder / "config.json").read_text()) | change
+    (folder / "config.json").write_text(json.dumps(config))
+    checkpoint = Checkpoint.open(folder)
+    with pytest.raises(InvalidCheckpoint, match=says) as caught:
+        load_span(checkpoint, 0, checkpoint.config.n_blocks)
+        load_edges(checkpoint)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
         (lambda index: [1], "expected an object"),
         (lambda index: {}, "has no weight_map"),
         (lambda index: {"weight_map": {}}, "has no weight_map"),

@@ -140,6 +140,17 @@ def test_any_change_is_either_still_good_or_refused(tmp_path_factory: pytest.Tem
     assert accepted(path)
 
 
+def test_a_header_beyond_the_formats_limit(tmp_path: Path) -> None:
+    """One byte more than 100,000,000, all of it there: the library refuses it too."""
+    path = tmp_path / "x.safetensors"
+    with path.open("wb") as file:
+        file.write(struct.pack("<Q", 100_000_001))
+        file.truncate(8 + 100_000_001)
+    with pytest.raises(InvalidCheckpoint, match="a header of 100000001 bytes"):
+        read_header(path)
+    assert not accepted(path)
+
+
 def test_a_file_that_is_not_there(tmp_path: Path) -> None:
     with pytest.raises(InvalidCheckpoint, match="cannot read"):
         read_header(tmp_path / "absent.safetensors")
