@@ -1,7 +1,7 @@
 """Is it praise? Trained tokens before every film review: python examples/prompt_tuning.py
 
 SmolLM2's blocks are in three other processes; the prompt and its optimizer are here. The answer is whether
-the model finds " good" or " bad" likelier next. See data/README.md for the sentences; the last 200 are held
+the model finds " good" or " bad" likelier next. See data/README.md for the sentences; the last 120 are held
 out. Needs the extra `plot`; takes some minutes on two cores.
 """
 
@@ -13,7 +13,8 @@ from petalite.tuning import PromptTuning, Tuned, save_version
 
 TEMPLATE = "Review: {}\nThe film is"
 ANSWERS = (" bad", " good")
-N_TOKENS, BATCH, STEPS, HELD_OUT, RATE = 8, 16, 50, 200, 0.02
+N_TOKENS, BATCH, STEPS, HELD_OUT, RATE = 8, 16, 30, 120, 0.03
+LONGEST = 100  # characters of a sentence; longer ones only take longer
 
 
 def batches(model, lines, size):
@@ -40,7 +41,7 @@ def accuracy(module, answers, lines):
 
 
 torch.manual_seed(0)
-lines = (DATA / "reviews.tsv").read_text().splitlines()
+lines = [line for line in (DATA / "reviews.tsv").read_text().splitlines() if len(line) <= LONGEST]
 train, held_out = lines[:-HELD_OUT], lines[-HELD_OUT:]
 losses = []
 with swarm_of_three() as model:
