@@ -32,6 +32,8 @@ from petalite.swarm.training import ADAPTER, HIDDEN, PROMPTS, SpanGradients
 
 R = TypeVar("R")
 
+LEAST_PART_TOKENS = 128  # fewer cost a server nearly as much
+
 
 @dataclass(frozen=True, slots=True)
 class Wants:
@@ -222,9 +224,12 @@ class Passes:
     # -- all parts of it ---------------------------------------------------------------------------------
 
     def _parts(self, hidden: Tensor) -> list[slice]:
-        """The rows of (B, T, E) in parts of about `part_tokens`."""
+        """The rows of (B, T, E) in parts of at most about `part_tokens`, and enough of them to keep every
+        server of a chain at work.
+        """
         n_rows, n_tokens, _ = hidden.shape
-        at_once = max(1, self.settings.part_tokens // n_tokens)
+        share = max(LEAST_PART_TOKENS, n_rows * n_tokens // self.settings.in_flight)
+        at_once = max(1, min(self.settings.part_tokens, share) // n_tokens)
         return [slice(start, min(start + at_once, n_rows)) for start in range(0, n_rows, at_once)]
 
     async def _each(self, parts: Iterable[Callable[[], Awaitable[R]]], take: Callable[[R], object]) -> None:

@@ -52,8 +52,10 @@ class SessionSettings:
 class TrainingSettings:
     """Of forward and backward passes over whole batches."""
 
-    part_tokens: int = 1024  # a batch goes through the chain in parts of about so many; a row is never cut
-    in_flight: int = 8  # parts under way at once
+    part_tokens: int = 1024  # a batch goes through the chain in parts of at most about so many, or one row
+    in_flight: int = (
+        8  # parts under way at once; a batch has about as many where that leaves them large enough
+    )
     call_s: float = 30.0  # the longest wait for a server's answer; token_s more for each token under way
     token_s: float = 0.02
     recovery_s: float = 60.0  # without progress, from a failure until the pass fails
