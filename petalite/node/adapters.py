@@ -56,4 +56,12 @@ def _pairs(values: object) -> str:
 
 
 def _text(value: object) -> str:
+    if isinstance(value, list):
+        if (
+            value
+            and all(isinstance(one, int) for one in value)
+            and value == list(range(value[0], value[-1] + 1))
+        ):
+            return f"{value[0]}:{value[-1] + 1}"
+        return ",".join(map(str, value))
     return f"{value:.4g}" if isinstance(value, float) else "" if value is None else str(value)
