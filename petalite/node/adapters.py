@@ -57,11 +57,8 @@ def _pairs(values: object) -> str:
 
 def _text(value: object) -> str:
     if isinstance(value, list):
-        if (
-            value
-            and all(isinstance(one, int) for one in value)
-            and value == list(range(value[0], value[-1] + 1))
-        ):
-            return f"{value[0]}:{value[-1] + 1}"
+        first = value[0] if value and isinstance(value[0], int) else None
+        if first is not None and value == list(range(first, first + len(value))):
+            return f"{first}:{first + len(value)}"
         return ",".join(map(str, value))
     return f"{value:.4g}" if isinstance(value, float) else "" if value is None else str(value)
