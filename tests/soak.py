@@ -59,7 +59,8 @@ async def soak(seconds: float, seed: int) -> int:
         expected = await asyncio.to_thread(_expected, model)
         bootstrap = stack.enter_context(bootstrap_node())
         address = await asyncio.to_thread(lambda: bootstrap.address)
-        servers = [stack.enter_context(serve_node(model, span, [address])) for span in SPANS]
+        servers = [serve_node(model, span, [address]) for span in SPANS]
+        stack.callback(_stop, servers)
         for server in servers:
             await asyncio.to_thread(lambda server=server: server.address)
         swarm = await stack.enter_async_context(petalite.Swarm([address]))
@@ -77,9 +78,13 @@ async def soak(seconds: float, seed: int) -> int:
                     )
                 group.create_task(_report(until_s, tally))
         end = await _rest(servers[-1])
-        for server in servers:
-            server.stop()
     return _judge(tally, warm, end)
+
+
+def _stop(servers: list[NodeProcess]) -> None:
+    """Those that run now, whichever began with us."""
+    for server in servers:
+        server.stop()
 
 
 def _expected(model: str) -> list[list[int]]:
