@@ -290,6 +290,10 @@ class Session:
         """
         if relink.epoch < self._epoch:
             return
+        if relink.successor is not None and self.request.successor is None:
+            raise BadMessage(
+                "the session was opened without a successor: no room was reserved for what it pushes"
+            )
         self._feeds_another = relink.successor is not None
         if relink.successor is not None:
             await self._link(relink.successor)

@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from petalite.errors import Cancelled, ConnectionLost, Refused
+from petalite.errors import BadMessage, Cancelled, ConnectionLost, Refused
 from petalite.net.credit import Windows
 from petalite.net.identity import Identity
 from petalite.net.rpc import Call
@@ -106,6 +106,15 @@ async def test_a_step_of_an_older_epoch_is_dropped(serving: Serving) -> None:
     done = [(await heard(call))[0] for _ in range(2)]
     assert [(one.number, one.epoch) for one in done if isinstance(one, StepDone)] == [(1, 5), (3, 5)]
     call.end()
+    await serving.until_free()
+
+
+async def test_a_session_without_a_successor_gets_none_later(serving: Serving) -> None:
+    """What it would keep of what it pushes is in nobody's budget."""
+    call = await serving.open(await serving.client())
+    await call.send(write(Relink(Successor(serving.host.peer_id, TOKEN), 1, 1, 5, (0,))))
+    with pytest.raises(BadMessage, match="without a successor"):
+        await call.receive()
     await serving.until_free()
 
 
