@@ -24,12 +24,20 @@ test-asan: $(VENV)/.ready
 		$(BIN)/python -m pytest -x tests/kernels/test_native_linears.py tests/kernels/test_dynamic8.py \
 		tests/kernels/test_finite.py tests/model/test_native_span.py
 
+# NEON beside the scalar reference, emulated where the processor is another (Debian: g++-aarch64-linux-gnu,
+# qemu-user-static).
+test-neon:
+	mkdir -p build
+	aarch64-linux-gnu-g++ -std=c++17 -O2 -ffp-contract=off -pthread -static -DPETALITE_SOURCES='""' \
+		-Ipetalite/kernels/native petalite/kernels/native/*.cc tests/kernels/native_tables.cc -o build/native_tables
+	qemu-aarch64-static build/native_tables
+
 # As on a machine without the native kernels.
 test-torch: $(VENV)/.ready
 	PETALITE_KERNELS=torch $(BIN)/python -m pytest -m "not slow and not gpu" $(PARALLEL) \
 		tests/kernels tests/model/test_quantized.py tests/model/test_span.py
 
-.PHONY: demo native test test-torch test-asan test-slow soak fuzz lint bench clean
+.PHONY: demo native test test-torch test-asan test-neon test-slow soak fuzz lint bench clean
 
 demo: $(VENV)/.ready
 	$(BIN)/python -m petalite.node demo

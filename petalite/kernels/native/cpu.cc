@@ -3,6 +3,11 @@
 
 #include "kernels.h"
 
+#if defined(__aarch64__) && defined(__linux__)
+#include <asm/hwcap.h>
+#include <sys/auxv.h>
+#endif
+
 namespace petalite {
 namespace {
 
@@ -15,6 +20,10 @@ bool runs(const Kernels& kernels) {
                __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
                __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512vbmi") &&
                __builtin_cpu_supports("avx512bf16");
+#elif defined(__aarch64__) && defined(__linux__)
+    if (&kernels == &neon_kernels) return (getauxval(AT_HWCAP) & HWCAP_ASIMDDP) != 0;
+#elif defined(__aarch64__)
+    if (&kernels == &neon_kernels) return true;  // Apple's all have it
 #endif
     return &kernels == &scalar_kernels;
 }
@@ -23,6 +32,8 @@ const Kernels* const kTables[] = {  // best first
 #if defined(__x86_64__)
     &avx512_kernels,
     &avx2_kernels,
+#elif defined(__aarch64__)
+    &neon_kernels,
 #endif
     &scalar_kernels,
 };

@@ -1,0 +1,279 @@
+// NEON with the dot product instructions (ARMv8.2: Graviton 2, Apple M1, Cortex-A76 and later).
+#if defined(__aarch64__)
+#include <arm_neon.h>
+
+#include <cmath>
+#include <cstring>
+
+#include "digits.h"
+#include "kernels.h"
+#include "target.h"
+#include "tile.h"
+
+#if defined(__clang__)
+PETALITE_TARGET_BEGIN("dotprod")
+#else
+PETALITE_TARGET_BEGIN("arch=armv8.2-a+dotprod")
+#endif
+
+#define PETALITE_SIMD_NEON 1
+#define PETALITE_ISA linear_neon
+#include "simd.h"
+
+namespace petalite {
+namespace {
+
+#include "gate.h"
+
+constexpr int kQuarters = 4;  // vectors of 4 rows that make a panel
+
+inline void prefetch(const uint8_t* at) { __builtin_prefetch(at + 1024); }
+
+// -- digits --------------------------------------------------------------------------------------------------
+
+// 4 inputs into a word of each digit, the high one first.
+inline void put_digits(float32x4_t x, float step, int32_t* out) {
+    const float32x4_t scaled = vdivq_f32(x, vdupq_n_f32(step)), high = vrndnq_f32(scaled);
+    const float32x4_t rest = vmulq_f32(vsubq_f32(scaled, high), vdupq_n_f32(kDigit));
+    const int16x8_t both = vcombine_s16(vmovn_s32(vcvtnq_s32_f32(high)), vmovn_s32(vcvtnq_s32_f32(rest)));
+    vst1_s8(reinterpret_cast<int8_t*>(out), vmovn_s16(both));
+}
+
+inline float32x4_t load_some(const float* x, int64_t n) {
+    if (n >= 4) return vld1q_f32(x);
+    float some[4] = {0, 0, 0, 0};
+    for (int64_t i = 0; i < n; ++i) some[i] = x[i];
+    return vld1q_f32(some);
+}
+
+uint32_t largest_bits(const float* x, int64_t n) {
+    uint32x4_t largest = vdupq_n_u32(0);
+    for (int64_t k = 0; k < n; k += 4)
+        largest = vmaxq_u32(largest, vandq_u32(vreinterpretq_u32_f32(load_some(x + k, n - k)), vdupq_n_u32(0x7fffffff)));
+    return vmaxvq_u32(largest);
+}
+
+// Codes are taken as they are, without 128 added, so `offset` is not needed.
+void prepare_int8(const Linear& linear, const float* x, int64_t x_stride, int n_tokens, void* memory) {
+    const Int8Tile tile(linear, memory, n_tokens);
+    std::memset(tile.fine, 0, size_t(tile.n_fine) * n_tokens * 4);
+    for (int t = 0; t < n_tokens; ++t, x += x_stride) {
+        const float step = tile.step[t] = step_of(largest_bits(x, linear.n_in));
+        const bool finite = !std::isnan(step);
+        for (int64_t k = 0; k < tile.n_columns; ++k) {
+            const float32x4_t values = finite ? load_some(x + k * 4, linear.n_in - k * 4) : vdupq_n_f32(0);
+            put_digits(values, finite ? step : 1.0f, tile.columns + (k * n_tokens + t) * 2);
+        }
+        const int8_t* digits = reinterpret_cast<const int8_t*>(tile.columns);
+        int8_t* fine = reinterpret_cast<int8_t*>(tile.fine);
+        for (int64_t c = 0; c < linear.n_fine; ++c) {
+            const int64_t k = linear.fine_columns[c];
+            fine[(c / 4 * n_tokens + t) * 4 + c % 4] = digits[(k / 4 * n_tokens + t) * 8 + k % 4];
+        }
+    }
+}
+
+void prepare_nf4(const Linear& linear, const float* x, int64_t x_stride, int n_tokens, void* memory) {
+    int32_t* block = static_cast<int32_t*>(memory);
+    for (int64_t b = 0; b < Nf4Tile::blocks(linear); ++b, block += Nf4Tile::kWords * n_tokens) {
+        float* factor = reinterpret_cast<float*>(block + 33 * n_tokens);
+        for (int t = 0; t < n_tokens; ++t) {
+            const Nf4Inputs inputs(linear, x + t * x_stride, b);
+            const float step = step_of(largest_bits(inputs.values, inputs.n));
+            const bool finite = !std::isnan(step);
+            for (int i = 0; i < 16; ++i) {
+                const float32x4_t values = finite ? load_some(inputs.values + i * 4, inputs.n - i * 4) : vdupq_n_f32(0);
+                put_digits(values, finite ? step : 1.0f, block + (i * n_tokens + t) * 2);
+            }
+            factor[t] = step * kNf4Unit;
+        }
+    }
+}
+
+// -- whole numbers -------------------------------------------------------------------------------------------
+
+inline int8x16_t every(int32_t word) { return vreinterpretq_s8_s32(vdupq_n_s32(word)); }
+inline int8x16_t codes_at(const uint8_t* at) { return vreinterpretq_s8_u8(veorq_u8(vld1q_u8(at), vdupq_n_u8(0x80))); }
+
+// T tokens of the tile from `from` on, all 16 rows of a panel.
+template <int T>
+void int8_panel(const Linear& linear, const Int8Tile& tile, int n_tokens, int from, int64_t panel, float* sums) {
+    const uint8_t* weight = linear.weight + panel * panel_bytes(linear);
+    int32x4_t high[kQuarters][T], low[kQuarters][T];
+    for (int q = 0; q < kQuarters; ++q)
+        for (int t = 0; t < T; ++t) high[q][t] = low[q][t] = vdupq_n_s32(0);
+    const int32_t* digits = tile.columns + from * 2;
+    for (int64_t k = 0; k < tile.n_columns; ++k, weight += 64, digits += n_tokens * 2) {
+        prefetch(weight);
+        for (int q = 0; q < kQuarters; ++q) {
+            const int8x16_t codes = codes_at(weight + q * 16);
+            for (int t = 0; t < T; ++t) {
+                high[q][t] = vdotq_s32(high[q][t], codes, every(digits[t * 2]));
+                low[q][t] = vdotq_s32(low[q][t], codes, every(digits[t * 2 + 1]));
+            }
+        }
+    }
+    digits = tile.fine + from;
+    for (int64_t c = 0; c < tile.n_fine; ++c, weight += 64, digits += n_tokens)
+        for (int q = 0; q < kQuarters; ++q)
+            for (int t = 0; t < T; ++t)
+                low[q][t] = vdotq_s32(low[q][t], codes_at(weight + q * 16), every(digits[t]));
+    for (int q = 0; q < kQuarters; ++q) {
+        const float32x4_t scale = vld1q_f32(linear.scale + panel * kPanelRows + q * 4);
+        for (int t = 0; t < T; ++t) {
+            const float32x4_t coarse = vmulq_f32(vcvtq_f32_s32(high[q][t]), scale);
+            const float32x4_t exact = vmulq_f32(vcvtq_f32_s32(low[q][t]), scale);
+            const float32x4_t whole = vfmaq_f32(exact, coarse, vdupq_n_f32(kDigit));
+            vst1q_f32(sums + (from + t) * kPanelRows + q * 4, vmulq_f32(whole, vdupq_n_f32(tile.step[from + t])));
+        }
+    }
+}
+
+template <int T>
+void nf4_panel(const Linear& linear, const void* tile, int n_tokens, int from, int64_t panel, float* sums) {
+    const uint8_t* weight = linear.weight + panel * panel_bytes(linear);
+    const int8x16_t high_levels = vld1q_s8(kNf4High), low_levels = vld1q_s8(kNf4Low);
+    float32x4_t total[kQuarters][T];
+    for (int q = 0; q < kQuarters; ++q)
+        for (int t = 0; t < T; ++t) total[q][t] = vdupq_n_f32(0);
+    const int32_t* block = static_cast<const int32_t*>(tile);
+    for (int64_t b = 0; b < Nf4Tile::blocks(linear); ++b, weight += kNf4BlockBytes, block += Nf4Tile::kWords * n_tokens) {
+        int32x4_t high[kQuarters][T], low[kQuarters][T];
+        for (int q = 0; q < kQuarters; ++q)
+            for (int t = 0; t < T; ++t) high[q][t] = low[q][t] = vdupq_n_s32(0);
+        for (int k = 0; k < 16; k += 2) {
+            prefetch(weight + k * 32);
+            for (int q = 0; q < kQuarters; ++q) {
+                const uint8x16_t both = vld1q_u8(weight + k * 32 + q * 16);
+                for (int part = 0; part < 2; ++part) {
+                    const uint8x16_t places = part ? vshrq_n_u8(both, 4) : vandq_u8(both, vdupq_n_u8(15));
+                    const int8x16_t highs = vqtbl1q_s8(high_levels, places), lows = vqtbl1q_s8(low_levels, places);
+                    const int32_t* digits = block + ((k + part) * n_tokens + from) * 2;
+                    for (int t = 0; t < T; ++t) {
+                        high[q][t] = vdotq_s32(high[q][t], highs, every(digits[t * 2]));
+                        low[q][t] = vdotq_s32(low[q][t], highs, every(digits[t * 2 + 1]));
+                        low[q][t] = vdotq_s32(low[q][t], lows, every(digits[t * 2]));
+                    }
+                }
+            }
+        }
+        const float* factor = reinterpret_cast<const float*>(block + 33 * n_tokens) + from;
+        for (int q = 0; q < kQuarters; ++q) {
+            const float32x4_t scale = vreinterpretq_f32_u8(vld1q_u8(weight + 512 + q * 16));
+            for (int t = 0; t < T; ++t) {
+                const int32x4_t whole = vmlaq_n_s32(low[q][t], high[q][t], 254);
+                total[q][t] = vfmaq_f32(total[q][t], vcvtq_f32_s32(whole), vmulq_n_f32(scale, factor[t]));
+            }
+        }
+    }
+    for (int q = 0; q < kQuarters; ++q)
+        for (int t = 0; t < T; ++t) vst1q_f32(sums + (from + t) * kPanelRows + q * 4, total[q][t]);
+}
+
+// -- floats --------------------------------------------------------------------------------------------------
+
+int64_t even(int64_t n) { return (n + 1) / 2 * 2; }
+
+void prepare_float(const Linear& linear, const float* x, int64_t x_stride, int n_tokens, void* memory) {
+    float* columns = static_cast<float*>(memory);
+    for (int64_t k = 0; k < even(linear.n_in); ++k)
+        for (int t = 0; t < n_tokens; ++t) *columns++ = k < linear.n_in ? x[t * x_stride + k] : 0.0f;
+}
+
+// Inputs 2i and 2i + 1 of 4 rows.
+struct Pair {
+    float32x4_t even, odd;
+};
+
+template <Format F>
+inline Pair load_pair(const uint8_t* weight, int64_t i, int q) {
+    if constexpr (F == Format::F32) {
+        return {vreinterpretq_f32_u8(vld1q_u8(weight + i * 128 + q * 16)),
+                vreinterpretq_f32_u8(vld1q_u8(weight + i * 128 + 64 + q * 16))};
+    } else if constexpr (F == Format::F16) {
+        const uint8_t* at = weight + i * 64 + q * 8;
+        return {vcvt_f32_f16(vreinterpret_f16_u8(vld1_u8(at))), vcvt_f32_f16(vreinterpret_f16_u8(vld1_u8(at + 32)))};
+    } else {
+        const uint32x4_t both = vreinterpretq_u32_u8(vld1q_u8(weight + i * 64 + q * 16));
+        return {vreinterpretq_f32_u32(vshlq_n_u32(both, 16)),
+                vreinterpretq_f32_u32(vandq_u32(both, vdupq_n_u32(0xffff0000)))};
+    }
+}
+
+// Sums of the inputs at even places and of those at odd ones, added at the end: the same order for any T.
+template <Format F, int T>
+void float_panel(const Linear& linear, const void* tile, int n_tokens, int from, int64_t panel, float* sums) {
+    const uint8_t* weight = linear.weight + panel * panel_bytes(linear);
+    float32x4_t even[kQuarters][T], odd[kQuarters][T];
+    for (int q = 0; q < kQuarters; ++q)
+        for (int t = 0; t < T; ++t) even[q][t] = odd[q][t] = vdupq_n_f32(0);
+    const float* columns = static_cast<const float*>(tile) + from;
+    // A float32 panel of an odd number of inputs ends in the middle of a pair.
+    const int64_t n_pairs = F == Format::F32 ? linear.n_in / 2 : (int64_t(linear.n_in) + 1) / 2;
+    for (int64_t i = 0; i < n_pairs; ++i, columns += n_tokens * 2) {
+        prefetch(weight + i * (F == Format::F32 ? 128 : 64));
+        for (int q = 0; q < kQuarters; ++q) {
+            const Pair weights = load_pair<F>(weight, i, q);
+            for (int t = 0; t < T; ++t) {
+                even[q][t] = vfmaq_n_f32(even[q][t], weights.even, columns[t]);
+                odd[q][t] = vfmaq_n_f32(odd[q][t], weights.odd, columns[n_tokens + t]);
+            }
+        }
+    }
+    for (int q = 0; q < kQuarters; ++q) {
+        for (int t = 0; t < T; ++t) {
+            if (F == Format::F32 && linear.n_in % 2) {
+                const float32x4_t last = vreinterpretq_f32_u8(vld1q_u8(weight + n_pairs * 128 + q * 16));
+                even[q][t] = vfmaq_n_f32(even[q][t], last, columns[t]);
+            }
+            vst1q_f32(sums + (from + t) * kPanelRows + q * 4, vaddq_f32(even[q][t], odd[q][t]));
+        }
+    }
+}
+
+// -- the table -----------------------------------------------------------------------------------------------
+
+size_t tile_bytes(const Linear& linear, int n_tokens) {
+    switch (linear.format) {
+        case Format::INT8: return Int8Tile::bytes(linear, n_tokens);
+        case Format::NF4: return Nf4Tile::bytes(linear, n_tokens);
+        default: return size_t(even(linear.n_in)) * n_tokens * 4;
+    }
+}
+
+void prepare(const Linear& linear, const float* x, int64_t x_stride, int n_tokens, void* tile) {
+    const auto run = linear.format == Format::INT8  ? prepare_int8
+                     : linear.format == Format::NF4 ? prepare_nf4
+                                                    : prepare_float;
+    run(linear, x, x_stride, n_tokens, tile);
+}
+
+template <int T>
+void panel_of(const Linear& linear, const void* tile, int n_tokens, int from, int64_t panel, float* sums) {
+    switch (linear.format) {
+        case Format::F32: return float_panel<Format::F32, T>(linear, tile, n_tokens, from, panel, sums);
+        case Format::BF16: return float_panel<Format::BF16, T>(linear, tile, n_tokens, from, panel, sums);
+        case Format::F16: return float_panel<Format::F16, T>(linear, tile, n_tokens, from, panel, sums);
+        case Format::INT8:
+            return int8_panel<T>(linear, Int8Tile(linear, tile, n_tokens), n_tokens, from, panel, sums);
+        case Format::NF4: return nf4_panel<T>(linear, tile, n_tokens, from, panel, sums);
+    }
+}
+
+// Two tokens' sums of 16 rows fill half of the 32 registers.
+void multiply(const Linear& linear, const void* tile, int n_tokens, int64_t first, int64_t n_panels, float* sums) {
+    for (int64_t panel = first; panel < first + n_panels; ++panel, sums += n_tokens * kPanelRows) {
+        for (int from = 0; from < n_tokens; from += 2)
+            n_tokens - from == 1 ? panel_of<1>(linear, tile, n_tokens, from, panel, sums)
+                                 : panel_of<2>(linear, tile, n_tokens, from, panel, sums);
+    }
+}
+
+}  // namespace
+
+const Kernels neon_kernels = {"neon", tile_bytes, prepare, multiply, gate_by};
+
+}  // namespace petalite
+
+PETALITE_TARGET_END
+#endif
