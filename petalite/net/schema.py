@@ -11,11 +11,12 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import sys
 import types
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cache
-from typing import Annotated, Any, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, NamedTuple, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from petalite.errors import BadMessage, InvalidArgument
 from petalite.net.identity import PeerId
@@ -34,12 +35,14 @@ class Bounds:
     high: float  # the most
 
 
+_ANY, _FINITE = Bounds(-math.inf, math.inf), Bounds(-sys.float_info.max, sys.float_info.max)
+
+
 class _Mismatch(Exception):
     """What was expected; `decode` adds the field's name on the way out."""
 
 
-@dataclass(frozen=True, slots=True)
-class _Field:
+class _Field(NamedTuple):
     name: str
     default: Callable[[], Any] | None  # None: the field is required
     skip_none: bool  # a None that is the default need not travel
@@ -50,30 +53,29 @@ class _Field:
 def encode(message: Any) -> dict[str, Any]:
     """The body of a dataclass instance."""
     body: dict[str, Any] = {}
-    for field in _plan(type(message)):  # type: ignore[arg-type]
-        value = getattr(message, field.name)
-        if value is None:
-            if not field.skip_none:
-                body[field.name] = None
-        else:
-            body[field.name] = value if field.encode is None else field.encode(value)
+    for name, _default, skip_none, _decode, encode_value in _plan(type(message)):  # type: ignore[arg-type]
+        value = getattr(message, name)
+        if value is not None:
+            body[name] = value if encode_value is None else encode_value(value)
+        elif not skip_none:
+            body[name] = None
     return body
 
 
 def decode(cls: type[T], body: Mapping[str, Any]) -> T:
     """The dataclass instance that `body` spells. Raises BadMessage."""
-    values = []
-    for field in _plan(cls):  # type: ignore[arg-type]
-        value = body.get(field.name, _MISSING)
-        if value is _MISSING:
-            if field.default is None:
-                raise BadMessage(f"{cls.__name__}.{field.name} is missing")
-            values.append(field.default())
-            continue
-        try:
-            values.append(field.decode(value))
-        except _Mismatch as error:
-            raise BadMessage(f"{cls.__name__}.{field.name}: {error}") from None
+    values, name = [], ""
+    try:
+        for name, default, _skip_none, decode_value, _encode in _plan(cls):  # type: ignore[arg-type]
+            value = body.get(name, _MISSING)
+            if value is not _MISSING:
+                values.append(decode_value(value))
+            elif default is not None:
+                values.append(default())
+            else:
+                raise BadMessage(f"{cls.__name__}.{name} is missing")
+    except _Mismatch as error:
+        raise BadMessage(f"{cls.__name__}.{name}: {error}") from None
     return cls(*values)
 
 
@@ -89,8 +91,8 @@ def _plan(cls: Any) -> tuple[_Field, ...]:
             default = _constant(field.default)
         elif field.default_factory is not dataclasses.MISSING:
             default = field.default_factory
-        decoder, encoder = _rule(hints[field.name], f"{cls.__name__}.{field.name}")
-        plan.append(_Field(field.name, default, field.default is None, decoder, encoder))
+        rule = _rule(hints[field.name], f"{cls.__name__}.{field.name}", None)
+        plan.append(_Field(field.name, default, field.default is None, *rule))
     return tuple(plan)
 
 
@@ -98,77 +100,63 @@ def _constant(value: Any) -> Callable[[], Any]:
     return lambda: value
 
 
-def _rule(hint: Any, where: str) -> tuple[Decoder, Encoder]:
+def _rule(hint: Any, where: str, bounds: Bounds | None) -> tuple[Decoder, Encoder]:
     """How values of this annotation are checked and written."""
     origin, arguments = get_origin(hint), get_args(hint)
     if origin is Annotated:
-        decoder, encoder = _rule(arguments[0], where)
-        for bounds in arguments[1:]:
-            if isinstance(bounds, Bounds):
-                decoder = _bounded(decoder, bounds)
-        return decoder, encoder
+        return _rule(arguments[0], where, next((each for each in arguments if type(each) is Bounds), bounds))
     if origin in (Union, types.UnionType) and len(arguments) == 2 and type(None) in arguments:
-        inner = arguments[0] if arguments[1] is type(None) else arguments[1]
-        return _optional(*_rule(inner, where))
+        return _optional(*_rule(arguments[arguments[0] is type(None)], where, bounds))
     if origin is tuple and len(arguments) == 2 and arguments[1] is Ellipsis:
-        return _tuple(*_rule(arguments[0], where))
-    if hint in _SCALARS:
-        return _SCALARS[hint]
+        return _tuple(*_rule(arguments[0], where, None), bounds or _ANY)
+    if hint is int or hint is bool:
+        return _number(hint, bounds or _ANY), None
+    if hint is str or hint is bytes:
+        return _text(hint, bounds or _ANY), None
+    if hint is float:
+        return _float(bounds or _FINITE), None
+    if hint is PeerId:
+        text = _text(bytes, Bounds(32, 32))
+        return lambda value: PeerId(text(value)), lambda value: value.public_key
     if isinstance(hint, type) and dataclasses.is_dataclass(hint):
-        return _nested(hint)
+        return _nested(hint), encode
     raise InvalidArgument(f"{where}: a message field cannot be {hint!r}")
 
 
-def _exactly(kind: type) -> Decoder:
+def _mismatch(expected: str, bounds: Bounds, value: Any) -> _Mismatch:
+    return _Mismatch(f"expected {expected} of {bounds.low:g} to {bounds.high:g}, found {repr(value)[:60]}")
+
+
+def _number(kind: Any, bounds: Bounds) -> Decoder:
+    low, high = bounds.low, bounds.high
+
     def decoder(value: Any) -> Any:
-        if type(value) is not kind:  # a bool is an int to isinstance, and not to us
-            raise _Mismatch(f"expected {kind.__name__}, found {type(value).__name__}")
+        if type(value) is not kind or not low <= value <= high:  # a bool is an int to isinstance, not to us
+            raise _mismatch(kind.__name__, bounds, value)
         return value
 
     return decoder
 
 
-def _decode_float(value: Any) -> float:
-    if type(value) not in (float, int):
-        raise _Mismatch(f"expected a number, found {type(value).__name__}")
-    try:
-        number = float(value)
-    except OverflowError:
-        number = math.inf
-    if not math.isfinite(number):
-        raise _Mismatch("expected a finite number")
-    return number
-
-
-def _decode_peer_id(value: Any) -> PeerId:
-    if type(value) is not bytes or len(value) != 32:
-        raise _Mismatch("expected the 32 bytes of a peer's key")
-    return PeerId(value)
-
-
-_SCALARS: dict[Any, tuple[Decoder, Encoder]] = {
-    int: (_exactly(int), None),
-    str: (_exactly(str), None),
-    bytes: (_exactly(bytes), None),
-    bool: (_exactly(bool), None),
-    float: (_decode_float, None),
-    PeerId: (_decode_peer_id, lambda value: value.public_key),
-}
-
-
-def _bounded(decoder: Decoder, bounds: Bounds) -> Decoder:
+def _text(kind: Any, bounds: Bounds) -> Decoder:
     low, high = bounds.low, bounds.high
 
-    def bounded(value: Any) -> Any:
-        value = decoder(value)
-        if isinstance(value, int | float):
-            if not low <= value <= high:
-                raise _Mismatch(f"{value} is not within {low} to {high}")
-        elif value is not None and not low <= len(value) <= high:
-            raise _Mismatch(f"a length of {len(value)} is not within {low} to {high}")
+    def decoder(value: Any) -> Any:
+        if type(value) is not kind or not low <= len(value) <= high:
+            raise _mismatch(kind.__name__, bounds, value)
         return value
 
-    return bounded
+    return decoder
+
+
+def _float(bounds: Bounds) -> Decoder:
+    def decoder(value: Any) -> float:
+        # What is too large for a float is out of bounds, too; NaN is within none.
+        if type(value) not in (float, int) or not bounds.low <= value <= bounds.high:
+            raise _mismatch("a finite number", bounds, value)
+        return float(value)
+
+    return decoder
 
 
 def _optional(decoder: Decoder, encoder: Encoder) -> tuple[Decoder, Encoder]:
@@ -181,10 +169,12 @@ def _optional(decoder: Decoder, encoder: Encoder) -> tuple[Decoder, Encoder]:
     return decode_optional, lambda value: None if value is None else inner(value)
 
 
-def _tuple(decoder: Decoder, encoder: Encoder) -> tuple[Decoder, Encoder]:
+def _tuple(decoder: Decoder, encoder: Encoder, bounds: Bounds) -> tuple[Decoder, Encoder]:
+    low, high = bounds.low, bounds.high
+
     def decode_tuple(value: Any) -> tuple[Any, ...]:
-        if type(value) is not list:
-            raise _Mismatch(f"expected a list, found {type(value).__name__}")
+        if type(value) is not list or not low <= len(value) <= high:
+            raise _mismatch("a list", bounds, value)
         return tuple([decoder(item) for item in value])
 
     if encoder is None:
@@ -193,7 +183,7 @@ def _tuple(decoder: Decoder, encoder: Encoder) -> tuple[Decoder, Encoder]:
     return decode_tuple, lambda value: [inner(item) for item in value]
 
 
-def _nested(cls: type) -> tuple[Decoder, Encoder]:
+def _nested(cls: type) -> Decoder:
     def decode_nested(value: Any) -> Any:
         if type(value) is not dict:
             raise _Mismatch(f"expected a map, found {type(value).__name__}")
@@ -202,4 +192,4 @@ def _nested(cls: type) -> tuple[Decoder, Encoder]:
         except BadMessage as error:
             raise _Mismatch(str(error)) from None
 
-    return decode_nested, encode
+    return decode_nested
