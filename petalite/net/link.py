@@ -119,27 +119,30 @@ class Link:
     async def open(self, method: str, priority: Priority, timeout_s: float | None) -> Call:
         """A new call, once the peer has room for its stream. Nothing is sent yet but that it opens."""
         lane = self.lanes[0] if priority is not Priority.BULK else await self._bulk_lane()
-        while not lane.connection.can_open or self.error is not None:
-            if self.error is not None:
-                raise self.error
-            if lane.connection.exhausted and lane is self.lanes[0]:
-                raise ShuttingDown(f"{self.peer.short()} takes no more calls on this connection")
-            if lane.connection.exhausted:
-                lane = self.lanes[0]
-            else:
-                await self._change(timeout_s)
+        if not lane.connection.can_open or self.error is not None:
+            lane = await self._room(lane, timeout_s)
         call = Call(self, lane, lane.connection.open_stream(priority), method)
         self._last_call = monotonic()
         call.set_deadline(timeout_s)
         return call
 
-    async def _change(self, timeout_s: float | None) -> None:
-        self._changed.clear()
+    async def _room(self, lane: Lane, timeout_s: float | None) -> Lane:
+        """This lane, or the interactive one, once a stream can be opened on it."""
         try:
             async with asyncio.timeout(timeout_s):
-                await self._changed.wait()
+                while self.error is None and not lane.connection.can_open:
+                    if not lane.connection.exhausted:
+                        self._changed.clear()
+                        await self._changed.wait()
+                    elif lane is self.lanes[0]:
+                        raise ShuttingDown(f"{self.peer.short()} takes no more calls on this connection")
+                    else:
+                        lane = self.lanes[0]
         except TimeoutError:
             raise DeadlineExceeded(f"{self.peer.short()} had no room for another call") from None
+        if self.error is not None:
+            raise self.error
+        return lane
 
     async def call(
         self,
