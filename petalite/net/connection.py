@@ -266,12 +266,6 @@ class Connection:
 
     # -- reading -----------------------------------------------------------------------------------
 
-    def take(self, stream: Stream, size: int) -> memoryview:
-        """Read `size` bytes, which are buffered."""
-        taken = stream.take(size)
-        self.settle(stream)
-        return taken
-
     def expect(self, stream: Stream, target: memoryview) -> bool:
         """Have the next bytes put straight into `target`; whether it is already full.
 

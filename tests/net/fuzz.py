@@ -65,7 +65,8 @@ def connection(data: bytes) -> None:
             for stream in list(core.streams.values()):
                 assert stream.received <= stream.window.limit
                 if stream.buffered and stream.id % 4 == 1:
-                    core.take(stream, stream.buffered)
+                    stream.take(stream.buffered)
+                    core.settle(stream)
     held = sum(stream.buffered for stream in core.streams.values())
     assert held <= 40_000 + 10_000
     assert sum(map(len, core.next_records(1 << 20))) < 100_000

@@ -70,4 +70,11 @@ class Pair:
 
 def read_all(end: End, stream: Stream) -> bytes:
     """Everything that is buffered, read."""
-    return bytes(end.core.take(stream, stream.buffered)) if stream.buffered else b""
+    return take(end.core, stream, stream.buffered)
+
+
+def take(core: Connection, stream: Stream, size: int) -> bytes:
+    """The next `size` bytes, which are buffered, read."""
+    taken = bytes(stream.take(size))
+    core.settle(stream)
+    return taken

@@ -24,7 +24,7 @@ from petalite.net.scheduling import MAX_PONGS
 from petalite.net.states import RECEIVE_STEPS, SEND_STEPS, STATE_STEPS, Event, Receive, Send, State, Step
 from petalite.net.streams import Priority, Stream
 
-from .pair import End, Pair, read_all
+from .pair import End, Pair, read_all, take
 
 SMALL = Windows(8192, 20_000, 4, 16_384, 40_000, 10_000)
 
@@ -601,7 +601,7 @@ class Talk(RuleBasedStateMachine):
         if stream is None or stream.target is not None:
             return
         self.settle(end, stream)
-        taken = self.pair.ends[end].core.take(stream, min(size, stream.buffered))
+        taken = take(self.pair.ends[end].core, stream, min(size, stream.buffered))
         self.read.setdefault((end, stream.id), bytearray()).extend(taken)
 
     @rule(end=st.integers(0, 1), choice=st.integers(0, 9), size=st.integers(1, 20_000))
@@ -675,9 +675,7 @@ class Talk(RuleBasedStateMachine):
                 for stream in list(end.core.streams.values()):
                     self.settle(index, stream)
                     if stream.target is None and stream.buffered:
-                        self.read.setdefault((index, stream.id), bytearray()).extend(
-                            end.core.take(stream, stream.buffered)
-                        )
+                        self.read.setdefault((index, stream.id), bytearray()).extend(read_all(end, stream))
         for index, end in enumerate(self.pair.ends):
             other = self.pair.ends[1 - index].core
             assert end.core.sent == other.received
