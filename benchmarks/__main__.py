@@ -16,6 +16,7 @@ BENCHMARKS = {
     "table1": "steps/s over servers that fail, by policy, as in the paper's Table 1",
     "serve": "many sessions on one server, and one beside a long prefill",
     "training": "forward and backward of batches over three servers, beside one process; a kill; memory",
+    "beside": "training calls at one server beside plain autograd, and a session beside training calls",
     "decode": "SmolLM2 token by token, in every format, beside transformers and llama.cpp",
     "prefill": "SmolLM2 prefill of 512 tokens in one process, beside transformers and llama.cpp",
     "quality": "what int8, nf4 and others' formats cost SmolLM2: perplexity, divergence, greedy answers",
