@@ -128,8 +128,10 @@ async def _kill(
 ) -> None:
     """Any server but the last, which comes back when the next one goes."""
     loop = asyncio.get_running_loop()
-    while loop.time() + KILL_EVERY_S < until_s:
-        await asyncio.sleep(KILL_EVERY_S)
+    due_s = loop.time() + KILL_EVERY_S
+    while due_s < until_s:
+        await asyncio.sleep(max(0.0, due_s - loop.time()))
+        due_s += KILL_EVERY_S
         index = chance.randrange(len(servers) - 1)
         servers[index].kill()
         tally.kills += 1
