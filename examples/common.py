@@ -56,5 +56,5 @@ def draw(path: str, title: str, losses: list[float], marks: dict[str, float]) ->
     for index, (name, value) in enumerate(marks.items()):
         axes.axhline(value, color=f"C{index + 2}", linestyle="--", label=f"{name}: {value:.3f}")
     axes.set(title=title, xlabel="step", ylabel="loss")
-    axes.legend()
+    axes.legend(loc="lower left")  # a falling curve leaves that corner free
     figure.savefig(path, dpi=120)
