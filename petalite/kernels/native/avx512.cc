@@ -322,7 +322,10 @@ void panels(const Linear& linear, const void* tile, int64_t first, float* sums) 
 template <int T>
 void multiply_tokens(const Linear& linear, const void* tile, int64_t first, int64_t n_panels, float* sums) {
     constexpr int kAtOnce = T <= 2 ? 4 : T <= 4 ? 2 : 1;
-    by_panels(first, n_panels, T * kPanelRows, sums, kAtOnce, [&](int now, int64_t from, float* to) {
+    // Memory gives one stream more than several, where there is little to compute for each line of it. NF4 has more.
+    const bool is_float = linear.format != Format::INT8 && linear.format != Format::NF4;
+    const int at_once = T == 1 && linear.format != Format::NF4 ? 1 : T == 2 && is_float ? 2 : kAtOnce;
+    by_panels(first, n_panels, T * kPanelRows, sums, at_once, [&](int now, int64_t from, float* to) {
         if constexpr (kAtOnce >= 4) {
             if (now == 4) return panels<T, 4>(linear, tile, from, to);
         }
