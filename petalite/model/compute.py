@@ -11,6 +11,7 @@ decode step of a few milliseconds feels.
 from __future__ import annotations
 
 import asyncio
+import atexit
 import ctypes
 import math
 import os
@@ -41,7 +42,9 @@ class ComputeThread:
     def __init__(self, name: str = "petalite-compute") -> None:
         self._queue: SimpleQueue[_Work | None] = SimpleQueue()
         self.closed = False
-        threading.Thread(target=_serve, args=(self._queue,), name=name, daemon=True).start()
+        thread = threading.Thread(target=_serve, args=(self._queue,), name=name, daemon=True)
+        _serving[thread] = self._queue
+        thread.start()
 
     def run(self, function: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> asyncio.Future[R]:
         """Queue `function` and await its result. Cancelling the wait also unqueues it, if it has not begun.
@@ -73,7 +76,26 @@ def use_threads(most: int | None) -> None:
     torch.set_num_threads(min(most or torch.get_num_threads(), cores))
 
 
+_LAST_S = 5.0  # for what runs when the process ends
+_serving: dict[threading.Thread, SimpleQueue[_Work | None]] = {}
+
+
+@atexit.register
+def _end_all() -> None:
+    """A thread that is in C++ code when the interpreter goes away takes the process down with SIGABRT."""
+    for thread, queue in list(_serving.items()):
+        queue.put(None)
+        thread.join(_LAST_S)
+
+
 def _serve(queue: SimpleQueue[_Work | None]) -> None:
+    try:
+        _work_through(queue)
+    finally:
+        del _serving[threading.current_thread()]
+
+
+def _work_through(queue: SimpleQueue[_Work | None]) -> None:
     while (work := queue.get()) is not None:
         future, function = work
         if not future.cancelled():

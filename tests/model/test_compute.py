@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import subprocess
+import sys
 import threading
 
 import pytest
@@ -87,3 +89,19 @@ async def test_threads_are_at_most_the_cores_there_are(monkeypatch: pytest.Monke
     finally:
         thread.close()
         torch.set_num_threads(before)
+
+
+def test_a_process_ends_in_peace_while_its_thread_computes() -> None:
+    code = """
+import asyncio, torch
+from petalite.model.compute import ComputeThread
+thread = ComputeThread()
+async def main():
+    one = torch.randn(64, 64)
+    first, second = (thread.run(lambda: [one @ one for _ in range(20000)]) for _ in range(2))
+    await first
+asyncio.run(main())
+thread.close()
+"""
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert (result.returncode, result.stderr) == (0, "")
