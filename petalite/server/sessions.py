@@ -7,11 +7,10 @@ anything is reserved or computed; what is wrong ends that session with a code, a
 from __future__ import annotations
 
 import asyncio
-from collections import Counter
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 
-from petalite.errors import IdleClosed, ResourceLimit, ShuttingDown, Unreachable, WrongModel, WrongSpan
+from petalite.errors import IdleClosed, ResourceLimit, Unreachable, WrongModel, WrongSpan
 from petalite.net.host import Host
 from petalite.net.identity import PeerId
 from petalite.net.rpc import Call
@@ -20,6 +19,7 @@ from petalite.server.adapters import Adapters, HeldAdapter
 from petalite.server.backend import Backend
 from petalite.server.doors import Doors
 from petalite.server.local import LocalEdge, Onward
+from petalite.server.open_calls import OpenCalls
 from petalite.server.session import Session, codec_of
 from petalite.swarm.messages import (
     ATTACH_METHOD,
@@ -62,11 +62,9 @@ class SessionService:
         self._host = host
         self._resolve = resolve
         self._settings = settings
-        self._open: dict[Call, Session | None] = {}  # None: still waiting for room
+        self._open = OpenCalls()
+        self._sessions: set[Session] = set()  # those that have got room
         self._doors: Doors[Session] = Doors()
-        self._draining = False
-        self._none_open = asyncio.Event()
-        self._none_open.set()
         host.serve(SESSION_METHOD, self._serve, request=OpenSession)
         host.serve(ATTACH_METHOD, self._attached, request=Attach)
 
@@ -78,46 +76,28 @@ class SessionService:
     @property
     def kept_bytes(self) -> int:
         """What sessions keep of what they pushed on."""
-        return sum(session.kept.nbytes for session in self._open.values() if session is not None)
+        return sum(session.kept.nbytes for session in self._sessions)
 
     async def drain(self, timeout_s: float) -> None:
         """Refuse new sessions and wait for the open ones; what outlasts `timeout_s` is cut with a code."""
-        self._draining = True
-        try:
-            async with asyncio.timeout(timeout_s):
-                await self._none_open.wait()
-        except TimeoutError:
-            for call in list(self._open):
-                call.cancel(ShuttingDown.code)
-            await self._none_open.wait()
+        await self._open.drain(timeout_s)
 
     def suspend(self) -> None:
         """After draining: let go of the blocks. Sessions are refused until others are given to `resume`."""
-        assert self._draining
-        assert not self._open
+        self._open.check_drained()
         del self._backend
 
     def resume(self, backend: Backend) -> None:
         """Serve new sessions over these blocks."""
         self._backend = backend
-        self._draining = False
+        self._open.resume()
 
     async def _serve(self, call: Call, request: OpenSession) -> None:
         self._admit(call.peer, request)
-        self._open[call] = None
-        self._none_open.clear()
-        try:
-            await self._run(call, request)
-        finally:
-            del self._open[call]
-            if not self._open:
-                self._none_open.set()
+        with self._open.entered(call), self._adapters.use(request.adapter) as adapter:
+            await self._run(call, request, adapter)
 
-    async def _run(self, call: Call, request: OpenSession) -> None:
-        with self._adapters.use(request.adapter) as adapter:
-            await self._run_with(call, request, adapter)
-
-    async def _run_with(self, call: Call, request: OpenSession, adapter: HeldAdapter | None) -> None:
+    async def _run(self, call: Call, request: OpenSession, adapter: HeldAdapter | None) -> None:
         span = self._backend.span
         token_bytes = codec_of(request, self._backend).nbytes(1, span.config.hidden_size)
         pushed_bytes = token_bytes * request.max_length * request.rows
@@ -134,8 +114,11 @@ class SessionService:
             session = Session(
                 call, request, rows, self._backend, self._doors, self._connect, self._settings.idle_s
             )
-            self._open[call] = session
-            await self._within_its_time(session)
+            self._sessions.add(session)
+            try:
+                await self._within_its_time(session)
+            finally:
+                self._sessions.discard(session)
         finally:
             self._backend.drop_rows(rows)
 
@@ -151,8 +134,7 @@ class SessionService:
             ) from None
 
     def _admit(self, peer: PeerId, request: OpenSession) -> None:
-        if self._draining:
-            raise ShuttingDown("these blocks are leaving this server; open the session at another")
+        self._open.check_open()
         span = self._backend.span
         if request.model_id != self._model_id:
             raise WrongModel(f"this server holds {self._model_id}, the session is for {request.model_id}")
@@ -163,7 +145,7 @@ class SessionService:
             )
         if len(self._open) >= self._settings.most:
             raise ResourceLimit(f"{self._settings.most} sessions are open, the most this server takes")
-        if Counter(call.peer for call in self._open)[peer] >= self._settings.most_per_peer:
+        if self._open.of(peer) >= self._settings.most_per_peer:
             raise ResourceLimit(
                 f"{self._settings.most_per_peer} sessions of yours are open, the most one peer may have"
             )

@@ -6,12 +6,11 @@ that call with a code, and no other.
 
 from __future__ import annotations
 
-import asyncio
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from petalite.errors import BadMessage, ShuttingDown, WrongModel, WrongSpan
+from petalite.errors import BadMessage, WrongModel, WrongSpan
 from petalite.net.host import Host
 from petalite.net.messages import Message
 from petalite.net.rpc import Call, MethodPolicy
@@ -19,6 +18,7 @@ from petalite.net.schema import encode
 from petalite.net.streams import Priority
 from petalite.server.adapters import Adapters
 from petalite.server.backend import Backend
+from petalite.server.open_calls import OpenCalls
 from petalite.server.training import Trainer
 from petalite.server.training_memory import TrainingSettings, check_batch
 from petalite.swarm.codecs import codec_named
@@ -58,10 +58,7 @@ class TrainingService:
         self._adapters = adapters
         self._settings = settings
         self._take(backend)
-        self._open: set[Call] = set()
-        self._draining = False
-        self._none_open = asyncio.Event()
-        self._none_open.set()
+        self._open = OpenCalls()
         # Hidden states, a gradient like them, and prompts of every block.
         config = backend.span.config
         most_vectors = 2 * settings.most_tokens + config.n_blocks * MAX_PROMPT_TOKENS
@@ -88,19 +85,11 @@ class TrainingService:
 
     async def drain(self, timeout_s: float) -> None:
         """Refuse new calls and wait for those under way; what outlasts `timeout_s` is cut with a code."""
-        self._draining = True
-        try:
-            async with asyncio.timeout(timeout_s):
-                await self._none_open.wait()
-        except TimeoutError:
-            for call in list(self._open):
-                call.cancel(ShuttingDown.code)
-            await self._none_open.wait()
+        await self._open.drain(timeout_s)
 
     def suspend(self) -> None:
         """After draining: let go of the blocks. Calls are refused until others are given to `resume`."""
-        assert self._draining
-        assert not self._open
+        self._open.check_drained()
         self.trainer.close()
         self._adapters.let_go()
         del self.trainer, self._backend
@@ -108,7 +97,7 @@ class TrainingService:
     def resume(self, backend: Backend) -> None:
         """Serve calls over these blocks."""
         self._take(backend)
-        self._draining = False
+        self._open.resume()
 
     # -- the methods -------------------------------------------------------------------------------------
 
@@ -162,18 +151,11 @@ class TrainingService:
 
     @contextmanager
     def _entered(self, call: Call, model_id: str) -> Iterator[None]:
-        if self._draining:
-            raise ShuttingDown("these blocks are leaving this server; call another")
+        self._open.check_open()
         if model_id != self._model_id:
             raise WrongModel(f"this server holds {self._model_id}, the call is for {model_id}")
-        self._open.add(call)
-        self._none_open.clear()
-        try:
+        with self._open.entered(call):
             yield
-        finally:
-            self._open.discard(call)
-            if not self._open:
-                self._none_open.set()
 
     def _checked(self, request: TrainCall) -> Span:
         """The blocks. Raises WrongSpan, BatchTooLarge, BadMessage for what cannot be right."""

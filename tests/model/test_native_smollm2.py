@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from benchmarks.quality import PROMPTS
 from petalite.kernels import linear, native
 from petalite.model.cache import Segment
 from petalite.model.checkpoint import Checkpoint
@@ -16,28 +17,6 @@ from petalite.model.tokenizer import load_tokenizer
 
 pytestmark = pytest.mark.skipif(native.library() is None, reason="no native kernels, or torch's are forced")
 
-PROMPTS = (
-    "What is the capital of France?",
-    "Write a haiku about the sea.",
-    "Explain photosynthesis in one paragraph.",
-    "List three uses of a paper clip.",
-    "What is 12 plus 30?",
-    "Translate 'good morning' into Spanish.",
-    "Who wrote Romeo and Juliet?",
-    "Write a Python function that reverses a string.",
-    "Why is the sky blue?",
-    "Give me a recipe for pancakes.",
-    "What do bees make?",
-    "Name the planets of the solar system.",
-    "How does a bicycle stay upright?",
-    "Summarize the story of Cinderella.",
-    "What is the difference between a list and a tuple in Python?",
-    "Tell me a joke about computers.",
-    "What causes the tides?",
-    "Write a short letter to a friend about the weather.",
-    "How many legs does a spider have?",
-    "What is the largest ocean?",
-)
 NEW_TOKENS = 32
 
 

@@ -183,7 +183,7 @@ async def test_a_successor_that_never_reads_is_given_up(serving: Serving) -> Non
 async def test_a_push_within_the_process_ends_with_the_session_it_waits_for(serving: Serving) -> None:
     """The session is full and computes nothing more; when its client goes, whoever pushes to it hears so."""
     call = await serving.open(await serving.client())
-    (session,) = serving.service._open.values()
+    (session,) = serving.service._sessions
     assert session is not None
     edge = LocalEdge(session)
     wrong_epoch = Step(((0, 0, 1),), "f32", 4)
@@ -205,7 +205,7 @@ async def test_a_push_within_the_process_ends_with_the_session_it_waits_for(serv
 
 async def test_a_push_within_the_process_can_be_given_up(serving: Serving) -> None:
     call = await serving.open(await serving.client())
-    (session,) = serving.service._open.values()
+    (session,) = serving.service._sessions
     assert session is not None
     edge = LocalEdge(session)
     serving.backend.step = lambda *args, **kwargs: asyncio.Event().wait()  # type: ignore[method-assign, assignment, return-value]
