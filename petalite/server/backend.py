@@ -275,6 +275,7 @@ class Backend:
         else:
             return
         self._computing = True
+        self._gathering.began()
         self._thread.run(self._pass, parts).add_done_callback(partial(self._passed, parts))
 
     def _lingers(self) -> bool:
@@ -296,7 +297,7 @@ class Backend:
         else:
             result = passed.result()
             self._scheduler.observe(parts, result.seconds)
-            if parts[0].request.kind is not Kind.TRAINING:  # its pace is not that of sessions
+            if all(part.request.kind is Kind.DECODE for part in parts):
                 self._gathering.passed(result.seconds)
             now_s = time.perf_counter()
             for part, error in result.errors:
@@ -353,8 +354,9 @@ class Backend:
         )
         lengths = [n_tokens for _, n_tokens in steps]
         outputs = [output] if len(lengths) == 1 else output.split(lengths)  # type: ignore[no-untyped-call]
-        for given, computed in zip(hidden, outputs, strict=True):
-            check_finite(given, computed)
+        if not is_finite(output):
+            for given, computed in zip(hidden, outputs, strict=True):
+                check_finite(given, computed)
         for (work, n_tokens), computed in zip(steps, outputs, strict=True):
             work.outputs.append(computed)
             work.done_tokens += n_tokens

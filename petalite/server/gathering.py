@@ -1,17 +1,18 @@
 """Whether the next pass waits a moment for sessions that are about to come back.
 
-Two sessions whose steps find the device busy with the other's alternate for ever, each pass over the
-weights serving one of them. A short wait for whoever was just answered, and usually comes back at once,
-puts them into one pass. A pure core; it reads no clock. Sessions that take long to come back (a far client,
-a slow reader) are not waited for.
+Sessions whose steps find the device busy with each other's alternate for ever, each pass over the weights
+serving some of them. A wait for whoever was just answered, and comes back sooner than another pass takes,
+puts them into one: what it costs is less than the pass that it saves. Sessions that take longer to come
+back (a far client, a slow reader) are not waited for. A pure core; it reads no clock.
 """
 
 from __future__ import annotations
 
 from collections.abc import Hashable
 
-SHARE = 0.25  # of a pass's usual time: no pass waits longer
+SHARE = 0.75  # of a pass's usual time: no pass waits longer, nor for who is usually away longer
 SLACK = 1.5  # a session is waited for so many times its usual time
+WEIGHT = 0.5  # of the last time in what is usual: sessions that meet anew share passes after two steps
 
 
 class Gathering:
@@ -28,8 +29,10 @@ class Gathering:
         answered_s = self._answered.pop(session, None)
         if answered_s is not None:
             away_s = now_s - answered_s
+            if self._pass_s:  # a pause says no more than any other time that is too long to wait for
+                away_s = min(away_s, self._pass_s)
             usual_s = self._usual_s.get(session, away_s)
-            self._usual_s[session] = usual_s + (away_s - usual_s) / 4
+            self._usual_s[session] = usual_s + WEIGHT * (away_s - usual_s)
 
     def answered(self, session: Hashable, now_s: float) -> None:
         self._answered[session] = now_s
@@ -39,9 +42,12 @@ class Gathering:
         self._answered.pop(session, None)
         self._usual_s.pop(session, None)
 
-    def passed(self, seconds: float) -> None:
-        """What a pass took."""
+    def began(self) -> None:
+        """A pass, of whatever kind: the device is idle no more."""
         self._since_s = None
+
+    def passed(self, seconds: float) -> None:
+        """What a pass of decode steps alone took."""
         self._pass_s += (seconds - self._pass_s) / 4 if self._pass_s else seconds
 
     def wait_s(self, now_s: float) -> float:
@@ -52,6 +58,6 @@ class Gathering:
         due_s = [
             answered_s + SLACK * usual_s
             for session, answered_s in self._answered.items()
-            if SLACK * (usual_s := self._usual_s.get(session, float("inf"))) <= most_s
+            if (usual_s := self._usual_s.get(session, float("inf"))) <= most_s
         ]
         return max(0.0, min(max(due_s, default=0.0), self._since_s + most_s) - now_s)

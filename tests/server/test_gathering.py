@@ -26,7 +26,7 @@ def test_a_session_that_comes_back_at_once_is_waited_for() -> None:
 
 
 def test_who_stays_away_is_not_waited_for() -> None:
-    for gathering in (taught(0.5), Gathering()):
+    for gathering in (taught(0.9), taught(5.0), Gathering()):
         gathering.answered("a", 10.0)
         assert gathering.wait_s(10.0) == 0
 
@@ -68,13 +68,14 @@ def test_no_pass_waits_longer_than_its_share(
     assert gathering.wait_s(now_s + later_s) <= max(0.0, SHARE * pass_s - later_s) + 1e-9
 
 
-def test_two_sessions_that_alternated_share_every_pass() -> None:
-    """Passes of 1 s, two sessions that come back 0.1 s after their answers, out of step at first."""
+def passes_of(away_s: dict[str, float], first_s: dict[str, float], n_passes: int = 20) -> list[int]:
+    """How many of some sessions share each pass of 1 s: they first come at `first_s`, and come back
+    `away_s` after their answers."""
     gathering = Gathering()
-    arrivals = {"a": 0.0, "b": 0.5}  # when each one's next step comes
+    arrivals = dict(first_s)
     waiting: set[str] = set()
     now_s, passes = 0.0, []
-    for _ in range(20):
+    for _ in range(n_passes):
         now_s = max(now_s, min(arrivals.values(), default=now_s)) if not waiting else now_s
         while True:
             for session in [session for session, at_s in arrivals.items() if at_s <= now_s]:
@@ -85,10 +86,39 @@ def test_two_sessions_that_alternated_share_every_pass() -> None:
                 break
             now_s = min([now_s + wait_s, *arrivals.values()])
         passes.append(len(waiting))
+        gathering.began()
         now_s += 1.0
         gathering.passed(1.0)
         for session in waiting:
             gathering.answered(session, now_s)
-            arrivals[session] = now_s + 0.1
+            arrivals[session] = now_s + away_s[session]
         waiting = set()
-    assert passes[-10:] == [2] * 10
+    return passes
+
+
+def test_two_sessions_that_alternated_share_every_pass() -> None:
+    assert passes_of({"a": 0.1, "b": 0.1}, {"a": 0.0, "b": 0.5})[-10:] == [2] * 10
+
+
+def test_eight_that_come_back_one_after_the_other_share_every_pass() -> None:
+    """One process answers them in turn, so that the last is back after more than half a pass."""
+    away_s = {name: 0.08 * (number + 1) for number, name in enumerate("abcdefgh")}
+    passes = passes_of(away_s, {name: 0.01 * number for number, name in enumerate("abcdefgh")})
+    assert passes[0] == 1, "nobody is known when the first one comes"
+    assert passes[-10:] == [8] * 10
+
+
+def test_one_that_stays_away_longer_than_a_pass_holds_nobody_up() -> None:
+    """The near two go on without it, at their own pace."""
+    passes = passes_of({"a": 0.1, "b": 0.1, "far": 1.6}, {"a": 0.0, "b": 0.5, "far": 0.2}, 60)
+    assert passes.count(1) <= 2
+    assert sum(passes) / 60 > 2.2, "every third pass has all three"
+
+
+def test_a_pause_is_soon_forgotten() -> None:
+    gathering = taught(0.1)
+    for now_s, away_s in ((10.0, 300.0), (400.0, 0.1)):
+        gathering.answered("a", now_s)
+        gathering.came("a", now_s + away_s)
+    gathering.answered("a", 500.0)
+    assert gathering.wait_s(500.0) > 0
