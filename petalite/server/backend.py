@@ -306,7 +306,8 @@ class Backend:
             for part in parts:
                 work = part.request.work
                 if isinstance(work, _Step) and not part.request.n_tokens:
-                    self._gathering.answered(work.segments[0].row, now_s)
+                    if not work.answer.done():  # else whoever asked has gone, and its session has left
+                        self._gathering.answered(work.segments[0].row, now_s)
                     _finish(work)
                 elif isinstance(work, _Turns) and work.ended:
                     self._scheduler.remove(part.request)

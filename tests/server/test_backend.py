@@ -72,6 +72,20 @@ async def test_many_sessions_at_once_get_what_each_would_alone(backend: Backend,
     assert backend.waiting_tokens == 0
 
 
+async def test_who_gives_up_in_a_pass_is_not_waited_for(backend: Backend) -> None:
+    """Nor is anything kept of it."""
+    rows = await backend.open_rows(1, 50, 0, 3)
+    step = asyncio.create_task(backend.step(hidden(5, 0), [Segment(rows.numbers[0], 0, 5)], 0, 3))
+    await asyncio.sleep(0)
+    step.cancel()
+    await asyncio.wait([step])
+    backend.drop_rows(rows)
+    await backend.aside(int)
+    await asyncio.sleep(0)
+    assert not backend._computing
+    assert not backend._gathering._answered
+
+
 async def test_ready_steps_share_a_pass(backend: Backend, span: BlockSpan, monkeypatch) -> None:
     passes: list[int] = []
     forward = span.forward
