@@ -24,7 +24,7 @@ from petalite.model.edges import load_edges
 from petalite.model.span import load_span
 from petalite.model.tokenizer import load_tokenizer
 from petalite.node.smollm2 import smollm2_folder
-from petalite.swarm.codecs import CODECS, Q8, Codec, compress
+from petalite.swarm.codecs import CODECS, PACKED, Q8, Codec, session_codec
 
 SHAPE = (2048, 8192)
 ROUNDS = 7
@@ -149,4 +149,4 @@ def _sizes(report: Report, states: list[Tensor]) -> None:
 
 def _bits(codec: Codec, hidden: Tensor, pack: bool) -> float:
     data = codec.encode(hidden)
-    return 8 * len(compress(codec, data) if pack else data) / hidden.numel()
+    return 8 * len(session_codec(codec.name + PACKED).pack(data) if pack else data) / hidden.numel()

@@ -25,7 +25,7 @@ from petalite.errors import (
     PetaliteError,
     RemoteError,
 )
-from petalite.swarm.codecs import Codec, codec_named
+from petalite.swarm.codecs import Codec, session_codec, unpack
 from petalite.swarm.kept import Row
 from petalite.swarm.messages import ALL, LAST, NONE, FromClient, Progress, Step
 
@@ -99,13 +99,13 @@ class Carrier:
                 name, forks = leg.kept.codec.name, part.forks or None
                 step = Step(part.rows, name, stop, output, awaited.number, self.epoch, forks=forks)
                 answer = await self._ask(awaited, step, data, part.n_tokens, turn)
-            codec = self._checked(leg, part, output, answer)
+            codec, answered = await self._checked(leg, part, output, answer)
             if output != NONE:
-                self._check_finite(leg, codec, answer.data)
-                hidden = codec.decode(answer.data, self._hidden_size) if leg is legs[-1] else None
+                self._check_finite(leg, codec, answered)
+                hidden = codec.decode(answered, self._hidden_size) if leg is legs[-1] else None
             if number > 0 or not replaying:
                 self._keep(leg, part, data)
-            data = answer.data
+            data = answered
             hops += [
                 HopTiming(
                     stage.peer, stage.span, report.queue_ms / 1e3, report.compute_ms / 1e3, report.nbytes
@@ -191,22 +191,24 @@ class Carrier:
         stage.lost(error)
         return StageFailed(stage, error)
 
-    def _checked(self, leg: Leg, part: Part, output: str, answer: Answer) -> Codec:
-        """The codec of an answer that is one to this part."""
-        done = answer.done
+    async def _checked(self, leg: Leg, part: Part, output: str, answer: Answer) -> tuple[Codec, memoryview]:
+        """The codec of an answer that is one to this part, and what it holds, unpacked."""
+        done, data = answer.done, answer.data
         n_outputs = {ALL: part.n_tokens, LAST: len(part.rows), NONE: 0}[output]
         try:
-            codec = codec_named(done.codec)
+            codec = session_codec(done.codec)
             expected = codec.nbytes(n_outputs, self._hidden_size) if n_outputs else 0
-            if (done.rows, len(done.hops), len(answer.data)) != (part.rows, len(leg.stages), expected):
+            if expected:
+                data = memoryview(await unpack(codec, data, expected))
+            if (done.rows, len(done.hops), len(data)) != (part.rows, len(leg.stages), expected):
                 raise BadMessage(
-                    f"the answer has {len(answer.data)} bytes for rows {str(done.rows)[:80]} from "
+                    f"the answer has {len(data)} bytes for rows {str(done.rows)[:80]} from "
                     f"{len(done.hops)} servers, expected {expected} bytes, {str(part.rows)[:80]} and "
                     f"{len(leg.stages)}"
                 )
         except RemoteError as error:
             raise self._failed(leg.last, error) from error
-        return codec
+        return codec, data
 
     def _check_finite(self, leg: Leg, codec: Codec, data: memoryview) -> None:
         if not codec.is_finite(data, self._hidden_size):
@@ -259,4 +261,6 @@ def _leaves(error: BaseException) -> list[BaseException]:
 
 def recode(data: memoryview, source: Codec, target: Codec, hidden_size: int) -> memoryview:
     """The same hidden states as the next leg keeps them; the very same bytes where it can."""
-    return data if source is target else memoryview(target.encode(source.decode(data, hidden_size)))
+    return (
+        data if source.plain == target.plain else memoryview(target.encode(source.decode(data, hidden_size)))
+    )

@@ -33,7 +33,7 @@ from petalite.errors import (
     SessionGap,
     SessionLimit,
 )
-from petalite.swarm.codecs import codec_named
+from petalite.swarm.codecs import unpack
 from petalite.swarm.kept import KeptInputs
 from petalite.swarm.messages import NONE, TOKEN_BYTES, Expect, Relink, Successor
 from petalite.swarm.routing import Hop
@@ -343,20 +343,24 @@ class Chain:
             left = sum(lengths)
             while left > 0:
                 answer = await self._carrier.next(awaited, left)
-                left -= self._take(keeper, inputs, answer.done.rows, answer.data, answer.done.codec)
+                left -= await self._take(keeper, inputs, answer.done.rows, answer.data, answer.done.codec)
         return inputs
 
-    def _take(
+    async def _take(
         self, keeper: Stage, inputs: KeptInputs, rows: Sequence[tuple[int, ...]], data: memoryview, codec: str
     ) -> int:
         """Keep one step of what was pulled; how many tokens it has."""
         n_tokens = sum(n for _, _, n in rows)
-        fits = codec_named(codec) is inputs.codec and len(data) == inputs.codec.nbytes(
-            n_tokens, self._hidden_size
-        )
-        if not fits or any(position != inputs.length(row) for row, position, _ in rows):
-            error = BadMessage(f"{keeper.peer.short()} returned other inputs than it was fed")
+        expected = inputs.codec.nbytes(n_tokens, self._hidden_size)
+        try:
+            follows = all(position == inputs.length(row) for row, position, _ in rows)
+            if not follows or codec != inputs.codec.name or n_tokens > sum(self._lengths):
+                raise BadMessage(f"{keeper.peer.short()} returned other inputs than it was fed")
+            unpacked = memoryview(await unpack(inputs.codec, data, expected))
+            if len(unpacked) != expected:
+                raise BadMessage(f"{keeper.peer.short()} returned {len(unpacked)} bytes, not {expected}")
+        except RemoteError as error:
             keeper.lost(error)
-            raise StageFailed(keeper, error)
-        inputs.put([(row, position, n) for row, position, n in rows], data)
+            raise StageFailed(keeper, error) from error
+        inputs.put([(row, position, n) for row, position, n in rows], unpacked)
         return n_tokens

@@ -19,12 +19,12 @@ from petalite.errors import (
 )
 from petalite.net.host import Host
 from petalite.net.identity import PeerId
-from petalite.net.messages import Message
+from petalite.net.messages import Buffer, Message
 from petalite.net.rpc import Call
 from petalite.net.schema import decode, encode
 from petalite.net.streams import Priority
 from petalite.swarm.bans import Bans
-from petalite.swarm.codecs import Codec, codec_named
+from petalite.swarm.codecs import Codec, pack, session_codec
 from petalite.swarm.directory import Directory
 from petalite.swarm.messages import (
     DECODE_TOKENS,
@@ -145,7 +145,7 @@ class SwarmServers:
             message = await call.receive()
             if message is None:
                 raise ConnectionLost("the server ended the session unasked")
-            return RemoteHop(call, codec_named(decode(SessionOpened, message.body).codec), listener)
+            return RemoteHop(call, session_codec(decode(SessionOpened, message.body).codec), listener)
         except BaseException:
             call.end()
             raise
@@ -177,7 +177,10 @@ class RemoteHop:
         if isinstance(message, Step):
             longest = max(n_tokens for _, _, n_tokens in message.rows)
             self._call.priority = Priority.INTERACTIVE if longest <= DECODE_TOKENS else Priority.BULK
-        await self._call.send(write(message), [] if data is None else [data])
+        packed: Buffer | None = data
+        if isinstance(message, Step) and data is not None:
+            packed = await pack(session_codec(message.codec), data)
+        await self._call.send(write(message), [] if packed is None else [packed])
 
     async def probe(self) -> Progress:
         if self._probed is None or self._probed.done():

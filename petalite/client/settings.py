@@ -8,7 +8,8 @@ from petalite.errors import InvalidArgument
 from petalite.net.identity import PeerId
 
 RING, STAR = ROUTES = ("ring", "star")
-WIRES = ("f32", "bf16", "f16", "q8")  # `swarm.codecs`, which loads torch
+CODECS = ("f32", "bf16", "f16", "q8")  # `swarm.codecs`, which loads torch
+WIRES = (*CODECS, *(f"{codec}+zstd" for codec in CODECS))
 LATENCY, THROUGHPUT = AIMS = ("latency", "throughput")
 
 
@@ -40,7 +41,7 @@ class SessionSettings:
     chunk_tokens: int = 512  # a longer prefill, or replay, goes in steps of this many
     retry_s: float = 0.05  # pause before a third attempt to open hops; doubles up to two seconds
     wire: str | None = (
-        None  # codec between machines, such as "q8", which rounds at every edge; None: lossless
+        None  # codec between machines: "q8" rounds at every edge, "q8+zstd" packs it; None: loses nothing
     )
 
     def __post_init__(self) -> None:
@@ -64,7 +65,7 @@ class TrainingSettings:
     wire: str = "f32"  # codec of hidden states and their gradients; others round at every edge
 
     def __post_init__(self) -> None:
-        if self.wire not in WIRES:
-            raise InvalidArgument(f"wire is one of {', '.join(WIRES)}, found {self.wire!r}")
+        if self.wire not in CODECS:
+            raise InvalidArgument(f"wire is one of {', '.join(CODECS)}, found {self.wire!r}")
         if self.part_tokens < 1 or self.in_flight < 1:
             raise InvalidArgument("part_tokens and in_flight are 1 or more")

@@ -15,7 +15,7 @@ from petalite.model.dtypes import AUTO, compute_dtype
 from petalite.net.identity import Identity
 from petalite.net.multiaddr import Multiaddr
 from petalite.swarm.bans import Bans
-from petalite.swarm.codecs import codec_named, raw_codec
+from petalite.swarm.codecs import raw_codec, session_codec
 from petalite.swarm.directory import Directory
 from petalite.swarm.peer import PeerSettings, SwarmPeer
 from petalite.swarm.spans import Span
@@ -79,7 +79,7 @@ class Swarm:
             span = Span(0, checkpoint.config.n_blocks)
             directory = Directory(self._peer.dht, checkpoint.model_id(name), span)
             codec = (
-                codec_named(settings.wire) if settings.wire else raw_codec(compute_dtype(checkpoint, AUTO))
+                session_codec(settings.wire) if settings.wire else raw_codec(compute_dtype(checkpoint, AUTO))
             )
             token_bytes = codec.nbytes(1, checkpoint.config.hidden_size)
             return SwarmServers(self._peer.host, directory, self._bans, routing, token_bytes=token_bytes)

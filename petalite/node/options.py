@@ -202,8 +202,9 @@ class Way:
     wire: Annotated[
         str,
         Option(
-            metavar="raw|q8|bf16|f16|f32",
-            help="How hidden states travel: raw loses nothing; q8 is a quarter of float32, and rounds.",
+            metavar="raw|q8|bf16|f16|f32|…+zstd",
+            help="How hidden states travel: raw loses nothing; q8 is a quarter of float32, and rounds. With "
+            "+zstd, as in bf16+zstd, they are also compressed, which loses nothing and costs time.",
         ),
     ] = LOSSLESS
     only: Annotated[

@@ -36,7 +36,7 @@ from petalite.server.backend import Backend, Rows, checked_forks, wanted_outputs
 from petalite.server.doors import Doors
 from petalite.server.inbox import Inbox
 from petalite.server.local import Onward
-from petalite.swarm.codecs import Codec, codec_named, raw_codec
+from petalite.swarm.codecs import Codec, pack, raw_codec, session_codec, unpack
 from petalite.swarm.kept import KeptInputs
 from petalite.swarm.messages import (
     ALL,
@@ -200,7 +200,7 @@ class Session:
 
     async def _step(self, step: Step, message: Message) -> None:
         segments = [self._segment(*row) for row in step.rows]
-        hidden = self._hidden_of(step, message)
+        hidden = await self._hidden_of(step, message)
         if step.forks:
             await self._backend.fork(checked_forks(step, self._rows.numbers))
         output, timing = await self._backend.step(
@@ -223,7 +223,7 @@ class Session:
         elif not self._link_down:
             await self._push(step, hops, pushed)
 
-    def _hidden_of(self, step: Step, message: Message) -> torch.Tensor:
+    async def _hidden_of(self, step: Step, message: Message) -> torch.Tensor:
         if step.output not in OUTPUTS:
             raise BadMessage(f"unknown output {step.output[:20]!r}; known are {', '.join(OUTPUTS)}")
         if step.stop < self.request.end or (step.stop > self.request.end and self.request.successor is None):
@@ -236,7 +236,9 @@ class Session:
         n_tokens = sum(n for _, _, n in step.rows)
         if n_tokens > MAX_STEP_TOKENS:
             raise BadMessage(f"a step packs at most {MAX_STEP_TOKENS} tokens, found {n_tokens}")
-        hidden = codec_named(step.codec).decode(message.buffers[0], self._backend.span.config.hidden_size)
+        codec, hidden_size = session_codec(step.codec), self._backend.span.config.hidden_size
+        data = await unpack(codec, message.buffers[0], codec.nbytes(n_tokens, hidden_size))
+        hidden = codec.decode(data, hidden_size)
         if len(hidden) != n_tokens:
             raise BadTensor(f"the step names {n_tokens} tokens, its hidden states have {len(hidden)}")
         return hidden
@@ -264,7 +266,8 @@ class Session:
     async def _answer(self, step: Step, hops: tuple[HopReport, ...], data: bytearray | memoryview) -> None:
         done = StepDone(step.rows, self.codec.name, step.number, step.epoch, hops)
         _prioritize(self.call, step.rows)
-        await self._send(self.call, write(done), [] if step.output == NONE else [data])
+        buffers = [] if step.output == NONE else [await pack(self.codec, data)]
+        await self._send(self.call, write(done), buffers)
         self._sent = max(self._sent, step.number)
 
     async def _push(self, step: Step, hops: tuple[HopReport, ...], data: bytearray | memoryview) -> None:
@@ -273,7 +276,7 @@ class Session:
             if self._onward is None:
                 raise NetworkError("the session was told of no successor")
             _prioritize(self._onward, step.rows)
-            await self._send(self._onward, write(onward), [data])
+            await self._send(self._onward, write(onward), [await pack(self.codec, data)])
             self._sent = max(self._sent, step.number)
         except (NetworkError, RemoteError) as error:
             await self._report_down(step.epoch, error)
@@ -332,7 +335,7 @@ class Session:
 
 def codec_of(request: OpenSession, backend: Backend) -> Codec:
     """What a session answers and pushes in. Raises BadTensor for a codec that nobody knows."""
-    return raw_codec(backend.span.dtype) if request.codec is None else codec_named(request.codec)
+    return raw_codec(backend.span.dtype) if request.codec is None else session_codec(request.codec)
 
 
 def _prioritize(call: Call | Onward, rows: Sequence[tuple[int, ...]]) -> None:

@@ -8,10 +8,12 @@ of a send; decoding a raw codec makes none. `compress` and `decompress` go aroun
 
 from __future__ import annotations
 
+import asyncio
 import ctypes
 import math
 import sys
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 
 import torch
 import zstandard
@@ -23,6 +25,8 @@ from petalite.net.messages import Buffer
 
 assert sys.byteorder == "little", "the wire is little-endian and tensors are sent from memory"
 
+PACKED = "+zstd"
+_ASIDE_BYTES = 1 << 16  # packed in some 0.1 ms
 _ZSTD_LEVEL = 1
 _ZSTD_WINDOW_BYTES = 1 << 27  # what a frame may ask a reader to keep; zstd's own default for strangers
 
@@ -33,13 +37,19 @@ class Codec:
 
     name: str
     dtype: torch.dtype  # that decoding gives
+    is_packed: bool = False  # by zstd, one message at a time
+
+    @property
+    def plain(self) -> str:
+        """The codec of its bytes where they are not packed."""
+        return self.name.removesuffix(PACKED)
 
     def nbytes(self, n_tokens: int, hidden_size: int) -> int:
         return n_tokens * hidden_size * self.dtype.itemsize
 
     def encode(self, hidden: torch.Tensor) -> bytearray:
         """hidden (T, E), any float dtype and device -> the wire's bytes."""
-        if self is not Q8 and hidden.dtype is self.dtype and hidden.is_cpu and hidden.is_contiguous():
+        if self._n_planes > 1 and hidden.dtype is self.dtype and hidden.is_cpu and hidden.is_contiguous():
             # No tensor operation: between two passes over a model's weights each costs tens of microseconds.
             return bytearray((ctypes.c_char * hidden.nbytes).from_address(hidden.data_ptr()))
         out = bytearray(self.nbytes(*hidden.shape))
@@ -58,9 +68,27 @@ class Codec:
 
     def is_finite(self, data: memoryview, hidden_size: int) -> bool:
         """Whether decoding gives neither NaN nor Inf."""
-        if self.name == "f32" and len(data) <= 4 * FEW_VALUES:
+        if self.plain == "f32" and len(data) <= 4 * FEW_VALUES:
             return math.isfinite(sum(data.cast("B").cast("f")))  # in doubles, which floats do not overflow
         return is_finite(self.decode(data, hidden_size))
+
+    def pack(self, data: Buffer) -> Buffer:
+        """What was encoded, as it travels."""
+        return _compress(data, self._n_planes) if self.is_packed else data
+
+    def unpack(self, data: Buffer, nbytes: int) -> Buffer:
+        """What was encoded, of what travelled. `nbytes` is what the message's header makes it, and no more
+        memory is taken than that; raises BadTensor where something else is packed there. What is not packed
+        is returned as it is, for its reader to measure.
+        """
+        return _decompress(data, nbytes, self._n_planes) if self.is_packed else data
+
+    @property
+    def _n_planes(self) -> int:
+        """Bytes of a value, which stand apart when packed: exponents of floats are alike, and compress well
+        where they stand together.
+        """
+        return self.dtype.itemsize
 
     def _n_tokens(self, data: Buffer, hidden_size: int) -> int:
         row_bytes = self.nbytes(1, hidden_size)
@@ -78,6 +106,10 @@ class Dynamic8Codec(Codec):
     """
 
     __slots__ = ()
+
+    @property
+    def _n_planes(self) -> int:
+        return 1
 
     def nbytes(self, n_tokens: int, hidden_size: int) -> int:
         return n_tokens * (hidden_size + 2 * dynamic8.n_blocks(hidden_size))
@@ -107,15 +139,22 @@ class Dynamic8Codec(Codec):
 
 _RAW = (Codec("f32", torch.float32), Codec("bf16", torch.bfloat16), Codec("f16", torch.float16))
 Q8 = Dynamic8Codec("q8", torch.float32)
-CODECS = {codec.name: codec for codec in (*_RAW, Q8)}
+CODECS: Mapping[str, Codec] = {codec.name: codec for codec in (*_RAW, Q8)}
+_PACKED = tuple(replace(codec, name=codec.name + PACKED, is_packed=True) for codec in CODECS.values())
+SESSION_CODECS: Mapping[str, Codec] = {**CODECS, **{codec.name: codec for codec in _PACKED}}
 
 
-def codec_named(name: str) -> Codec:
+def codec_named(name: str, known: Mapping[str, Codec] = CODECS) -> Codec:
     """From a peer's or a user's word for it. Raises BadTensor, listing the known ones."""
-    codec = CODECS.get(name)
+    codec = known.get(name)
     if codec is None:
-        raise BadTensor(f"unknown codec {name[:20]!r}; known are {', '.join(CODECS)}")
+        raise BadTensor(f"unknown codec {name[:20]!r}; known are {', '.join(known)}")
     return codec
+
+
+def session_codec(name: str) -> Codec:
+    """Likewise, of a session's steps, which may be packed: what unpacks there is bounded by a step's."""
+    return codec_named(name, SESSION_CODECS)
 
 
 def raw_codec(dtype: torch.dtype) -> Codec:
@@ -127,34 +166,42 @@ def raw_codec(dtype: torch.dtype) -> Codec:
     raise InvalidArgument(f"hidden states of {dtype} have no wire codec; known are {known}")
 
 
-def compress(codec: Codec, data: Buffer) -> bytes:
-    """A zstd frame of what `codec` encoded. Of raw floats the first bytes come first, then the second, and
-    so on: exponents are alike, and compress well where they stand together.
-    """
-    planes = _planes(codec)
-    if planes > 1:
-        values = torch.frombuffer(data, dtype=torch.uint8).view(-1, planes)
-        data = memoryview(values.t().contiguous().view(-1).numpy())  # type: ignore[arg-type]
+async def pack(codec: Codec, data: Buffer) -> Buffer:
+    """`codec.pack`, beside the event loop where it takes long."""
+    if codec.is_packed and len(data) > _ASIDE_BYTES:
+        return await asyncio.to_thread(codec.pack, data)
+    return codec.pack(data)
+
+
+async def unpack(codec: Codec, data: Buffer, nbytes: int) -> Buffer:
+    """`codec.unpack`, likewise."""
+    if codec.is_packed and nbytes > _ASIDE_BYTES:
+        return await asyncio.to_thread(codec.unpack, data, nbytes)
+    return codec.unpack(data, nbytes)
+
+
+def _compress(data: Buffer, n_planes: int) -> bytes:
+    """A zstd frame of the first bytes of all values, then the second ones, and so on."""
+    if n_planes > 1:
+        whole = bytes(
+            data
+        )  # whose slices are copied by C; a view's are not, and torch takes five times as long
+        data = b"".join(whole[plane::n_planes] for plane in range(n_planes))
     return zstandard.ZstdCompressor(level=_ZSTD_LEVEL).compress(data)
 
 
-def decompress(codec: Codec, frame: Buffer, nbytes: int) -> Buffer:
-    """What `compress` was given: the `nbytes` that the message's header makes it. Raises BadTensor."""
+def _decompress(frame: Buffer, nbytes: int, n_planes: int) -> Buffer:
     try:
         said = zstandard.frame_content_size(frame)
-        if said != nbytes:
+        if said != nbytes or nbytes % n_planes:
             raise BadTensor(f"a compressed tensor says it holds {said} bytes, expected {nbytes}")
         reader = zstandard.ZstdDecompressor(max_window_size=_ZSTD_WINDOW_BYTES)
-        data = bytearray(reader.decompress(frame, max_output_size=nbytes, allow_extra_data=False))
+        data = reader.decompress(frame, max_output_size=nbytes, allow_extra_data=False)
     except zstandard.ZstdError as error:
         raise BadTensor(f"a compressed tensor cannot be read: {error}") from error
-    if len(data) != nbytes or nbytes % _planes(codec):
+    if len(data) != nbytes:
         raise BadTensor(f"a compressed tensor holds {len(data)} bytes, expected {nbytes}")
-    if _planes(codec) == 1 or not data:
-        return data
-    values = torch.frombuffer(data, dtype=torch.uint8).view(_planes(codec), -1)
-    return memoryview(values.t().contiguous().view(-1).numpy())  # type: ignore[arg-type]
-
-
-def _planes(codec: Codec) -> int:
-    return 1 if codec is Q8 else codec.dtype.itemsize
+    values, size = bytearray(nbytes), nbytes // n_planes
+    for plane in range(n_planes):
+        values[plane::n_planes] = data[plane * size : (plane + 1) * size]
+    return values

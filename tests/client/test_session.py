@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Sequence
+from typing import Any
 
 import pytest
 import torch
@@ -24,7 +26,7 @@ from tests.client.runs import (
     tokens,
     until_free,
 )
-from tests.helpers.memory_net import MemoryNet
+from tests.helpers.memory_net import MemoryCall, MemoryNet
 
 
 @BOTH
@@ -69,15 +71,45 @@ def test_hops_of_other_codecs_understand_each_other(pushing: bool) -> None:
 
 
 @BOTH
-def test_a_codec_that_loses_is_replayed_to_the_bit(pushing: bool) -> None:
+@pytest.mark.parametrize("codec", ["f32", "bf16", "q8"])
+def test_packing_changes_bytes_on_the_wire_and_nothing_else(
+    pushing: bool, codec: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A prefill, also beside the loop, and steps; what travels is less, and every edge has it packed."""
+    travelled: list[tuple[str, int]] = []
+    send = MemoryCall.send
+
+    async def counting(self: MemoryCall, body: dict[str, Any], buffers: Sequence[Any] = ()) -> None:
+        travelled.extend((body["codec"], len(buffer)) for buffer in buffers)
+        await send(self, body, buffers)
+
+    async def main(wire: str) -> tuple[torch.Tensor, int, set[str]]:
+        travelled.clear()
+        swarm = FakeSwarm(SPANS, pushing=pushing)
+        states = tokens(300).repeat(1, 1)
+        chain = Session(swarm, WHOLE, E, max_length=999, settings=SessionSettings(wire=wire))
+        async with chain as session:
+            outputs = [await session.step(states, [(0, 0, 300)])]
+            outputs.append(await session.step(tokens(1), [(0, 300, 1)]))
+        return torch.cat(outputs), sum(size for _, size in travelled), {name for name, _ in travelled}
+
+    monkeypatch.setattr(MemoryCall, "send", counting)
+    (plain, most, names), (packed, fewer, others) = run(main(codec)), run(main(codec + "+zstd"))
+    assert torch.equal(plain, packed) and fewer < most
+    assert (names, others) == ({codec}, {codec + "+zstd"})
+
+
+@BOTH
+@pytest.mark.parametrize("packed", ["", "+zstd"], ids=["plain", "packed"])
+def test_a_codec_that_loses_is_replayed_to_the_bit(pushing: bool, packed: str) -> None:
     """With q8 on the wire, a session that lost each of its servers once says what an undisturbed one says; as
-    long as the chain is cut at the same blocks, since every edge rounds.
+    long as the chain is cut at the same blocks, since every edge rounds. Packed or not, the same is kept.
     """
     twice = CHAIN | {number + 3: span for number, span in CHAIN.items()}
 
     async def main(kills: bool) -> torch.Tensor:
         swarm = FakeSwarm(twice, pushing=pushing)
-        chain = Session(swarm, WHOLE, E, max_length=99, settings=SessionSettings(wire="q8"))
+        chain = Session(swarm, WHOLE, E, max_length=99, settings=SessionSettings(wire="q8" + packed))
         async with chain as session:
             outputs = [await session.step(tokens(3), [(0, 0, 3)])]
             for position in range(3, 6):

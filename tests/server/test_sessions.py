@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+import zstandard
 
 from petalite.errors import (
     BadMessage,
@@ -31,6 +32,7 @@ from petalite.model.span import BlockSpan
 from petalite.net.credit import Windows
 from petalite.net.rpc import Call
 from petalite.server.sessions import SessionSettings
+from petalite.swarm.codecs import session_codec
 from petalite.swarm.messages import OpenSession, Step, write
 from tests.helpers.waiting import until
 from tests.server.serving import CACHE_TOKENS, F32, OPEN, Serving, hidden, step
@@ -69,6 +71,7 @@ async def test_only_the_outputs_asked_for_travel(serving: Serving) -> None:
         (replace(OPEN, rows=257), BadMessage),
         (replace(OPEN, max_length=1 << 30), BadMessage),
         (replace(OPEN, max_length=65, rows=2), Busy),
+        (replace(OPEN, codec="q8+lz4"), BadTensor),
     ],
 )
 async def test_openings_that_are_refused(
@@ -82,6 +85,8 @@ async def test_openings_that_are_refused(
 
 
 STATES = torch.ones(2, 64)
+PACKED = session_codec("f32+zstd")
+NAMELESS = zstandard.ZstdCompressor(write_content_size=False)
 WRONG_STEPS = {
     "row": (Step(((2, 0, 2),), "f32", 4), [F32.encode(STATES)], BadMessage),
     "no tokens": (Step(((0, 0, 0),), "f32", 4), [F32.encode(STATES)], BadMessage),
@@ -94,6 +99,10 @@ WRONG_STEPS = {
     "fewer states": (Step(((0, 0, 3),), "f32", 4), [F32.encode(STATES)], BadTensor),
     "not a whole token": (Step(((0, 0, 2),), "f32", 4), [F32.encode(STATES)[:-1]], BadTensor),
     "empty": (Step(((0, 0, 2),), "f32", 4), [b""], BadTensor),
+    "what unpacks to more": (Step(((0, 0, 2),), "f32+zstd", 4), [PACKED.pack(bytes(1 << 24))], BadTensor),
+    "what says no size": (Step(((0, 0, 2),), "f32+zstd", 4), [NAMELESS.compress(bytes(512))], BadTensor),
+    "not packed": (Step(((0, 0, 2),), "f32+zstd", 4), [F32.encode(STATES)], BadTensor),
+    "packed and not said": (Step(((0, 0, 2),), "f32", 4), [PACKED.pack(F32.encode(STATES))], BadTensor),
     "codec": (Step(((0, 0, 2),), "q3", 4), [F32.encode(STATES)], BadTensor),
     "output": (Step(((0, 0, 2),), "f32", 4, "some"), [F32.encode(STATES)], BadMessage),
     "ends before this hop": (Step(((0, 0, 2),), "f32", 3), [F32.encode(STATES)], BadMessage),
