@@ -175,7 +175,7 @@ LIMITS = RenderLimits(text_chars=30_000, work_chars=5_000_000, time_s=0.2)
 def test_hostile_templates_are_stopped(template: str) -> None:
     """Within the set time (and a little), in little memory, as one sentence."""
     tracemalloc.start()
-    began_s = time.monotonic()
+    began_s = time.process_time()  # which other programs do not use up
     try:
         with pytest.raises(PetaliteError) as caught:
             ChatTemplate(template, limits=LIMITS).render(CHAT)
@@ -183,7 +183,7 @@ def test_hostile_templates_are_stopped(template: str) -> None:
     finally:
         tracemalloc.stop()
     assert isinstance(caught.value, InvalidArgument | InvalidCheckpoint)
-    assert time.monotonic() - began_s < 20 * LIMITS.time_s
+    assert time.process_time() - began_s < 20 * LIMITS.time_s
     assert peak_bytes < 256 << 20
     assert len(str(caught.value)) < 1000
 
