@@ -16,8 +16,9 @@ struct Kernels {
     void (*prepare)(const Linear&, const float* x, int64_t x_stride, int n_tokens, void* tile);
 
     // sums (n_panels, n_tokens, 16): products of `n_panels` panels from `first` on with every token of the tile,
-    // scaled, without bias.
-    void (*multiply)(const Linear&, const void* tile, int n_tokens, int64_t first, int64_t n_panels, float* sums);
+    // scaled, without bias. `once`: no other tile meets these weights soon.
+    void (*multiply)(const Linear&, const void* tile, int n_tokens, int64_t first, int64_t n_panels, bool once,
+                     float* sums);
 
     // out = silu(gate) · up, 16 of each.
     void (*gate)(const float* gates, const float* ups, float* out);

@@ -56,6 +56,7 @@ void multiply_piece(const Linear& linear, const Tiles& tiles, const char* prepar
                     const Output& output) {
     const int64_t gated = output.epilogue == Epilogue::SiluGate ? linear.n_out / 2 / kPanelRows : 0;
     const int step = gated ? kMaxPanels / 2 : kMaxPanels;
+    const bool once = tiles.count == 1;
     float sums[kMaxPanels * kMaxTile * kPanelRows];
     for (int64_t first = begin; first < end; first += step) {
         const int64_t n = std::min<int64_t>(step, end - first);
@@ -63,8 +64,8 @@ void multiply_piece(const Linear& linear, const Tiles& tiles, const char* prepar
             const char* tile = prepared + i * tiles.stride;
             const int n_tokens = tiles.size(i);
             const int64_t each = n_tokens * kPanelRows;
-            kernels().multiply(linear, tile, n_tokens, first, n, sums);
-            if (gated) kernels().multiply(linear, tile, n_tokens, first + gated, n, sums + n * each);
+            kernels().multiply(linear, tile, n_tokens, first, n, once, sums);
+            if (gated) kernels().multiply(linear, tile, n_tokens, first + gated, n, once, sums + n * each);
             for (int64_t p = 0; p < n; ++p) {
                 for (int t = 0; t < n_tokens; ++t) {
                     const float* found = sums + p * each + t * kPanelRows;

@@ -261,7 +261,8 @@ void panel_of(const Linear& linear, const void* tile, int n_tokens, int from, in
 }
 
 // Two tokens' sums of 16 rows fill half of the 32 registers.
-void multiply(const Linear& linear, const void* tile, int n_tokens, int64_t first, int64_t n_panels, float* sums) {
+void multiply(const Linear& linear, const void* tile, int n_tokens, int64_t first, int64_t n_panels, bool,
+              float* sums) {
     for (int64_t panel = first; panel < first + n_panels; ++panel, sums += n_tokens * kPanelRows) {
         for (int from = 0; from < n_tokens; from += 2)
             n_tokens - from == 1 ? panel_of<1>(linear, tile, n_tokens, from, panel, sums)

@@ -198,7 +198,8 @@ void prepare(const Linear& linear, const float* x, int64_t x_stride, int n_token
     run(linear, x, x_stride, n_tokens, tile);
 }
 
-void multiply(const Linear& linear, const void* tile, int n_tokens, int64_t first, int64_t n_panels, float* sums) {
+void multiply(const Linear& linear, const void* tile, int n_tokens, int64_t first, int64_t n_panels, bool,
+              float* sums) {
     const auto run = linear.format == Format::INT8  ? multiply_int8
                      : linear.format == Format::NF4 ? multiply_nf4
                                                     : multiply_float;
