@@ -1,11 +1,12 @@
 """The KV cache of one span, and the plan of one packed step over it.
 
-A row is one sequence's keys and values in every block of the span, or of a part of it. Its memory grows in
-slabs towards the length it was opened for, so that memory follows use while `reserved_bytes` says what is
-promised. A step appends to any number of rows at once; lengths change only when all its blocks have run, so
-a step that failed can be sent again.
+A row is one sequence's keys and values in every block of the span, or of a part of it. It has addresses for
+the length that it was opened for, and on a CPU pages only for what was written: memory follows use while
+`reserved_bytes` says what is promised, no growth moves anything, and all of it goes back when the row does.
+A step appends to any number of rows at once; lengths change only when all its blocks have run, so a step that
+failed can be sent again.
 
-Per block a row holds one tensor (2, 1, K, capacity, D): keys and values, head by head, as attention reads
+Per block a row holds one tensor (2, 1, K, max_length, D): keys and values, head by head, as attention reads
 them. Knows tensors and lengths; not what a session is. Not thread-safe: it belongs to the thread that
 computes.
 """
@@ -13,9 +14,10 @@ computes.
 from __future__ import annotations
 
 import itertools
+import mmap
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
@@ -26,8 +28,6 @@ from petalite.errors import BadMessage, InvalidArgument, SessionGap, SessionLimi
 from petalite.kernels.attention import CausalMasks, attend
 from petalite.kernels.native.span import NativeSegment, native_addresses
 from petalite.kernels.rope import RotationTable
-
-_SLAB_TOKENS = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,32 +62,35 @@ class CacheShape:
 
 @dataclass(slots=True)
 class _Row:
-    """One sequence. `blocks` is empty until there is a token; then every block has room for `capacity`."""
+    """One sequence."""
 
     max_length: int
     start: int
     end: int
+    blocks: tuple[Tensor, ...]
+    addresses: Any = None  # of the blocks, as a native call takes them; None: not asked for yet
     length: int = 0
-    capacity: int = 0
-    blocks: list[Tensor] = field(default_factory=list)
-    addresses: Any = None  # of the blocks, as a native call takes them; None: not asked for since they moved
 
-    def grow(self, shape: CacheShape, used: int, needed: int) -> None:
-        """Room for `needed` tokens in every block, the first `used` kept. May be repeated after a failure."""
-        if needed <= self.capacity:
-            return
-        # A half more each time: a row of n tokens is copied at most three times over while it grows to n.
-        capacity = _capacity(max(needed, self.capacity * 3 // 2), self.max_length)
-        size = (2, 1, shape.n_kv_heads, capacity, shape.head_dim)
-        self.addresses, self.capacity = None, 0  # if memory ends in the middle, all is made again
-        for index in range(self.end - self.start):
-            room = torch.empty(size, dtype=shape.dtype, device=shape.device)
-            if index < len(self.blocks):
-                room.narrow(3, 0, used).copy_(self.blocks[index].narrow(3, 0, used))
-                self.blocks[index] = room
-            else:
-                self.blocks.append(room)
-        self.capacity = capacity
+
+def _room(shape: CacheShape, n_blocks: int, length: int) -> Tensor:
+    """(blocks, 2, 1, K, length, D) of unwritten memory. A CPU's is mapped for itself: what malloc is given
+    back it may keep, in holes that fit no longer row. Other devices give all of it at once.
+    """
+    size = (n_blocks, 2, 1, shape.n_kv_heads, length, shape.head_dim)
+    if shape.device.type != "cpu":
+        return torch.empty(size, dtype=shape.dtype, device=shape.device)
+    nbytes = n_blocks * length * shape.token_bytes
+    try:
+        pages = mmap.mmap(-1, nbytes, **_PRIVATE)
+    except OSError as error:
+        raise MemoryError(f"the system has no {nbytes >> 20} MiB of addresses for a cache row") from error
+    with suppress(AttributeError, OSError):  # not Linux, or a kernel that has no huge pages
+        pages.madvise(mmap.MADV_NOHUGEPAGE)  # one token would take 2 MiB
+    return torch.frombuffer(pages, dtype=shape.dtype).view(size)
+
+
+# Shared is Python's default, and makes of every page a file's.
+_PRIVATE = {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS} if hasattr(mmap, "MAP_PRIVATE") else {}
 
 
 class KVCache:
@@ -112,7 +115,7 @@ class KVCache:
             )
         if max_length < 1:
             raise InvalidArgument(f"a row needs room for at least one token, found max_length {max_length}")
-        return self._add(_Row(max_length, start, end))
+        return self._add(self._new_row(max_length, start, end))
 
     def length(self, row: int) -> int:
         """Tokens cached."""
@@ -132,7 +135,7 @@ class KVCache:
     def fork(self, row: int) -> int:
         """A new row with the same tokens so far; each then goes its own way."""
         source = self._row(row)
-        copy = _Row(source.max_length, source.start, source.end)
+        copy = self._new_row(source.max_length, source.start, source.end)
         self._copy(source, copy)
         return self._add(copy)
 
@@ -148,11 +151,9 @@ class KVCache:
 
     def _copy(self, source: _Row, target: _Row) -> None:
         target.length = 0
-        if source.length:
-            with torch.inference_mode():  # as whatever filled the row
-                target.grow(self._shape, 0, source.length)
-                for block, room in zip(source.blocks, target.blocks, strict=True):
-                    room.narrow(3, 0, source.length).copy_(block.narrow(3, 0, source.length))
+        with torch.inference_mode():
+            for block, room in zip(source.blocks, target.blocks, strict=True):
+                room.narrow(3, 0, source.length).copy_(block.narrow(3, 0, source.length))
         target.length = source.length
 
     def drop(self, row: int) -> None:
@@ -169,11 +170,6 @@ class KVCache:
     def reserved_bytes(self) -> int:
         """What all open rows hold once each has reached its max_length."""
         return sum(self.row_bytes(row.max_length, row.start, row.end) for row in self._rows.values())
-
-    @property
-    def used_bytes(self) -> int:
-        """What they hold now."""
-        return sum(block.nbytes for row in self._rows.values() for block in row.blocks)
 
     def row_bytes(self, length: int, start: int | None = None, end: int | None = None) -> int:
         """What a row of `length` tokens holds over the blocks [start, end)."""
@@ -196,7 +192,6 @@ class KVCache:
         rows = self._checked(segments, start, end)
         for row, segment in zip(rows, segments, strict=True):
             row.length = min(row.length, segment.position)
-            row.grow(self._shape, segment.position, segment.end)
         yield Step(self._shape, rows, segments, self._rotations, self._masks, min_tokens)
         for row, segment in zip(rows, segments, strict=True):
             row.length = segment.end
@@ -222,6 +217,9 @@ class KVCache:
                     f"tokens up to {segment.end} do not fit row {segment.row}, opened for {row.max_length}"
                 )
         return rows
+
+    def _new_row(self, max_length: int, start: int, end: int) -> _Row:
+        return _Row(max_length, start, end, _room(self._shape, end - start, max_length).unbind())
 
     def _add(self, row: _Row) -> int:
         number = next(self._numbers)
@@ -275,7 +273,7 @@ class Step:
         for row, _, n_tokens, position, _ in self._parts:
             if row.addresses is None:
                 row.addresses = native_addresses(row.blocks)
-            segments.append(NativeSegment(position, n_tokens, row.capacity, row.addresses))
+            segments.append(NativeSegment(position, n_tokens, row.max_length, row.addresses))
         return self._rotations.up_to(max(end for *_, end in self._parts)), segments
 
     def attend(self, block: int, heads: Tensor, n_heads: int, window: int | None) -> Tensor:
@@ -294,7 +292,3 @@ class Step:
                 self._zeros = heads.new_zeros(self._padding, n_heads * shape.head_dim)
             outputs.append(self._zeros)
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
-
-
-def _capacity(length: int, max_length: int) -> int:
-    return min(max_length, -(-length // _SLAB_TOKENS) * _SLAB_TOKENS)

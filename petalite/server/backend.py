@@ -17,13 +17,13 @@ from typing import Any, ParamSpec, TypeAlias, TypeVar
 
 import torch
 
-from petalite.errors import BadMessage, DeadlineExceeded, NotFinite, ShuttingDown
+from petalite.errors import BadMessage, Busy, DeadlineExceeded, NotFinite, ShuttingDown
 from petalite.model.block import Block
 from petalite.model.cache import Segment
 from petalite.model.compute import ComputeThread, is_finite
 from petalite.model.span import BlockSpan
 from petalite.server.adapters import HeldAdapter
-from petalite.server.budget import Budget
+from petalite.server.budget import RETRY_S, Budget
 from petalite.server.gathering import Gathering
 from petalite.server.scheduler import Kind, Part, Request, Scheduler, SchedulerSettings
 from petalite.swarm.messages import ALL, DECODE_TOKENS, NONE, Step
@@ -150,8 +150,8 @@ class Backend:
     ) -> Rows:
         """Reserve `count` cache rows over blocks [start, end), and `extra_bytes` beside them.
 
-        Waits in line for at most `wait_s`. Raises Busy where there is no room by then. The `adapter` is the
-        caller's to hold for as long as it has the rows.
+        Waits in line for at most `wait_s`. Raises Busy where there is no room by then, or the device does not
+        give what the budget has. The `adapter` is the caller's to hold for as long as it has the rows.
         """
         nbytes = count * self._cache.row_bytes(max_length, start, end) + extra_bytes
         await self.budget.reserve(nbytes, wait_s)
@@ -183,7 +183,14 @@ class Backend:
     ) -> list[int]:
         if adapter is not None:
             adapter.blocks_of(self.span)  # makes them, so that no step has to
-        return [self._cache.open_row(max_length, start, end) for _ in range(count)]
+        numbers: list[int] = []
+        try:
+            for _ in range(count):
+                numbers.append(self._cache.open_row(max_length, start, end))
+        except (MemoryError, torch.OutOfMemoryError) as error:
+            self._drop_rows(numbers)
+            raise Busy(f"this server promised memory that it does not get: {error}", RETRY_S) from error
+        return numbers
 
     def _drop_rows(self, numbers: Sequence[int]) -> None:
         for number in numbers:

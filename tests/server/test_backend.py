@@ -9,7 +9,7 @@ from collections.abc import AsyncIterator, Iterator
 import pytest
 import torch
 
-from petalite.errors import DeadlineExceeded, NotFinite, SessionGap, ShuttingDown
+from petalite.errors import Busy, DeadlineExceeded, NotFinite, SessionGap, ShuttingDown
 from petalite.model.cache import Segment
 from petalite.model.checkpoint import Checkpoint
 from petalite.model.compute import ComputeThread
@@ -84,6 +84,23 @@ async def test_who_gives_up_in_a_pass_is_not_waited_for(backend: Backend) -> Non
     await asyncio.sleep(0)
     assert not backend._computing
     assert not backend._gathering._answered
+
+
+async def test_memory_that_was_promised_and_is_not_given(backend: Backend, monkeypatch) -> None:
+    """The second of three rows finds none: the caller hears Busy, and the first one's went back."""
+    open_row, opened = backend._cache.open_row, []
+
+    def runs_out(*args: int) -> int:
+        if len(opened) == 1:
+            raise MemoryError("no more")
+        opened.append(open_row(*args))
+        return opened[-1]
+
+    monkeypatch.setattr(backend._cache, "open_row", runs_out)
+    with pytest.raises(Busy, match="no more"):
+        await backend.open_rows(3, 20, 0, 3)
+    assert backend._cache.rows == 0
+    assert backend.free_tokens() == 500
 
 
 async def test_ready_steps_share_a_pass(backend: Backend, span: BlockSpan, monkeypatch) -> None:
