@@ -81,6 +81,7 @@ class Session:
         rows: Rows,
         backend: Backend,
         doors: Doors[Session],
+        inbox: Inbox[Work],
         connect: Connect,
         idle_s: float,
     ) -> None:
@@ -93,7 +94,7 @@ class Session:
         self._idle_s = idle_s
         self.codec: Codec = codec_of(request, backend)
         self.kept = KeptInputs(self.codec, backend.span.config.hidden_size)
-        self._inbox: Inbox[Work] = Inbox(INBOX_STEPS, INBOX_BYTES)
+        self._inbox = inbox
         self._epoch = 0
         self._received = 0
         self._sent = 0
@@ -126,20 +127,23 @@ class Session:
             command = read(FROM_CLIENT, message.body)
             match command:
                 case Step():
-                    if self._inbox.is_full:
-                        raise ResourceLimit(
-                            f"{len(self._inbox)} steps wait here; send no more before some are answered"
-                        )
+                    self._renew(command.epoch)
+                    self._check_room()
                     self._accept(command, message)
                 case Expect():
                     self._renew(command.epoch)
                     self._doors.expect(command.token, self)
                 case Relink():
                     self._renew(command.epoch)
+                    self._check_room()
                     self._let_go_of_successor()
                     self._inbox.put(command)
                 case Probe():
                     await self._send(self.call, write(Progress(self._received, self._sent)))
+
+    def _check_room(self) -> None:
+        if self._inbox.is_full:
+            raise ResourceLimit(f"{len(self._inbox)} steps wait here; send no more before some are answered")
 
     async def follow(self, call: Call) -> None:
         """Take steps from a predecessor that named our token, until it ends or another takes its place."""

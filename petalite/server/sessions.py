@@ -18,9 +18,10 @@ from petalite.net.schema import encode
 from petalite.server.adapters import Adapters, HeldAdapter
 from petalite.server.backend import Backend
 from petalite.server.doors import Doors
+from petalite.server.inbox import Inbox, Waiting
 from petalite.server.local import LocalEdge, Onward
 from petalite.server.open_calls import OpenCalls
-from petalite.server.session import Session, codec_of
+from petalite.server.session import INBOX_BYTES, INBOX_STEPS, Session, Work, codec_of
 from petalite.swarm.messages import (
     ATTACH_METHOD,
     SESSION_METHOD,
@@ -42,6 +43,7 @@ class SessionSettings:
     most: int = 256  # sessions open at once
     most_per_peer: int = 32  # of them, one peer's
     longest_wait_s: float = 60.0  # in line for cache room, whatever the client offers to wait
+    waiting_bytes: int = 256 << 20  # of steps that wait to be computed, all sessions together
 
 
 class SessionService:
@@ -65,6 +67,7 @@ class SessionService:
         self._open = OpenCalls()
         self._sessions: set[Session] = set()  # those that have got room
         self._doors: Doors[Session] = Doors()
+        self._waiting = Waiting(settings.waiting_bytes)
         host.serve(SESSION_METHOD, self._serve, request=OpenSession)
         host.serve(ATTACH_METHOD, self._attached, request=Attach)
 
@@ -111,8 +114,9 @@ class SessionService:
             adapter=adapter,
         )
         try:
+            inbox: Inbox[Work] = Inbox(INBOX_STEPS, INBOX_BYTES, self._waiting)
             session = Session(
-                call, request, rows, self._backend, self._doors, self._connect, self._settings.idle_s
+                call, request, rows, self._backend, self._doors, inbox, self._connect, self._settings.idle_s
             )
             self._sessions.add(session)
             try:
@@ -153,14 +157,14 @@ class SessionService:
     # -- the ring ----------------------------------------------------------------------------------------
 
     async def _attached(self, call: Call, request: Attach) -> None:
-        session = await self._doors.knock(request.token)
+        session = await self._doors.knock(request.token, call.peer)
         await session.follow(call)
 
     async def _connect(self, successor: Successor) -> Onward:
         """Attach to the hop after a session of ours. Raises NetworkError or RemoteError."""
         peer, token = successor.peer, successor.token
         if peer == self._host.peer_id:
-            return LocalEdge(await self._doors.knock(token))
+            return LocalEdge(await self._doors.knock(token, peer))
         try:
             async with asyncio.timeout(CONNECT_S):
                 if not self._host.is_connected(peer):

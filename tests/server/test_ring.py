@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from petalite.errors import BadMessage, Cancelled, ConnectionLost, Refused
+from petalite.errors import BadMessage, Cancelled, ConnectionLost, Refused, ResourceLimit
 from petalite.net.credit import Windows
 from petalite.net.identity import Identity
 from petalite.net.rpc import Call
@@ -116,6 +116,30 @@ async def test_a_session_without_a_successor_gets_none_later(serving: Serving) -
     with pytest.raises(BadMessage, match="without a successor"):
         await call.receive()
     await serving.until_free()
+
+
+async def test_a_client_that_relinks_without_end_is_cut(serving: Serving) -> None:
+    """Its worker is busy with the first; what waits behind it is bounded."""
+    client = await serving.client()
+    bystander = await serving.open(client)
+    call = await serving.open(client, replace(OPEN, rows=1, successor=Successor(client.peer_id, TOKEN)))
+    with pytest.raises((ResourceLimit, Cancelled)):
+        for number in range(100_000):
+            await call.send(write(Relink(Successor(client.peer_id, TOKEN), number, 1, 5, (0,))))
+    await step(bystander, hidden(serving.span, 3), (0, 0, 3))
+    bystander.end()
+    await serving.until_free()
+
+
+async def test_a_client_that_expects_without_end_leaves_one_token(serving: Serving) -> None:
+    call = await serving.open(await serving.client())
+    for number in range(100):
+        await call.send(write(Expect(number.to_bytes(16, "big"), epoch=1)))
+    await call.send(write(Probe()))
+    await heard(call)
+    assert len(serving.service._doors._expected) == 1
+    call.end()
+    await until(lambda: not serving.service._doors._expected)
 
 
 async def test_a_token_of_nobody_is_refused(serving: Serving) -> None:
