@@ -53,8 +53,8 @@ def _server(report: Report) -> None:
     _show(report, ("server process with 0.4 MB of weights: resident memory", process_mb, "MB"))
     report.checks.append(Check("server process without weights", process_mb, "MB", 350.0))
     for what, (predicted, measured) in server_memory.sessions().items():
-        unit = "B per token and block" if what.startswith("keys") else "B per token"
-        _show(report, (f"{what}: predicted", predicted, unit), (f"{what}: measured", measured, unit))
+        for how, nbytes in (("predicted", predicted), ("measured", measured)):
+            _show(report, (f"{what}: {how}", nbytes, "B per token"))
         report.checks.append(Check(f"{what}: measured over predicted", measured / predicted, "×", 1.1))
 
 
