@@ -182,7 +182,7 @@ template <int T, int V>
 void nf4_halves(const Linear& linear, const void* tile, int n_tokens, int from, int64_t half, bool once,
             float* sums) {
     const Halves halves(linear, half);
-    const __m256i high_levels = table(kNf4High), low_levels = table(kNf4Low);
+    const __m256i levels = table(kNf4Levels);
     __m256 total[V][T];
     for (int v = 0; v < V; ++v)
         for (int t = 0; t < T; ++t) total[v][t] = _mm256_setzero_ps();
@@ -198,14 +198,11 @@ void nf4_halves(const Linear& linear, const void* tile, int n_tokens, int from, 
                 prefetch(at, once);
                 for (int part = 0; part < 2; ++part) {
                     const __m256i places = _mm256_and_si256(codes, _mm256_set1_epi8(15));
-                    const __m256i highs = _mm256_shuffle_epi8(high_levels, places);
-                    const __m256i lows = _mm256_shuffle_epi8(low_levels, places);
-                    const __m256i high_sizes = _mm256_abs_epi8(highs), low_sizes = _mm256_abs_epi8(lows);
+                    const __m256i values = _mm256_shuffle_epi8(levels, places), sizes = _mm256_abs_epi8(values);
                     const int32_t* digits = block + ((k + part) * n_tokens + from) * 2;
                     for (int t = 0; t < T; ++t) {
-                        high[v][t] = dot(high[v][t], high_sizes, highs, every(digits[t * 2]));
-                        low[v][t] = dot(low[v][t], high_sizes, highs, every(digits[t * 2 + 1]));
-                        low[v][t] = dot(low[v][t], low_sizes, lows, every(digits[t * 2]));
+                        high[v][t] = dot(high[v][t], sizes, values, every(digits[t * 2]));
+                        low[v][t] = dot(low[v][t], sizes, values, every(digits[t * 2 + 1]));
                     }
                     codes = _mm256_srli_epi16(codes, 4);
                 }

@@ -101,7 +101,8 @@ void linear_apply(Worker& worker, const Linear& linear, const float* x, int64_t 
     else worker.share(tiles.count, 1, [&](int64_t begin, int64_t end) { prepare(prepared, begin, end); });
 
     const int64_t n_panels = epilogue == Epilogue::SiluGate ? panel_count(linear) / 2 : panel_count(linear);
-    const int64_t grain = std::max<int64_t>(1, kPieceBytes / panel_bytes(linear));
+    const int64_t least = linear.format == Format::NF4 ? kMaxPanels : 1;  // together, for one by itself waits for its sums
+    const int64_t grain = std::max<int64_t>(least, kPieceBytes / panel_bytes(linear));
     const Output output{linear, y, y_stride, epilogue};
     worker.share(n_panels, grain, [&](int64_t begin, int64_t end) {
         multiply_piece(linear, tiles, prepared, begin, end, output);

@@ -132,7 +132,7 @@ void int8_panel(const Linear& linear, const Int8Tile& tile, int n_tokens, int fr
 template <int T>
 void nf4_panel(const Linear& linear, const void* tile, int n_tokens, int from, int64_t panel, float* sums) {
     const uint8_t* weight = linear.weight + panel * panel_bytes(linear);
-    const int8x16_t high_levels = vld1q_s8(kNf4High), low_levels = vld1q_s8(kNf4Low);
+    const int8x16_t levels = vld1q_s8(kNf4Levels);
     float32x4_t total[kQuarters][T];
     for (int q = 0; q < kQuarters; ++q)
         for (int t = 0; t < T; ++t) total[q][t] = vdupq_n_f32(0);
@@ -147,12 +147,11 @@ void nf4_panel(const Linear& linear, const void* tile, int n_tokens, int from, i
                 const uint8x16_t both = vld1q_u8(weight + k * 32 + q * 16);
                 for (int part = 0; part < 2; ++part) {
                     const uint8x16_t places = part ? vshrq_n_u8(both, 4) : vandq_u8(both, vdupq_n_u8(15));
-                    const int8x16_t highs = vqtbl1q_s8(high_levels, places), lows = vqtbl1q_s8(low_levels, places);
+                    const int8x16_t values = vqtbl1q_s8(levels, places);
                     const int32_t* digits = block + ((k + part) * n_tokens + from) * 2;
                     for (int t = 0; t < T; ++t) {
-                        high[q][t] = vdotq_s32(high[q][t], highs, every(digits[t * 2]));
-                        low[q][t] = vdotq_s32(low[q][t], highs, every(digits[t * 2 + 1]));
-                        low[q][t] = vdotq_s32(low[q][t], lows, every(digits[t * 2]));
+                        high[q][t] = vdotq_s32(high[q][t], values, every(digits[t * 2]));
+                        low[q][t] = vdotq_s32(low[q][t], values, every(digits[t * 2 + 1]));
                     }
                 }
             }

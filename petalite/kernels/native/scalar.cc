@@ -103,7 +103,7 @@ void prepare_nf4(const Linear& linear, const float* x, int64_t x_stride, int n_t
                 bytes_of(block, word + 1)[k % 4] = digits.low;
                 high_sum += digits.high, low_sum += digits.low;
             }
-            offset[t] = 128 * (255 * high_sum + low_sum);
+            offset[t] = 128 * (254 * high_sum + low_sum);
             factor[t] = step * kNf4Unit;
         }
     }
@@ -111,8 +111,8 @@ void prepare_nf4(const Linear& linear, const float* x, int64_t x_stride, int n_t
 
 void multiply_nf4(const Linear& linear, const void* memory, int n_tokens, int64_t first, int64_t n_panels,
                   float* sums) {
-    uint8_t high[16], low[16];
-    for (int i = 0; i < 16; ++i) high[i] = uint8_t(kNf4High[i] + 128), low[i] = uint8_t(kNf4Low[i] + 128);
+    uint8_t levels[16];
+    for (int i = 0; i < 16; ++i) levels[i] = uint8_t(kNf4Levels[i] + 128);
     for (int64_t panel = first; panel < first + n_panels; ++panel, sums += n_tokens * kPanelRows) {
         const uint8_t* weight = linear.weight + panel * panel_bytes(linear);
         for (int i = 0; i < n_tokens * kPanelRows; ++i) sums[i] = 0;
@@ -124,15 +124,14 @@ void multiply_nf4(const Linear& linear, const void* memory, int n_tokens, int64_
                 for (int r = 0; r < kPanelRows; ++r) {
                     uint32_t of_high = 0, of_low = 0;
                     for (int k = 0; k < 16; ++k) {
-                        uint8_t highs[4], lows[4];
+                        uint8_t values[4];
                         for (int c = 0; c < 4; ++c) {
                             const uint8_t byte = weight[k / 2 * 64 + r * 4 + c];
-                            const int code = k % 2 ? byte >> 4 : byte & 15;
-                            highs[c] = high[code], lows[c] = low[code];
+                            values[c] = levels[k % 2 ? byte >> 4 : byte & 15];
                         }
                         const int32_t* digits = block + (k * n_tokens + t) * 2;
-                        of_high += dot4(highs, digits[0]);
-                        of_low += dot4(highs, digits[1]) + dot4(lows, digits[0]);
+                        of_high += dot4(values, digits[0]);
+                        of_low += dot4(values, digits[1]);
                     }
                     const float scale = load<float>(weight + 512 + r * 4) * factor[t];
                     const int32_t whole = int32_t(of_high * 254 + of_low - uint32_t(offset[t]));
