@@ -34,7 +34,7 @@ from petalite.model.tensorfile import DTYPES, mapped_tensors, read_header, write
 
 logger = logging.getLogger(__name__)
 
-_FORMAT = 2  # of the files; a change of what quantizing gives counts it up
+_FORMAT = 3  # of the files; a change of what quantizing gives counts it up
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 
