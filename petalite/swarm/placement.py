@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import accumulate
 
 from petalite.errors import InvalidArgument
 from petalite.net.identity import PeerId
@@ -74,7 +75,7 @@ class MoveCost:
 
 # Shares of the bound that plans aim at. One aim alone is too high for some swarms, whose moves are then
 # spent on blocks that are not the weakest, and too low for others.
-_AIMS = (0.5, 0.6, 0.7, 0.75, 0.8, 0.85, 0.9, 0.93, 0.96, 0.98)
+_AIMS = (0.5, 0.6, 0.7, 0.75, 0.8, 0.85, 0.9, 0.93, 0.95, 0.96, 0.97, 0.98, 0.99, 1.0)
 _NOTICEABLE = 1e-3  # a move that takes less than this of what is missing is not worth simulating
 
 
@@ -174,9 +175,10 @@ def _is_spared(me: PeerId, span: Span, held: Sequence[Holding]) -> bool:
 def plan_moves(held: Sequence[Holding], n_blocks: int, policy: MovePolicy = MovePolicy()) -> Plan:
     """The few moves that lift the weakest block furthest, each worth its price.
 
-    Steepest descent of the squared shortfall of all blocks below an aim, for each of several aims; of all the
-    plans so found, and of their beginnings, the one with the greatest lift less the price of its moves. No
-    move of it leaves a block to nobody. The same for all who know the same, in any order.
+    Steepest descent of the squared shortfall of all blocks below an aim, for each of several aims, the moves
+    found before put right after each; of all the plans so found, and of their beginnings, the one with the
+    greatest lift less the price of its moves. No move of it leaves a block to nobody. The same for all who
+    know the same, in any order.
     """
     ordered = sorted(held, key=lambda holding: holding.peer.public_key)
     load = throughputs(ordered, n_blocks)
@@ -195,30 +197,35 @@ def plan_moves(held: Sequence[Holding], n_blocks: int, policy: MovePolicy = Move
 def _descents(held: Sequence[Holding], n_blocks: int, aim: float) -> list[Plan]:
     """The plan towards one aim, and every beginning of it."""
     spans = [holding.future for holding in held]
-    load = throughputs(held, n_blocks)
+    lacking = [aim - tokens_per_s for tokens_per_s in throughputs(held, n_blocks)]
     holders = [sum(block in span for span in spans) for block in range(n_blocks)]
-    before = min(load)
+    before = aim - max(lacking)
     moved: set[int] = set()
     plans = []
-    while min(load) < aim and len(moved) < len(held):
-        missing = sum(_shortfall(load, aim))
-        found = max(
-            (
-                (*_best_shift(load, holders, spans[i], held[i].tokens_per_s, aim), -i)
-                for i in range(len(held))
-                if i not in moved and _may_move(held[i], n_blocks)
-            ),
-            default=(0.0, 0, 0),
-        )
-        gain, start, index = found[0], found[1], -found[2]
+
+    def best(index: int) -> tuple[float, int]:
+        return _best_shift(lacking, holders, spans[index], held[index].tokens_per_s)
+
+    def put(index: int, start: int) -> None:
+        target = Span(start, start + len(spans[index]))
+        _shift(lacking, holders, spans[index], target, held[index].tokens_per_s)
+        spans[index] = target
+
+    while max(lacking) > 0 and len(moved) < len(held):
+        missing = sum(lack * lack for lack in lacking if lack > 0)
+        free = [i for i in range(len(held)) if i not in moved and _may_move(held[i], n_blocks)]
+        gain, start, index = max(((*best(i), -i) for i in free), default=(0.0, 0, 0))
         if gain <= _NOTICEABLE * missing:
             break
-        target = Span(start, start + len(spans[index]))
-        _shift(load, holders, spans[index], target, held[index].tokens_per_s)
-        spans[index] = target
-        moved.add(index)
+        put(-index, start)
+        moved.add(-index)
+        for i in sorted(moved):  # those planned before may go better elsewhere now, at no further price
+            gain, start = best(i)
+            if gain > _NOTICEABLE**2 * missing:
+                put(i, start)
+        moved = {i for i in moved if spans[i] != held[i].span}
         moves = tuple(Move(held[i].peer, held[i].span, spans[i]) for i in sorted(moved))
-        plans.append(Plan(moves, before, min(load), n_blocks))
+        plans.append(Plan(moves, before, aim - max(lacking), n_blocks))
     return plans
 
 
@@ -226,37 +233,35 @@ def _may_move(holding: Holding, n_blocks: int) -> bool:
     return holding.serving and not holding.pinned and holding.claim is None and holding.span.end <= n_blocks
 
 
-def _shortfall(load: Sequence[float], aim: float) -> list[float]:
-    return [(aim - tokens_per_s) ** 2 if tokens_per_s < aim else 0.0 for tokens_per_s in load]
-
-
 def _best_shift(
-    load: Sequence[float], holders: Sequence[int], span: Span, tokens_per_s: float, aim: float
+    lacking: Sequence[float], holders: Sequence[int], span: Span, tokens_per_s: float
 ) -> tuple[float, int]:
-    """How much of the squared shortfall one server can take away, and where it must begin for that."""
-    n_blocks, length = len(load), len(span)
-    without = list(load)
-    for block in span.blocks:
-        without[block] -= tokens_per_s
-    alone = _shortfall(without, aim)
-    relief = [
-        lacking - (aim - with_it) ** 2 if (with_it := there + tokens_per_s) < aim else lacking
-        for there, lacking in zip(without, alone, strict=True)
-    ]
+    """How much of the squares of what blocks lack one server can take away by going elsewhere, and where it
+    must begin for that.
+    """
+    n_blocks, length = len(lacking), len(span)
+    relief = _relief(lacking, tokens_per_s)
+    own = slice(span.start, span.end)
+    relief[own] = _relief([lack + tokens_per_s for lack in lacking[own]], tokens_per_s)
     sole = [block for block in span.blocks if holders[block] == 1]
     first = max(sole[-1] - length + 1, 0) if sole else 0
     last = min(sole[0], n_blocks - length) if sole else n_blocks - length
-    now = sum(relief[span.start : span.end])
-    here = sum(relief[first : first + length])
-    best = (here - now, first)
-    for start in range(first + 1, last + 1):
-        here += relief[start + length - 1] - relief[start - 1]
-        best = max(best, (here - now, start), key=lambda shift: shift[0])
-    return best
+    sums = [0.0, *accumulate(relief)]
+    gains = [sums[start + length] - sums[start] for start in range(first, last + 1)]
+    best = max(gains)
+    return best - (sums[span.end] - sums[span.start]), first + gains.index(best)
 
 
-def _shift(load: list[float], holders: list[int], source: Span, target: Span, tokens_per_s: float) -> None:
+def _relief(lacking: Sequence[float], tokens_per_s: float) -> list[float]:
+    """For each block how much less the square of what it lacks is with a server of `tokens_per_s`."""
+    return [
+        tokens_per_s * (2 * lack - tokens_per_s) if lack > tokens_per_s else lack * lack if lack > 0 else 0.0
+        for lack in lacking
+    ]
+
+
+def _shift(lacking: list[float], holders: list[int], source: Span, target: Span, tokens_per_s: float) -> None:
     for span, sign in ((source, -1), (target, 1)):
         for block in span.blocks:
-            load[block] += sign * tokens_per_s
+            lacking[block] -= sign * tokens_per_s
             holders[block] += sign

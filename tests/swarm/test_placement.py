@@ -16,6 +16,7 @@ from petalite.swarm.placement import (
     Move,
     MoveCost,
     Plan,
+    _best_shift,
     before_me,
     bound,
     decide_move,
@@ -174,6 +175,36 @@ def test_of_two_that_claimed_the_same_at_once_one_gives_way() -> None:
     assert keeps_claim(peer(0), claimed, 12, MINUTE)
     assert not keeps_claim(peer(1), claimed, 12, MINUTE)
     assert [holding.claim for holding in before_me(peer(1), claimed)] == [Span(4, 8), None, None]
+
+
+@settings(max_examples=60, deadline=None)
+@given(swarms(12), st.floats(0.1, 2.0), st.data())
+def test_the_best_place_of_one_server_is_that_of_all_places_tried(
+    held: Swarm, share: float, data: st.DataObject
+) -> None:
+    """Against the definition: the sum over blocks of the squares of what is missing to the aim, before and
+    after, for each place that leaves no block to nobody.
+    """
+    aim = share * bound(held, 12)
+    index = data.draw(st.integers(0, len(held) - 1))
+    mover = held[index]
+
+    def missing(moved_to: int) -> float:
+        target = Span(moved_to, moved_to + len(mover.span))
+        load = throughputs([*held[:index], replace(mover, span=target), *held[index + 1 :]], 12)
+        return sum((aim - tokens_per_s) ** 2 for tokens_per_s in load if tokens_per_s < aim)
+
+    holders = [sum(block in holding.span for holding in held) for block in range(12)]
+    sole = {block for block in mover.span.blocks if holders[block] == 1}
+    allowed = [
+        start for start in range(13 - len(mover.span)) if sole <= set(range(start, start + len(mover.span)))
+    ]
+    lacking = [aim - tokens_per_s for tokens_per_s in throughputs(held, 12)]
+    gain, start = _best_shift(lacking, holders, mover.span, mover.tokens_per_s)
+    now = missing(mover.span.start)
+    assert start in allowed
+    assert gain == pytest.approx(max(now - missing(place) for place in allowed), abs=1e-6 * (1 + now))
+    assert now - missing(start) == pytest.approx(gain, abs=1e-6 * (1 + now))
 
 
 @settings(max_examples=60, deadline=None)
