@@ -43,7 +43,7 @@ def show_server(server: BlockServer) -> None:
         "blocks": f"{server.span} of {server.n_blocks}{chosen}",
         "memory": f"{blocks.nbytes / 1e6:.0f} MB, {dtype}{quant} on {blocks.device}",
         "speed": f"{speed.decode_s * 1e3:.2f} ms per token and block, "
-        f"{speed.prefill_s * 1e3:.3f} ms in a prefill",
+        f"{speed.prefill_s * 1e3:.3f} ms in a prefill; carries {server.tokens_per_s:.0f} tokens/s",
         "cache": f"{loaded.backend.free_tokens()} tokens",
     }
     if server.adapters.lent:

@@ -38,6 +38,8 @@ def available_bytes(device: torch.device) -> int:
     if device.type == CUDA:
         free, _ = torch.cuda.mem_get_info(device)
         return free
+    if device.type == MPS:
+        return torch.mps.recommended_max_memory() - torch.mps.driver_allocated_memory()
     try:
         for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines():
             if line.startswith("MemAvailable:"):

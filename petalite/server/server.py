@@ -130,6 +130,14 @@ class BlockServer:
         """The format of the weights."""
         return self._loader.quant
 
+    @property
+    def tokens_per_s(self) -> float:
+        """What it can carry, as announced; 0 before it has measured itself."""
+        if self._speed is None:
+            return 0.0
+        token_bytes = self.checkpoint.config.hidden_size * self._loader.dtype.itemsize
+        return tokens_per_s(self._speed, len(self.span), token_bytes, self.links.bytes_per_s)
+
     async def _drain(self, drain_s: float | None = None) -> None:
         wait_s = self.settings.drain_s if drain_s is None else drain_s
         await asyncio.gather(self.sessions.drain(wait_s), self.training.drain(wait_s))
@@ -220,8 +228,7 @@ class BlockServer:
 
     def _record(self) -> ServerRecord:
         loaded, claim, speed = self._loaded, self._claim, self._speed
-        config, dtype = self.checkpoint.config, self._loader.dtype
-        token_bytes = config.hidden_size * dtype.itemsize
+        dtype = self._loader.dtype
         return ServerRecord(
             start=self.span.start,
             end=self.span.end,
@@ -231,9 +238,7 @@ class BlockServer:
             block_ms=speed.decode_s * 1e3 if speed else 0.0,
             free_tokens=loaded.backend.free_tokens() if loaded else 0,
             version=__version__,
-            tokens_per_s=tokens_per_s(speed, len(self.span), token_bytes, self.links.bytes_per_s)
-            if speed
-            else 0.0,
+            tokens_per_s=self.tokens_per_s,
             prefill_ms=speed.prefill_s * 1e3 if speed else 0.0,
             waiting_tokens=loaded.backend.waiting_tokens if loaded else 0,
             links=self.links.to,

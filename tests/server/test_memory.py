@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from petalite.model.checkpoint import Checkpoint
 from petalite.model.span import load_span
 from petalite.server.memory import (
     MemorySettings,
+    available_bytes,
     blocks_that_fit,
     check_fits,
     choose_device,
@@ -56,8 +58,23 @@ def test_devices(monkeypatch: pytest.MonkeyPatch) -> None:
     assert choose_device("auto") == choose_device("cpu") == torch.device("cpu")
     with pytest.raises(InvalidArgument, match="no cuda device"):
         choose_device("cuda")
+    with pytest.raises(InvalidArgument, match="no mps device here; this machine has cpu"):
+        choose_device("mps")
     with pytest.raises(InvalidArgument, match="auto, cpu, cuda, mps"):
         choose_device("tpu")
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    assert choose_device("auto") == choose_device("mps") == torch.device("mps")
+    assert choose_device("cpu") == torch.device("cpu")
+
+
+def test_free_memory_of_a_device_is_what_it_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (5 << 30, 8 << 30))
+    assert available_bytes(torch.device("cuda")) == 5 << 30
+    monkeypatch.setattr(torch.mps, "recommended_max_memory", lambda: 10 << 30)
+    monkeypatch.setattr(torch.mps, "driver_allocated_memory", lambda: 1 << 30)
+    assert available_bytes(torch.device("mps")) == 9 << 30
+    total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    assert 0 < available_bytes(torch.device("cpu")) <= total
 
 
 def test_a_folder_of_quantized_blocks_is_served_of_those(checkpoint: Checkpoint, tmp_path: Path) -> None:
