@@ -105,22 +105,11 @@ def vector_shapes(kind: type[Block], config: ModelConfig) -> dict[str, Shape]:
     return {part: shape for part, shape in shapes.items() if part.rpartition(".")[0] not in stacked}
 
 
-def stacked(
-    kind: type[Block], config: ModelConfig, index: int, parts: Mapping[str, Tensor], name: str
-) -> tuple[Tensor, Tensor | None]:
-    """Weight and bias of one linear, from the checkpoint's tensors by part."""
-
-    def rows(what: str) -> Tensor | None:
-        roles = kind.stacks(config)[name]
-        found = [(role, parts[f"{role}.{what}"]) for role in roles if f"{role}.{what}" in parts]
-        tensors = [kind.reordered(config, index, role, part) for role, part in found]
-        if not tensors:
-            return None
-        return tensors[0] if len(tensors) == 1 else torch.cat(tensors)
-
-    weight = rows("weight")
-    assert weight is not None
-    return weight, rows("bias")
+def row_places(kind: type[Block], config: ModelConfig, index: int, role: str, n_rows: int) -> Tensor:
+    """(n_rows,) int64: where each row that a checkpoint has of a role belongs among the block's."""
+    rows = torch.arange(n_rows)
+    order = kind.reordered(config, index, role, rows)
+    return rows if order is rows else order.argsort()
 
 
 def block_bytes(kind: type[Block], config: ModelConfig, dtype: torch.dtype, quant: str = NONE) -> int:

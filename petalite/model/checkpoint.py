@@ -1,9 +1,8 @@
 """A checkpoint: a folder of config.json, safetensors and tokenizer files, or the same on the Hugging Face
 hub.
 
-Tensors are found by the index and mapped from the shards that hold them; no other byte is read, and from
-the hub no other shard is downloaded. Knows files and names; what the tensors mean is the blocks' and the
-edges' business.
+Tensors are found by the index, and from the hub no other bytes than theirs are downloaded. Knows files and
+names; what the tensors mean is the blocks' and the edges' business.
 """
 
 from __future__ import annotations
@@ -26,7 +25,6 @@ from petalite.model.families import FAMILIES, Family
 from petalite.model.hub import HubFiles
 from petalite.model.manifest import Manifest
 from petalite.model.ranges import Range
-from petalite.model.reading import read_through
 from petalite.model.tensorfile import DTYPES, TensorInfo, header_end, mapped_tensors, read_header
 
 _LENGTH = (0, 8)  # the bytes that say how long a safetensors header is
@@ -140,7 +138,7 @@ class Checkpoint:
         self._files = files
         self.config = self._read_config()
         self._headers: dict[str, dict[str, TensorInfo]] = {}  # by shard
-        self.bytes_read = 0  # of tensors handed out; they are mapped, so this is what reading them costs
+        self.bytes_read = 0  # of tensors asked for
 
     @classmethod
     def open(cls, path_or_repo: str | Path, *, revision: str | None = None) -> Checkpoint:
@@ -267,14 +265,13 @@ class Checkpoint:
         """The names of all tensors that begin with `prefix`."""
         return [name for name in self.shard_of if name.startswith(prefix)]
 
-    def read(self, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Tensor]:
-        """The named tensors, mapped from their files in the order they are stored, each checked to have its
-        shape.
+    def places(self, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[Path, TensorInfo]]:
+        """Where the named tensors lie in files, each checked to have its shape; they are here and will be
+        read.
 
-        In the dtype they are stored in. Raises InvalidCheckpoint for what is missing, truncated or of
-        another shape.
+        Raises InvalidCheckpoint for what is missing or of another shape.
         """
-        found: dict[str, Tensor] = {}
+        found: dict[str, tuple[Path, TensorInfo]] = {}
         for shard, names in self._by_shard(shapes).items():
             if not self._has(shard):
                 raise InvalidCheckpoint(
@@ -283,11 +280,19 @@ class Checkpoint:
             header = self._header(shard)
             for name in names:
                 self._check(self.folder / shard, name, header.get(name), shapes[name])
-            names.sort(key=lambda name: header[name].start)
             path = self._part(shard, [(header[name].start, header[name].end) for name in names])
-            found.update(mapped_tensors(path, names))
+            found.update((name, (path, header[name])) for name in names)
             self.bytes_read += sum(header[name].nbytes for name in names)
         return found
+
+    def read(self, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Tensor]:
+        """The named tensors, mapped from their files, in the dtype they are stored in. Raises what `places`
+        raises.
+        """
+        by_path: dict[Path, list[str]] = {}
+        for name, (path, _) in self.places(shapes).items():
+            by_path.setdefault(path, []).append(name)
+        return {name: part for path, names in by_path.items() for name, part in mapped_tensors(path, names)}
 
     def bring(self, prefix: str) -> None:
         """Have the tensors whose names begin with `prefix` on this machine. Raises what `read` raises."""
@@ -308,15 +313,6 @@ class Checkpoint:
             return None
         path = self._files.here(shard, info.start, info.end)
         return None if path is None else (path, info)
-
-    def warm(self, names: Iterable[str]) -> None:
-        """Have the bytes of tensors that were read in the page cache, so that whoever looks at them does not
-        wait for the disk. Raises InvalidCheckpoint.
-        """
-        for shard, of_shard in self._by_shard(names).items():
-            header = self._header(shard)
-            ranges = [(header[name].start, header[name].end) for name in of_shard]
-            read_through(self._part(shard, ranges), ranges)
 
     def _by_shard(self, names: Iterable[str]) -> dict[str, list[str]]:
         shards: dict[str, list[str]] = {}

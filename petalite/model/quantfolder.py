@@ -2,10 +2,12 @@
 from.
 
 A file holds `vector.PART` and, for each linear, `linear.NAME.FIELD` with the fields of its format and
-`bias`; all is as the block computes with it, so that loading is reading. A folder made by `write_folder`
-also has the checkpoint's config.json and a quantized.json that says what it was made from: {"version": 1,
-"quant", "name", "model_version", "blocks": [start, end]}. Servers of it and of the checkpoint itself have
-one model id.
+`bias`. A folder made by `write_folder` also has the checkpoint's config.json and a quantized.json that says
+what it was made from: {"version": 1, "quant", "name", "model_version", "blocks": [start, end]}. Servers of
+it and of the checkpoint itself have one model id.
+
+In a cache, weights lie as native kernels have them in memory, where these serve: the file's metadata then
+have a `layout` and a `checksum`. Such a file is no use to other kernels, and is made anew there.
 """
 
 from __future__ import annotations
@@ -16,7 +18,7 @@ import logging
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,27 +26,31 @@ import torch
 from torch import Tensor
 
 from petalite.errors import InvalidArgument, InvalidCheckpoint, PetaliteError
+from petalite.kernels.native import Library, stored
+from petalite.kernels.native.packing import PackedWeight, panel_memory
 from petalite.kernels.quantized import FORMATS, QuantizedWeight
 from petalite.model.block import Block, linear_shapes, vector_shapes
 from petalite.model.checkpoint import Checkpoint, QuantizedFrom
 from petalite.model.compute import is_finite
 from petalite.model.config import ModelConfig
-from petalite.model.reading import read_through
-from petalite.model.tensorfile import DTYPES, mapped_tensors, read_header, write_tensors
+from petalite.model.reading import Stream, Wanted
+from petalite.model.tensorfile import DTYPES, TensorInfo, read_header, read_metadata, write_tensors
 
 logger = logging.getLogger(__name__)
 
 _FORMAT = 3  # of the files; a change of what quantizing gives counts it up
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
+Weight = QuantizedWeight | PackedWeight
+Linears = Iterator[tuple[str, Weight, Tensor | None]]  # name, weight, bias
+
 
 @dataclass(frozen=True, slots=True)
 class QuantizedBlock:
-    """A block's weights, ready for its kernels."""
+    """A block's weights as a file holds them; all of one kind."""
 
     vectors: Mapping[str, Tensor]
-    linears: Mapping[str, tuple[QuantizedWeight, Tensor | None]]
-    source: str = "what was quantized"  # the file
+    linears: Mapping[str, tuple[Weight, Tensor | None]]
 
     def tensors(self) -> dict[str, Tensor]:
         """By the names they have in a file."""
@@ -55,38 +61,34 @@ class QuantizedBlock:
                 tensors[f"linear.{name}.bias"] = bias
         return tensors
 
-    def check(self) -> None:
-        """Look at every number that is not a code. Raises InvalidCheckpoint."""
-        for name, tensor in self.tensors().items():
-            if tensor.is_floating_point() and not is_finite(tensor):
-                raise InvalidCheckpoint(f"{self.source} has NaN or Inf in {name!r}; quantize again")
-        for name, (weight, _) in self.linears.items():
-            columns = weight.tensors().get("fine_columns", torch.empty(0))
-            if columns.numel() and not 0 <= int(columns.min()) <= int(columns.max()) < weight.shape[1]:
-                raise InvalidCheckpoint(
-                    f"{self.source}: linear {name!r} names columns beyond {weight.shape[1]}; quantize again"
-                )
-
 
 class QuantizedBlocks:
     """The files of a folder. Files appear whole or not at all."""
 
-    def __init__(self, folder: Path, kind: type[Block], config: ModelConfig, quant: str) -> None:
+    def __init__(
+        self, folder: Path, kind: type[Block], config: ModelConfig, quant: str, packed: Library | None = None
+    ) -> None:
+        """`packed`: these kernels' layout, instead of the format's own that all read."""
         self._folder = folder
         self._kind = kind
         self._config = config
-        self._format = FORMATS[quant]
+        self._form = FORMATS[quant]
+        self._library = packed
+        self._layout = "" if packed is None else stored.layout(packed, self._form)
 
     def path(self, index: int) -> Path:
         return self._folder / f"block-{index:05d}.safetensors"
 
-    def read(self, index: int) -> QuantizedBlock:
-        """Mapped from its file and at hand. Raises InvalidCheckpoint for what is not as the config makes it;
-        the numbers are `QuantizedBlock.check`'s.
-        """
+    def find(self, index: int) -> KeptBlock:
+        """A block's file, with a header as it should be. Raises InvalidCheckpoint."""
         path = self.path(index)
-        header = read_header(path)
-        tensors: dict[str, Tensor] = {}
+        header, metadata = read_header(path), read_metadata(path)
+        found = metadata.get("layout", "")
+        if found != self._layout:
+            raise InvalidCheckpoint(
+                f"{path} has the layout {found or 'of no kernel'!r}, expected "
+                f"{self._layout or 'of no kernel'!r}; quantize again"
+            )
         expected = self._expected()
         if header.keys() != expected.keys():
             odd = min(header.keys() ^ expected.keys())
@@ -98,15 +100,9 @@ class QuantizedBlocks:
                     f"{path}: tensor {name!r} is {info.dtype}{list(info.shape)}, expected "
                     f"{'/'.join(map(str, dtypes))}{list(shape)}; quantize again"
                 )
-        tensors.update(mapped_tensors(path, sorted(header, key=lambda name: header[name].start)))
-        read_through(path, [(0, max(info.end for info in header.values()))])
-        vectors = {part: tensors[f"vector.{part}"] for part in vector_shapes(self._kind, self._config)}
-        linears = {}
-        for name, (n_out, n_in, _) in linear_shapes(self._kind, self._config).items():
-            stem = f"linear.{name}"
-            fields = {field: tensors[f"{stem}.{field}"] for field in self._format.shapes(n_out, n_in)}
-            linears[name] = (self._format(**fields), tensors.get(f"{stem}.bias"))
-        return QuantizedBlock(vectors, linears, str(path))
+        shapes = linear_shapes(self._kind, self._config)
+        in_order = {name: header[name] for name in expected}
+        return KeptBlock(index, path, in_order, self._form, shapes, self._library, metadata.get("checksum"))
 
     def write(self, index: int, block: QuantizedBlock) -> None:
         """Raises OSError."""
@@ -114,39 +110,142 @@ class QuantizedBlocks:
         # Large alignments first, so that every tensor is aligned in memory.
         names = sorted(tensors, key=lambda name: (-tensors[name].dtype.itemsize, name))
         shapes = {name: (tensors[name].dtype, tuple(tensors[name].shape)) for name in names}
+        metadata = {}
+        if self._library is not None:
+            sums = (_checksum(self._library, name, tensor) for name, tensor in tensors.items())
+            metadata = {"layout": self._layout, "checksum": _hex(sum(sums))}
         self._folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=self._folder, prefix=".writing-") as folder:
             unfinished = Path(folder) / "block"
-            write_tensors(unfinished, shapes, (tensors[name].cpu() for name in names))
+            write_tensors(unfinished, shapes, (tensors[name].cpu() for name in names), metadata)
             with unfinished.open("rb") as file:
                 os.fsync(file.fileno())
             unfinished.replace(self.path(index))
 
     def _expected(self) -> dict[str, tuple[tuple[torch.dtype, ...], tuple[int, ...]]]:
+        """Names, dtypes and shapes, in the order in which they are read."""
         found: dict[str, tuple[tuple[torch.dtype, ...], tuple[int, ...]]] = {}
         for part, shape in vector_shapes(self._kind, self._config).items():
             found[f"vector.{part}"] = (_FLOATS, shape)
         for name, (n_out, n_in, has_bias) in linear_shapes(self._kind, self._config).items():
-            for field, (dtype, shape) in self._format.shapes(n_out, n_in).items():
+            for field, (dtype, shape) in self._fields(n_out, n_in).items():
                 found[f"linear.{name}.{field}"] = ((dtype,), shape)
             if has_bias:
                 found[f"linear.{name}.bias"] = (_FLOATS, (n_out,))
         return found
 
+    def _fields(self, n_out: int, n_in: int) -> stored.Shapes:
+        if self._library is None:
+            return self._form.shapes(n_out, n_in)
+        return stored.shapes(self._library, self._form, n_out, n_in)
 
-def cached_blocks(checkpoint: Checkpoint, kind: type[Block], quant: str, folder: Path) -> QuantizedBlocks:
+
+@dataclass(frozen=True, slots=True)
+class KeptBlock:
+    """A block in a file, to be read linear by linear."""
+
+    index: int
+    path: Path
+    infos: Mapping[str, TensorInfo]
+    form: type[QuantizedWeight]
+    shapes: Mapping[str, tuple[int, int, bool]]  # of linears, as `linear_shapes`
+    library: Library | None  # whose layout it has
+    checksum: str | None
+
+    def wanted(self) -> Iterator[Wanted]:
+        """Its tensors; what is packed already is read to where it stays."""
+        for name, info in self.infos.items():
+            into = None
+            if self.library is not None and name.endswith(".panels"):
+                into = panel_memory(self.library, info.shape)
+            yield Wanted(self, name, self.path, info, into)
+
+    def read(self, stream: Stream) -> tuple[dict[str, Tensor], Linears]:
+        """Its vectors; then, as they are asked for, its linears. Raises InvalidCheckpoint, at the latest
+        after the last linear, for numbers that are not what was written.
+        """
+        reading = _Reading(self, stream)
+        vectors = {
+            name.removeprefix("vector."): reading.tensor(name)
+            for name in self.infos
+            if name.startswith("vector.")
+        }
+        return vectors, self._linears(reading)
+
+    def _linears(self, reading: _Reading) -> Linears:
+        for name, (n_out, n_in, has_bias) in self.shapes.items():
+            stem = f"linear.{name}."
+            fields = [full.removeprefix(stem) for full in self.infos if full.startswith(stem)]
+            tensors = {field: reading.tensor(stem + field) for field in fields}
+            bias = tensors.pop("bias") if has_bias else None
+            try:
+                weight = self._weight(n_out, n_in, tensors)
+            except InvalidArgument as error:
+                raise InvalidCheckpoint(f"{self.path}, linear {name!r}: {error}; quantize again") from error
+            yield name, weight, bias
+        reading.check()
+
+    def _weight(self, n_out: int, n_in: int, tensors: dict[str, Tensor]) -> Weight:
+        """Raises InvalidArgument."""
+        if self.library is not None:
+            return stored.packed_weight(self.form, n_out, n_in, tensors)
+        columns = tensors["fine_columns"]
+        if columns.numel() and not 0 <= int(columns.min()) <= int(columns.max()) < n_in:
+            raise InvalidArgument(f"it names columns beyond {n_in}")
+        return self.form(**tensors)
+
+
+class _Reading:
+    """Tensors of a block's file, each looked at as it comes."""
+
+    def __init__(self, block: KeptBlock, stream: Stream) -> None:
+        self._block = block
+        self._stream = stream
+        self._sum = 0
+
+    def tensor(self, name: str) -> Tensor:
+        """Raises InvalidCheckpoint."""
+        block, tensor = self._block, self._stream.tensor(name)
+        if block.library is not None:
+            self._sum += _checksum(block.library, name, tensor)
+        if tensor.is_floating_point() and not is_finite(tensor):
+            raise InvalidCheckpoint(f"{block.path} has NaN or Inf in {name!r}; quantize again")
+        return tensor
+
+    def check(self) -> None:
+        """Raises InvalidCheckpoint."""
+        if self._block.library is not None and _hex(self._sum) != self._block.checksum:
+            raise InvalidCheckpoint(
+                f"{self._block.path} has the checksum {_hex(self._sum)}, expected {self._block.checksum}; "
+                f"quantize again"
+            )
+
+
+def _checksum(library: Library, name: str, tensor: Tensor) -> int:
+    """Every word of a file counts with its tensor's name and its place there."""
+    start = int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "little")
+    return stored.checksum(library, tensor, start)
+
+
+def _hex(total: int) -> str:
+    return f"{total % 2**64:016x}"
+
+
+def cached_blocks(
+    checkpoint: Checkpoint, kind: type[Block], quant: str, folder: Path, packed: Library | None
+) -> QuantizedBlocks:
     """Where quantized blocks of a checkpoint are kept under `folder`: by a digest of their source."""
     text = json.dumps([_FORMAT, quant, checkpoint.config.canonical_json(), checkpoint.weights_key()])
     digest = hashlib.sha256(text.encode()).hexdigest()[:32]
-    return QuantizedBlocks(folder / digest, kind, checkpoint.config, quant)
+    return QuantizedBlocks(folder / digest, kind, checkpoint.config, quant, packed)
 
 
-def read_kept(blocks: QuantizedBlocks, index: int) -> QuantizedBlock | None:
-    """The block from its file, not yet checked; None if there is none, or a broken one."""
+def find_kept(blocks: QuantizedBlocks, index: int) -> KeptBlock | None:
+    """The block's file; None if there is none, or a broken one."""
     if not blocks.path(index).exists():
         return None
     try:
-        return blocks.read(index)
+        return blocks.find(index)
     except InvalidCheckpoint as error:
         logger.warning("quantizing block %d again: %s", index, error)
         return None

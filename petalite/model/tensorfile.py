@@ -83,6 +83,20 @@ def header_end(path: Path) -> int:
 
 def read_header(path: Path) -> dict[str, TensorInfo]:
     """The tensors that the file holds, in the order of their bytes. Raises InvalidCheckpoint."""
+    text, data_bytes = _header_text(path)
+    return parse_header(text, data_bytes, source=str(path))
+
+
+def read_metadata(path: Path) -> dict[str, str]:
+    """What the header says about the file as a whole. Raises InvalidCheckpoint."""
+    text, data_bytes = _header_text(path)
+    parse_header(text, data_bytes, source=str(path))
+    found: dict[str, str] = json.loads(text).get("__metadata__", {})
+    return found
+
+
+def _header_text(path: Path) -> tuple[bytes, int]:
+    """And how many bytes follow it."""
     try:
         size = path.stat().st_size
         with path.open("rb") as file:
@@ -94,10 +108,9 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
                 raise InvalidCheckpoint(
                     f"{path} is truncated or not safetensors: a header of {length} bytes in a file of {size}"
                 )
-            text = file.read(length)
+            return file.read(length), size - 8 - length
     except OSError as error:
         raise InvalidCheckpoint(f"cannot read {path}: {error.strerror or error}") from error
-    return parse_header(text, size - 8 - length, source=str(path))
 
 
 def parse_header(text: bytes, data_bytes: int, *, source: str) -> dict[str, TensorInfo]:
@@ -173,11 +186,13 @@ def stored_bytes(tensor: Tensor) -> memoryview:
     return memoryview(flat.numpy())  # type: ignore[arg-type]
 
 
-def write_header(tensors: Mapping[str, tuple[str, tuple[int, ...]]]) -> tuple[bytes, int]:
+def write_header(
+    tensors: Mapping[str, tuple[str, tuple[int, ...]]], metadata: Mapping[str, str] | None = None
+) -> tuple[bytes, int]:
     """The beginning of a file of tensors (dtype, as the format spells it, and shape) in this order, and the
     size of the whole file. Raises InvalidCheckpoint for a dtype that the format does not have.
     """
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    header: dict[str, Any] = {"__metadata__": {"format": "pt", **(metadata or {})}}
     position = 0
     for name, (dtype, shape) in tensors.items():
         bits = math.prod(shape) * _BITS.get(dtype, 1)
@@ -192,10 +207,15 @@ def write_header(tensors: Mapping[str, tuple[str, tuple[int, ...]]]) -> tuple[by
 
 
 def write_tensors(
-    path: Path, shapes: Mapping[str, tuple[torch.dtype, tuple[int, ...]]], tensors: Iterable[Tensor]
+    path: Path,
+    shapes: Mapping[str, tuple[torch.dtype, tuple[int, ...]]],
+    tensors: Iterable[Tensor],
+    metadata: Mapping[str, str] | None = None,
 ) -> None:
     """Write a new file with the tensors in the order of `shapes`, one in memory at a time. Raises OSError."""
-    header, _ = write_header({name: (_NAMES[dtype], shape) for name, (dtype, shape) in shapes.items()})
+    header, _ = write_header(
+        {name: (_NAMES[dtype], shape) for name, (dtype, shape) in shapes.items()}, metadata
+    )
     with path.open("xb") as file:
         file.write(header)
         for (name, expected), tensor in zip(shapes.items(), tensors, strict=True):

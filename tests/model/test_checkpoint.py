@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -80,36 +81,55 @@ def test_only_the_named_tensors_are_counted(tmp_path: Path) -> None:
     assert checkpoint.bytes_read == wanted + sum(n for name, n in sizes.items() if "layers" not in name)
 
 
-RESIDENT = """
-import sys, re
-from petalite.model import loading, span
+PEAK = """
+import pathlib, re, sys, torch
 from petalite.model.checkpoint import Checkpoint
-resident = []
-stacked = loading.stacked
-def watched(*args):
-    result = stacked(*args)
-    maps = open("/proc/self/smaps").read()
-    parts = maps.split("model.safetensors")[1:]
-    resident.append(sum(int(re.search(r"Rss: +(\\d+) kB", part)[1]) for part in parts) * 1024)
-    return result
-loading.stacked = watched
-checkpoint = Checkpoint.open(sys.argv[1])
-span.load_span(checkpoint, 0, 4)
-print(max(resident), checkpoint.bytes_read)
+from petalite.model.span import load_span
+def kib(what):
+    return int(re.search(what + r":\\s+(\\d+) kB", pathlib.Path("/proc/self/status").read_text())[1])
+folder, tiny, quant = sys.argv[1:]
+load_span(Checkpoint.open(tiny), 0, 1, quant=quant)  # what is done once in a process
+pathlib.Path("/proc/self/clear_refs").write_text("5")
+before = kib("VmRSS")
+span = load_span(Checkpoint.open(folder), 0, 2, quant=quant)
+print(1024 * (kib("VmHWM") - before) - span.nbytes, "model.safetensors" in open("/proc/self/maps").read())
 """
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
-def test_the_kernel_maps_no_more_than_one_block(tmp_path: Path) -> None:
-    """Pages of the file in the process's memory while each linear is made, against the tensors' bytes."""
-    folder = tiny_llama(tmp_path, hidden_size=512, intermediate_size=1024, num_hidden_layers=8)
-    size = (folder / "model.safetensors").stat().st_size
-    run = subprocess.run(
-        [sys.executable, "-c", RESIDENT, str(folder)], capture_output=True, text=True, check=True
+@pytest.mark.parametrize("quant", ["none", "int8"])
+def test_a_load_takes_little_memory_beyond_its_weights(quant: str, tmp_path: Path) -> None:
+    """The most at any time, less what the span holds in the end: buffers and, quantizing, one linear of the
+    block and what is made of it. No file is mapped, where one that is cut off would kill the process.
+    """
+    tiny = tiny_llama(tmp_path / "tiny")
+    folder = tiny_llama(
+        tmp_path / "model", hidden_size=1024, intermediate_size=4096, num_hidden_layers=2, vocab_size=8
     )
-    resident, read = map(int, run.stdout.split())
-    assert 0.4 * size < read < 0.6 * size
-    assert 0.2 * read < resident < 0.3 * read  # the block before is no longer mapped, the next not touched
+    block_bytes = (folder / "model.safetensors").stat().st_size / 2
+    run = subprocess.run(
+        [sys.executable, "-c", PEAK, str(folder), str(tiny), quant],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    beyond, mapped = run.stdout.split()
+    assert int(beyond) < block_bytes * (0.5 if quant == "none" else 1) and mapped == "False"
+
+
+def test_weights_that_are_cut_off_while_they_are_read(tmp_path: Path, monkeypatch) -> None:
+    """After the header was found right: an error, not a signal."""
+    checkpoint = Checkpoint.open(tiny_llama(tmp_path))
+    path, plain = tmp_path / "model.safetensors", checkpoint.places
+
+    def places(shapes):
+        found = plain(shapes)
+        os.truncate(path, min(info.end for _, info in found.values()))
+        return found
+
+    monkeypatch.setattr(checkpoint, "places", places)
+    with pytest.raises(InvalidCheckpoint, match=r"model\.safetensors is truncated"):
+        load_span(checkpoint, 0, 1)
 
 
 # -- what is refused -------------------------------------------------------------------------------------

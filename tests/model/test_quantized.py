@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
 import math
+import os
 import shutil
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from petalite.errors import InvalidArgument, InvalidCheckpoint
+from petalite.kernels import linear, native
 from petalite.kernels.nf4 import bitsandbytes
 from petalite.model.block import block_bytes
 from petalite.model.cache import Segment
@@ -20,6 +24,7 @@ from petalite.model.checkpoint import Checkpoint
 from petalite.model.edges import load_edges
 from petalite.model.llama import LlamaBlock
 from petalite.model.loading import quantize_folder
+from petalite.model.quantfolder import QuantizedBlocks
 from petalite.model.span import BlockSpan, load_span
 from petalite.model.tokenizer import load_tokenizer
 from tests.helpers.checkpoints import tiny_llama
@@ -138,7 +143,7 @@ def test_kept_blocks_are_used_again_and_equal(quant: str, tmp_path: Path, monkey
     first = load_span(checkpoint, 0, 2, quant=quant, cache=cache)
     assert len(list(cache.glob("*/block-*.safetensors"))) == 2
     again = Checkpoint.open(model)
-    monkeypatch.setattr(again, "read", lambda shapes: pytest.fail("the source was read again"))
+    monkeypatch.setattr(again, "places", lambda shapes: pytest.fail("the source was read again"))
     assert torch.equal(run(first), run(load_span(again, 0, 2, quant=quant, cache=cache)))
     fresh = load_span(checkpoint, 0, 3, quant=quant, cache=cache)
     assert checkpoint.bytes_read == sum(t.nbytes for n, t in tensors_of(model).items() if "layers" in n)
@@ -160,36 +165,115 @@ def test_other_weights_have_other_files(tmp_path: Path) -> None:
 
 
 def damaged(path: Path, what: str) -> None:
+    """What is wrong with it is only what it says; its other numbers, and what it says of itself, stay."""
+    with safe_open(path, "pt") as file:
+        metadata = file.metadata()
     tensors = load_file(path)
-    if what == "truncated":
-        path.write_bytes(path.read_bytes()[:-7])
-        return
-    if what == "missing":
-        del tensors["linear.qkv.scales"]
-    elif what == "shape":
-        tensors["linear.down.codes"] = tensors["linear.down.codes"][:-1].clone()
-    elif what == "dtype":
-        tensors["linear.down.scales"] = tensors["linear.down.scales"].double()
-    elif what == "nan":
-        tensors["linear.qkv.scales"][0] = float("nan")
-    elif what == "columns":
-        tensors["linear.qkv.fine_columns"][-1] = 64
-    save_file(tensors, path)
+    codes = next(name for name in ("linear.down.codes", "linear.down.panels") if name in tensors)
+    match what:
+        case "truncated":
+            path.write_bytes(path.read_bytes()[:-7])
+            return
+        case "missing":
+            del tensors["linear.qkv.scales"]
+        case "shape":
+            tensors[codes] = tensors[codes][:-1].clone()
+        case "dtype":
+            tensors["linear.down.scales"] = tensors["linear.down.scales"].double()
+        case "nan":
+            tensors["linear.qkv.scales"][0] = float("nan")
+        case "columns":
+            tensors["linear.qkv.fine_columns"][-1] = 64
+        case "bit":
+            tensors[codes].view(torch.uint8).view(-1)[77] ^= 4
+        case "swapped":
+            first, second = ("linear.gate_up.panels", "linear.down.panels")
+            tensors[first][0, :64], tensors[second][0, :64] = (
+                tensors[second][0, :64].clone(),
+                tensors[first][0, :64].clone(),
+            )
+        case "layout":
+            metadata["layout"] = "0" * 16
+        case "no layout" | "no checksum":
+            del metadata[what.removeprefix("no ")]
+    save_file(tensors, path, metadata)
 
 
 DAMAGE = ("truncated", "missing", "shape", "dtype", "nan", "columns")
+PACKED_DAMAGE = (
+    "bit",
+    "swapped",
+    "layout",
+    "no layout",
+    "no checksum",
+)  # what native kernels' own files tell
+needs_native = pytest.mark.skipif(native.library() is None, reason="no native kernels serve")
 
 
-@pytest.mark.parametrize("what", DAMAGE)
+@pytest.mark.parametrize(
+    "what", [*DAMAGE, *(pytest.param(what, marks=needs_native) for what in PACKED_DAMAGE)]
+)
 def test_a_broken_kept_block_is_made_again(what: str, tmp_path: Path, caplog) -> None:
+    """The blocks beside it are not; and after that its file is right."""
     checkpoint = Checkpoint.open(tiny_llama(tmp_path / "model"))
-    expected = run(load_span(checkpoint, 0, 1, quant="int8", cache=tmp_path / "cache"))
-    (path,) = tmp_path.glob("cache/*/block-00000.safetensors")
+    expected = run(load_span(checkpoint, 0, 3, quant="int8", cache=tmp_path / "cache"))
+    (path,) = tmp_path.glob("cache/*/block-00001.safetensors")
     damaged(path, what)
-    with caplog.at_level(logging.WARNING, logger="petalite.model.quantfolder"):
-        assert torch.equal(run(load_span(checkpoint, 0, 1, quant="int8", cache=tmp_path / "cache")), expected)
-    assert "quantizing block 0 again" in caplog.text
-    load_span(checkpoint, 0, 1, quant="int8", cache=tmp_path / "cache")
+    for lines in (["quantizing block 1 again"], []):
+        caplog.clear()
+        assert torch.equal(run(load_span(checkpoint, 0, 3, quant="int8", cache=tmp_path / "cache")), expected)
+        said = [record.message for record in caplog.records if record.levelno >= logging.WARNING]
+        assert len(said) == len(lines) and all(map(str.startswith, said, lines))
+
+
+def test_a_kept_block_that_is_cut_off_while_it_is_read(tmp_path: Path, caplog, monkeypatch) -> None:
+    """After its header was found right: what then cannot be read is made again."""
+    checkpoint = Checkpoint.open(tiny_llama(tmp_path / "model"))
+    expected = run(load_span(checkpoint, 0, 3, quant="nf4", cache=tmp_path / "cache"))
+    plain = QuantizedBlocks.find
+
+    def find(self: QuantizedBlocks, index: int):
+        found = plain(self, index)
+        if index == 1:
+            os.truncate(found.path, found.path.stat().st_size - 100)
+        return found
+
+    monkeypatch.setattr(QuantizedBlocks, "find", find)
+    assert torch.equal(run(load_span(checkpoint, 0, 3, quant="nf4", cache=tmp_path / "cache")), expected)
+    assert "quantizing block 1 again" in caplog.text and "truncated" in caplog.text
+
+
+@needs_native
+def test_other_kernels_do_not_read_what_native_ones_keep(tmp_path: Path, caplog, monkeypatch) -> None:
+    """And the other way round; each makes the blocks anew, and computes the same."""
+    checkpoint = Checkpoint.open(tiny_llama(tmp_path / "model"))
+    results = []
+    for kernels in ("", "torch", ""):
+        monkeypatch.setenv(native.VARIABLE, kernels)
+        native.library.cache_clear()
+        linear.pick.cache_clear()
+        caplog.clear()
+        results.append(run(load_span(checkpoint, 0, 1, quant="int8", cache=tmp_path / "cache")))
+        assert ("has the layout" in caplog.text) == (len(results) > 1)
+        assert len(list(tmp_path.glob("cache/*/*"))) == 1
+    native.library.cache_clear()
+    linear.pick.cache_clear()
+    assert torch.equal(results[0], results[2])
+    assert float((results[0] - results[1]).norm() / results[0].norm()) < 1e-4
+
+
+def test_a_full_disk_costs_a_line_and_leaves_nothing(tmp_path: Path, caplog, monkeypatch) -> None:
+    checkpoint = Checkpoint.open(tiny_llama(tmp_path / "model"))
+    expected = run(load_span(checkpoint, 0, 2, quant="int8"))
+
+    def full(descriptor: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", full)
+    found = run(load_span(checkpoint, 0, 2, quant="int8", cache=tmp_path / "cache"))
+    assert torch.equal(found, expected)
+    assert caplog.text.count("cannot keep quantized block") == 2
+    assert not [path for path in (tmp_path / "cache").rglob("*") if not path.is_dir()]
 
 
 def test_a_cache_that_cannot_be_written_costs_a_line(tmp_path: Path, caplog) -> None:

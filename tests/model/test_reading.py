@@ -1,117 +1,160 @@
-"""Reading ahead: order, errors in their place, one at a time ahead; and which bytes a file is asked for."""
+"""Reading tensors in pieces and ahead: what comes, in what order, errors in their place, and which bytes a
+file is asked for.
+"""
 
 from __future__ import annotations
 
 import os
 import threading
-import weakref
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
 
 from petalite.errors import InvalidCheckpoint
-from petalite.model.reading import one_ahead, read_through
+from petalite.model.reading import AHEAD, Stream, Wanted
+from petalite.model.tensorfile import read_header
+
+TENSORS: dict[str, Tensor] = {
+    "long": torch.arange(5_000_000, dtype=torch.int32).view(-1, 500),
+    "wide": torch.arange(40 * 70_000, dtype=torch.int32).to(torch.int16).view(40, 70_000),
+    "vector": torch.randn(1000).bfloat16(),
+    "number": torch.tensor(3.5),
+    "no rows": torch.empty(0, 4),
+    "no columns": torch.empty(4, 0, dtype=torch.int8),
+}
 
 
-def test_one_is_made_while_one_is_used() -> None:
-    """The second is begun before the first is given back, and the third not before the second was taken."""
-    begun = [threading.Event() for _ in range(4)]
-
-    def make(index: int) -> int:
-        begun[index].set()
-        return index * 10
-
-    found = []
-    for result in one_ahead(make, range(4)):
-        found.append(result)
-        if len(found) < 4:
-            assert begun[len(found)].wait(10)
-        assert not any(event.is_set() for event in begun[len(found) + 1 :])
-    assert found == [0, 10, 20, 30]
-    assert list(one_ahead(make, range(0))) == []
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    save_file(TENSORS, tmp_path / "x.safetensors")
+    return tmp_path / "x.safetensors"
 
 
-def test_an_error_comes_where_its_result_would() -> None:
-    def make(index: int) -> int:
-        if index == 2:
-            raise InvalidCheckpoint("the third")
-        return index
-
-    results = one_ahead(make, range(5))
-    assert [next(results), next(results)] == [0, 1]
-    with pytest.raises(InvalidCheckpoint, match="the third"):
-        next(results)
-    assert list(results) == []
+def wanted(path: Path, owner: object = "it", names: tuple[str, ...] = tuple(TENSORS)) -> Iterator[Wanted]:
+    header = read_header(path)
+    return (Wanted(owner, name, path, header[name]) for name in names)
 
 
-def test_who_stops_half_way_leaves_no_thread() -> None:
-    results = one_ahead(lambda index: index, range(9))
-    next(results)
-    results.close()
+@pytest.mark.parametrize("ahead", [0, 1, AHEAD])
+def test_what_is_wanted_comes_in_order(path: Path, ahead: int) -> None:
+    with Stream(wanted(path), ahead) as stream:
+        for name in TENSORS:
+            assert stream.owner() == "it"
+            assert torch.equal(stream.tensor(name), TENSORS[name])
+        with pytest.raises(AssertionError, match="no more"):
+            stream.owner()
+
+
+@pytest.mark.parametrize("ahead", [0, AHEAD])
+def test_pieces_cover_a_tensor_once(path: Path, ahead: int) -> None:
+    """Each is whole rows in a buffer of its own until the next is asked for; no buffer is larger than two
+    pieces should be.
+    """
+    with Stream(wanted(path, names=("long", "wide")), ahead) as stream:
+        for name in ("long", "wide"):
+            end, memory = 0, set()
+            for piece in stream.rows(name):
+                assert piece.first == end
+                end = piece.end
+                assert torch.equal(piece.rows, TENSORS[name][piece.first : end])
+                memory.add(piece.rows.data_ptr())
+                assert piece.rows.nbytes <= 3 << 20
+            assert end == len(TENSORS[name]) and len(memory) <= ahead + 1
+
+
+def test_a_tensor_goes_where_it_is_wanted(path: Path) -> None:
+    into = torch.empty_like(TENSORS["long"])
+    (plain,) = wanted(path, names=("long",))
+    with Stream([Wanted("it", "long", path, plain.info, into)], AHEAD) as stream:
+        assert stream.tensor("long") is into
+    assert torch.equal(into, TENSORS["long"])
+
+
+def test_a_thread_reads_a_few_pieces_early_and_ends(path: Path) -> None:
+    seen: list[str] = []
+
+    def recorded() -> Iterator[Wanted]:
+        for each in wanted(path):
+            seen.append(threading.current_thread().name)
+            yield each
+
+    with Stream(recorded(), AHEAD) as stream:
+        next(stream.rows("long"))
+    assert all("petalite-reader" in name for name in seen)
     assert not [thread for thread in threading.enumerate() if "petalite-reader" in thread.name]
 
 
-class Thing:
-    pass
+@pytest.mark.parametrize("ahead", [0, AHEAD])
+def test_an_error_of_who_names_them_comes_in_its_place(path: Path, ahead: int) -> None:
+    def failing() -> Iterator[Wanted]:
+        yield from wanted(path, names=("vector", "number"))
+        raise InvalidCheckpoint("the third")
+
+    with Stream(failing(), ahead) as stream, pytest.raises(InvalidCheckpoint, match="the third"):
+        for name in ("vector", "number", "long"):
+            stream.tensor(name)
 
 
-def test_what_was_given_is_not_kept() -> None:
-    results = one_ahead(lambda index: Thing(), range(2))
-    first = next(results)
-    seen = weakref.ref(first)
-    del first
-    next(results)
-    assert seen() is None
+@pytest.mark.parametrize("ahead", [0, AHEAD])
+def test_a_file_that_ends_early_spoils_its_owner_alone(path: Path, tmp_path: Path, ahead: int) -> None:
+    """Its other tensors do not come; the next owner's do, also those of one that skips some."""
+    short = tmp_path / "short.safetensors"
+    short.write_bytes(path.read_bytes())
+    names = ("vector", "long", "number")
+    items = [*wanted(short, "first", names), *wanted(path, "second", names), *wanted(path, "third", names)]
+    with short.open("r+b") as file:
+        file.truncate(items[1].info.end - 5)
+    with Stream(items, ahead) as stream:
+        with pytest.raises(InvalidCheckpoint, match=r"short\.safetensors is truncated"):
+            for name in names:
+                stream.tensor(name)
+        stream.skip("first")
+        assert stream.owner() == "second"
+        assert torch.equal(stream.tensor("vector"), TENSORS["vector"])
+        stream.skip("second")
+        assert [torch.equal(stream.tensor(name), TENSORS[name]) for name in names] == [True] * 3
+        stream.skip("third")
 
 
-@pytest.mark.parametrize("size", [1, 5 << 20, 50 << 20])
-def test_exactly_the_ranges_are_asked_for(size: int, tmp_path: Path, monkeypatch) -> None:
-    """Joined where they touch; the kernel reads on by itself only far from a range's end."""
-    path = tmp_path / "file"
-    with path.open("wb") as file:
-        file.truncate(size + 100)
-    advised: list[tuple[int, int]] = []
-    monkeypatch.setattr(
-        os, "posix_fadvise", lambda fd, start, n, advice: advised.append((os.lseek(fd, 0, 1), advice))
-    )
+def test_a_file_that_is_not_there(tmp_path: Path, path: Path) -> None:
+    (info,) = (each.info for each in wanted(path, names=("number",)))
+    absent = [Wanted("it", "number", tmp_path / "absent", info)]
+    with Stream(absent) as stream, pytest.raises(InvalidCheckpoint, match=r"cannot read .*absent"):
+        stream.tensor("number")
+
+
+@pytest.mark.skipif(not hasattr(os, "posix_fadvise"), reason="the kernel takes no advice")
+def test_the_kernel_is_asked_for_these_bytes_and_no_others(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In small steps, each before it is read, and told not to read on by itself."""
     asked: list[tuple[int, int]] = []
+    random = []
 
-    class Watched:
-        def __init__(self, file) -> None:
-            self._file = file
-
-        def __getattr__(self, name: str):
-            return getattr(self._file, name)
-
-        def __enter__(self):
-            return self
-
-        def __exit__(self, *about) -> None:
-            self._file.close()
-
-        def readinto(self, buffer) -> int:
-            start = self._file.tell()
-            n_read: int = self._file.readinto(buffer)
-            asked.append((start, start + n_read))
-            return n_read
-
-    plain = Path.open
-    monkeypatch.setattr(Path, "open", lambda self, *a, **k: Watched(plain(self, *a, **k)))
-    half = size // 2
-    read_through(path, [(half, size), (0, half), (size + 50, size + 60), (size + 60, size + 60)])
-    runs = []
-    for start, end in asked:
-        if runs and runs[-1][1] == start:
-            runs[-1] = (runs[-1][0], end)
+    def advise(descriptor: int, start: int, length: int, advice: int) -> None:
+        if advice == os.POSIX_FADV_WILLNEED:
+            asked.append((start, start + length))
         else:
-            runs.append((start, end))
-    assert runs == [(0, size), (size + 50, size + 60)]
-    on = [position for position, advice in advised if advice == os.POSIX_FADV_NORMAL]
-    assert all(position < size - (16 << 20) for position in on) and bool(on) == (size > 20 << 20)
+            random.append(advice)
 
-
-def test_a_file_that_is_not_there_or_ends_early(tmp_path: Path) -> None:
-    with pytest.raises(InvalidCheckpoint, match="cannot read"):
-        read_through(tmp_path / "absent", [(0, 1)])
-    (tmp_path / "short").write_bytes(b"abc")
-    read_through(tmp_path / "short", [(0, 10)])
+    monkeypatch.setattr(os, "posix_fadvise", advise)
+    names = ("vector", "long")
+    with Stream(wanted(path, names=names)) as stream:
+        stream.owner()
+        infos = [each.info for each in wanted(path, names=names)]
+        assert max(end for _, end in asked) > infos[1].start + (8 << 20)
+        for name in names:
+            stream.tensor(name)
+    assert random == [os.POSIX_FADV_RANDOM]
+    assert max(end - start for start, end in asked) <= 1 << 20
+    joined: list[tuple[int, int]] = []
+    for start, end in asked:
+        if joined and joined[-1][1] == start:
+            joined[-1] = joined[-1][0], end
+        else:
+            joined.append((start, end))
+    assert joined == [(info.start, info.end) for info in infos]

@@ -7,6 +7,7 @@ The layout is described in common.h. A packed weight owns its tensors; the C++ s
 from __future__ import annotations
 
 import ctypes
+import math
 import threading
 from dataclasses import dataclass
 from enum import IntEnum
@@ -67,6 +68,11 @@ class PackedWeight:
         parts = (self.panels, self.scales, self.steps, self.fine_columns)
         return sum(part.nbytes for part in parts if part is not None)
 
+    def tensors(self) -> dict[str, Tensor]:
+        """Its parts by name, as they are kept in a file."""
+        found = {"panels": self.panels, "fine_columns": self.fine_columns, "scales": self.scales}
+        return {name: part for name, part in found.items() if part is not None}
+
     def struct(self, bias: Tensor | None = None, n_in: int | None = None) -> LinearStruct:
         """What C++ sees; `bias` (N,) float32 or None. Valid while this and the bias live. `n_in`: inputs
         that there are, where blocks were filled up.
@@ -97,11 +103,41 @@ def pack(library: Library, weight: Tensor | Int8Weight | Nf4Weight) -> PackedWei
             f"cannot pack a weight of shape {tuple(weight.shape)} in {weight.dtype} on {weight.device}; "
             f"expected (outputs, inputs) on the CPU in {', '.join(map(str, FLOATS))}"
         )
-    format_, (n_out, n_in) = FLOATS[weight.dtype], weight.shape
-    panels = _panels(library, format_, n_out, n_in)
-    weight = weight.detach().contiguous()
-    library.functions.petalite_pack_float(format_, weight.data_ptr(), n_out, n_in, panels.data_ptr())
-    return PackedWeight(format_, (n_out, n_in), panels)
+    rows = DenseRows(library, weight.dtype, (weight.shape[0], weight.shape[1]))
+    everywhere = torch.arange(len(weight))
+    rows.put(weight.detach(), everywhere, everywhere)
+    return rows.weight
+
+
+class DenseRows:
+    """Room for a dense weight, packed row by row as the rows come."""
+
+    def __init__(self, library: Library, dtype: torch.dtype, shape: tuple[int, int]) -> None:
+        """`shape` (N, K); `dtype` one of FLOATS."""
+        panels = _panels(library, FLOATS[dtype], *shape)
+        if shape[0] % PANEL_ROWS:  # no row comes for what fills it up
+            panels[-1:].zero_()
+        self.weight = PackedWeight(FLOATS[dtype], shape, panels)  # once every row was put
+        self._dtype = dtype
+        self._library = library
+
+    def put(self, rows: Tensor, here: Tensor, there: Tensor) -> None:
+        """Of rows (n, K), in any float dtype, that of number here[i] becomes row there[i]. Both (m,) int64,
+        `there` ascending: panels are filled one by one.
+        """
+        n_out, n_in = self.weight.shape
+        rows = rows.to(self._dtype).contiguous()
+        _check("rows", rows, self._dtype, (len(rows), n_in))
+        for places, count in ((here, len(rows)), (there, n_out)):
+            _check("places of rows", places, torch.int64, (len(there),))
+            if len(places) and not 0 <= int(places.min()) <= int(places.max()) < count:
+                raise InvalidArgument(f"places of rows {places.tolist()[:8]}… are not all below {count}")
+        here, there = here.contiguous(), there.contiguous()
+        self._library.functions.petalite_pack_float(
+            self.weight.format,
+            *(rows.data_ptr(), len(there), n_in, here.data_ptr(), there.data_ptr()),
+            self.weight.panels.data_ptr(),
+        )
 
 
 def unpack(library: Library, packed: PackedWeight) -> Tensor | Int8Weight | Nf4Weight:
@@ -129,20 +165,26 @@ def unpack(library: Library, packed: PackedWeight) -> Tensor | Int8Weight | Nf4W
     return dense
 
 
+def row_steps(scales: Tensor, n_panels: int) -> Tensor:
+    """The scales of int8 rows as products use them."""
+    steps = torch.zeros(n_panels * PANEL_ROWS)
+    torch.div(scales, DIGIT, out=steps[: len(scales)])
+    return steps
+
+
 def _pack_int8(library: Library, weight: Int8Weight) -> PackedWeight:
     (n_out, n_in), n_fine = weight.shape, len(weight.fine_columns)
     _check("int8 codes", weight.codes, torch.int8, (n_out, n_in))
     _check("int8 fine codes", weight.fine_codes, torch.int8, (n_out, n_fine))
     _check("int8 scales", weight.scales, torch.float32, (n_out,))
-    _check_columns(weight.fine_columns, n_fine, n_in)
+    check_columns(weight.fine_columns, n_fine, n_in)
     panels = _panels(library, Format.INT8, n_out, n_in, n_fine)
     codes, fine = weight.codes.contiguous(), weight.fine_codes.contiguous()
     library.functions.petalite_pack_int8(
         codes.data_ptr(), fine.data_ptr(), n_out, n_in, n_fine, panels.data_ptr()
     )
-    steps = torch.zeros(len(panels) * PANEL_ROWS)
-    torch.div(weight.scales, DIGIT, out=steps[:n_out])
     columns = weight.fine_columns.to(torch.int32).contiguous()
+    steps = row_steps(weight.scales, len(panels))
     return PackedWeight(Format.INT8, (n_out, n_in), panels, weight.scales, steps, columns)
 
 
@@ -151,7 +193,7 @@ def _pack_nf4(library: Library, weight: Nf4Weight) -> PackedWeight:
     n_blocks = weight.scales.shape[1]
     _check("nf4 codes", weight.packed, torch.uint8, (n_out, n_blocks * NF4_BLOCK // 2))
     _check("nf4 scales", weight.scales, torch.float32, (n_out, n_blocks))
-    _check_columns(weight.fine_columns, n_fine, n_in)
+    check_columns(weight.fine_columns, n_fine, n_in)
     panels = _panels(library, Format.NF4, n_out, n_in, n_fine)
     assert panels.shape[1] == n_blocks * _NF4_BLOCK_BYTES
     packed, scales = weight.packed.contiguous(), weight.scales.contiguous()
@@ -162,7 +204,8 @@ def _pack_nf4(library: Library, weight: Nf4Weight) -> PackedWeight:
     return PackedWeight(Format.NF4, (n_out, n_in), panels, fine_columns=columns)
 
 
-def _check_columns(columns: Tensor, n_fine: int, n_in: int) -> None:
+def check_columns(columns: Tensor, n_fine: int, n_in: int) -> None:
+    """Raises InvalidArgument unless (n_fine,) outlier columns are among `n_in` inputs."""
     _check("fine columns", columns, torch.int64, (n_fine,))
     if n_fine and not 0 <= int(columns.min()) <= int(columns.max()) < n_in:
         raise InvalidArgument(f"fine columns {columns.tolist()[:8]}… are not all below {n_in}")
@@ -170,8 +213,14 @@ def _check_columns(columns: Tensor, n_fine: int, n_in: int) -> None:
 
 def _panels(library: Library, format_: Format, n_out: int, n_in: int, n_fine: int = 0) -> Tensor:
     size = library.functions.petalite_panel_bytes(format_, n_in, n_fine)
-    n_panels = -(-n_out // PANEL_ROWS)
-    return _SLABS.take(library, n_panels * size).view(n_panels, size)
+    return panel_memory(library, (-(-n_out // PANEL_ROWS), size))
+
+
+def panel_memory(library: Library, shape: tuple[int, ...]) -> Tensor:
+    """(panels, bytes of one) uint8, not yet filled."""
+    memory = _SLABS.take(library, math.prod(shape))
+    library.functions.petalite_populate(memory.data_ptr(), memory.nbytes)
+    return memory.view(shape)
 
 
 class _Slabs:

@@ -1,0 +1,156 @@
+"""A block's tensors as its checkpoint has them, made into its vectors and into one weight for each linear.
+
+Roles are stacked and rows put in the block's order while they are read, a piece at a time. Whether all are
+finite is looked at on the way, while a piece is in the caches. Knows names and places of tensors; how weights
+are held is their room's business.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Generic, Protocol, TypeVar
+
+import torch
+from torch import Tensor
+
+from petalite.errors import InvalidCheckpoint
+from petalite.model.block import Block, linear_shapes, row_places, vector_shapes
+from petalite.model.checkpoint import Checkpoint
+from petalite.model.compute import is_finite
+from petalite.model.reading import Stream, Wanted
+
+_IGNORED = ("rotary_emb.inv_freq",)  # old conversions stored what the config says anyway
+
+Made = TypeVar("Made", covariant=True)
+
+
+class Rows(Protocol[Made]):
+    """Room for a weight (N, K) whose rows come a few at a time."""
+
+    def put(self, rows: Tensor, here: Tensor, there: Tensor) -> None:
+        """Of rows (n, K), in any float dtype, that of number here[i] becomes row there[i].
+        Both int64, `there` ascending.
+        """
+        ...
+
+    @property
+    def weight(self) -> Made:
+        """Once all rows were put."""
+        ...
+
+
+class Gathered:
+    """As a tensor, by default in the dtype that rows come in. It takes memory from the first row on."""
+
+    def __init__(
+        self, shape: tuple[int, int], dtype: torch.dtype | None = None, device: torch.device | str = "cpu"
+    ) -> None:
+        self._shape, self._dtype, self._device = shape, dtype, device
+        self._weight: Tensor | None = None
+
+    def put(self, rows: Tensor, here: Tensor, there: Tensor) -> None:
+        """As `Rows` has it."""
+        if self._weight is None:
+            self._weight = torch.empty(self._shape, dtype=self._dtype or rows.dtype, device=self._device)
+        elif self._dtype is None:
+            self._weight = self._weight.to(torch.promote_types(rows.dtype, self._weight.dtype))
+        self._weight.index_copy_(0, there.to(self._device), rows[here].to(self._weight))
+
+    @property
+    def weight(self) -> Tensor:
+        """(N, K)."""
+        assert self._weight is not None
+        return self._weight
+
+
+class Parts(Generic[Made]):
+    """The blocks of a checkpoint that is not quantized. `room(n_out, n_in)` is where a weight goes."""
+
+    def __init__(
+        self, checkpoint: Checkpoint, kind: type[Block], room: Callable[[int, int], Rows[Made]]
+    ) -> None:
+        self._checkpoint = checkpoint
+        self._kind = kind
+        self._room = room
+        self._rooms: dict[tuple[int, str], Rows[Made]] = {}  # of what will be read
+
+    def wanted(self, index: int) -> Iterator[Wanted]:
+        """A block's tensors, in the order in which `read` takes them; no other name may stand under its
+        prefix. Raises InvalidCheckpoint.
+        """
+        checkpoint = self._checkpoint
+        shapes = {
+            self._stored_name(index, part): shape
+            for part, shape in self._kind.tensor_shapes(checkpoint.config).items()
+        }
+        unknown = [
+            name
+            for name in set(checkpoint.names(self._prefix(index))) - shapes.keys()
+            if not name.endswith(_IGNORED)
+        ]
+        if unknown:
+            raise InvalidCheckpoint(
+                f"{checkpoint.folder}: block {index} has a tensor {min(unknown)!r} unknown to config.json"
+            )
+        places = checkpoint.places(shapes)
+        for part in self._in_order(index):
+            yield Wanted(index, part, *places[self._stored_name(index, part)])
+
+    def _in_order(self, index: int) -> Iterator[str]:
+        """Its parts; there is room for each linear before its first."""
+        config = self._checkpoint.config
+        yield from vector_shapes(self._kind, config)
+        for name, (n_out, n_in, has_bias) in linear_shapes(self._kind, config).items():
+            self._rooms[index, name] = self._room(n_out, n_in)
+            roles = self._kind.stacks(config)[name]
+            yield from (f"{role}.weight" for role in roles)
+            yield from (f"{role}.bias" for role in roles if has_bias)
+
+    def read(
+        self, index: int, stream: Stream
+    ) -> tuple[dict[str, Tensor], Iterator[tuple[str, Made, Tensor | None]]]:
+        """A block's vectors; then, as they are asked for, name, weight and bias of each linear. Raises
+        InvalidCheckpoint.
+        """
+        parts = vector_shapes(self._kind, self._checkpoint.config)
+        return {part: self._vector(index, part, stream) for part in parts}, self._linears(index, stream)
+
+    def _linears(self, index: int, stream: Stream) -> Iterator[tuple[str, Made, Tensor | None]]:
+        config = self._checkpoint.config
+        for name, (_, _, has_bias) in linear_shapes(self._kind, config).items():
+            roles = self._kind.stacks(config)[name]
+            room, first = self._rooms.pop((index, name)), 0
+            for role in roles:
+                first += self._put(index, role, stream, room, first)
+            biases = [self._vector(index, f"{role}.bias", stream) for role in roles if has_bias]
+            weight = [room.weight]
+            del room  # whoever takes the weight lets it go
+            yield name, weight.pop(), torch.cat(biases) if biases else None
+
+    def _put(self, index: int, role: str, stream: Stream, room: Rows[Made], first: int) -> int:
+        """A role's rows from row `first` of the weight on; how many they are."""
+        n_rows = self._kind.tensor_shapes(self._checkpoint.config)[f"{role}.weight"][0]
+        places = row_places(self._kind, self._checkpoint.config, index, role, n_rows) + first
+        for piece in stream.rows(f"{role}.weight"):
+            self._check(index, f"{role}.weight", piece.rows)
+            there, here = places[piece.first : piece.end].sort()
+            room.put(piece.rows, here, there)
+        return n_rows
+
+    def _vector(self, index: int, part: str, stream: Stream) -> Tensor:
+        tensor = stream.tensor(part)
+        self._check(index, part, tensor)
+        return self._kind.reordered(self._checkpoint.config, index, part.rpartition(".")[0], tensor)
+
+    def _check(self, index: int, part: str, tensor: Tensor) -> None:
+        if not is_finite(tensor):
+            name = self._stored_name(index, part)
+            raise InvalidCheckpoint(f"{self._checkpoint.folder}: block {index} has NaN or Inf in {name!r}")
+
+    def _prefix(self, index: int) -> str:
+        checkpoint = self._checkpoint
+        return checkpoint.outer + checkpoint.family.names.block_prefix.format(block=index)
+
+    def _stored_name(self, index: int, part: str) -> str:
+        role, _, what = part.rpartition(".")
+        return f"{self._prefix(index)}{self._checkpoint.family.names.of(role)}.{what}"
