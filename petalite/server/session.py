@@ -64,6 +64,7 @@ from petalite.swarm.messages import (
 INBOX_STEPS = 32
 INBOX_BYTES = 64 << 20
 REPLAY_TOKENS = 512  # in one step of a replay
+LARGE_BYTES = 1 << 18  # what is larger is coded on the compute thread: the event loop must not stand still
 
 Connect = Callable[[Successor], Awaitable[Onward]]
 """Attach to a successor: the open call, its first message sent."""
@@ -217,13 +218,14 @@ class Session:
         )
         nbytes = sum(map(len, message.buffers))
         hops = (*step.hops, HopReport(timing.queue_s * 1e3, timing.compute_s * 1e3, nbytes))
-        pushed = self.codec.encode(output) if self._feeds_another else bytearray()
+        pushed = await self._encoded(output) if self._feeds_another else bytearray()
         if self._feeds_another:
             # Also what is only answered: a replay to this hop stands for what its successor has had long
             # since.
             self._keep(step, pushed)
         if step.stop == self.request.end:
-            await self._answer(step, hops, self.codec.encode(wanted_outputs(output, step.rows, step.output)))
+            wanted = wanted_outputs(output, step.rows, step.output)
+            await self._answer(step, hops, await self._encoded(wanted))
         elif not self._link_down:
             await self._push(step, hops, pushed)
 
@@ -246,6 +248,10 @@ class Session:
         if len(hidden) != n_tokens:
             raise BadTensor(f"the step names {n_tokens} tokens, its hidden states have {len(hidden)}")
         return hidden
+
+    async def _encoded(self, hidden: torch.Tensor) -> bytearray:
+        aside = hidden.nbytes > LARGE_BYTES
+        return await self._backend.aside(self.codec.encode, hidden) if aside else self.codec.encode(hidden)
 
     def _segment(self, row: int, position: int, n_tokens: int) -> Segment:
         numbers = self._rows.numbers

@@ -31,6 +31,7 @@ from petalite.model.cache import Segment
 from petalite.model.span import BlockSpan
 from petalite.net.credit import Windows
 from petalite.net.rpc import Call
+from petalite.server import session
 from petalite.server.sessions import SessionSettings
 from petalite.swarm.codecs import session_codec
 from petalite.swarm.messages import OpenSession, Step, write
@@ -38,8 +39,14 @@ from tests.helpers.waiting import until
 from tests.server.serving import CACHE_TOKENS, F32, OPEN, Serving, hidden, step
 
 
-async def test_steps_equal_the_span_itself(serving: Serving) -> None:
-    """Two rows, packed and rolled back, against the span's own forward over a cache of its own."""
+@pytest.mark.parametrize("large_bytes", [session.LARGE_BYTES, 0])
+async def test_steps_equal_the_span_itself(
+    serving: Serving, large_bytes: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two rows, packed and rolled back, against the span's own forward over a cache of its own; coded in the
+    event loop, and aside as large steps are.
+    """
+    monkeypatch.setattr(session, "LARGE_BYTES", large_bytes)
     call = await serving.open(await serving.client())
     cache = serving.span.new_cache()
     rows = [cache.open_row(16, 1, 4) for _ in range(2)]
@@ -48,6 +55,18 @@ async def test_steps_equal_the_span_itself(serving: Serving) -> None:
         segments = [Segment(rows[row], position, n) for row, position, n in triples]
         expected = serving.span.forward(states, segments, cache, start=1, end=4)
         assert torch.equal(await step(call, states, *triples), expected)
+
+
+async def test_a_large_step_that_lies_about_its_size_ends_its_session(
+    serving: Serving, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is wrong is found on the compute thread, and said as anywhere else."""
+    monkeypatch.setattr(session, "LARGE_BYTES", 0)
+    call = await serving.open(await serving.client())
+    await call.send(write(Step(((0, 0, 2),), "f32", 4)), [F32.encode(STATES)[:-1]])
+    with pytest.raises(BadTensor):
+        await call.receive()
+    await serving.until_free()
 
 
 async def test_only_the_outputs_asked_for_travel(serving: Serving) -> None:
