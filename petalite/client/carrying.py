@@ -29,6 +29,9 @@ from petalite.swarm.codecs import Codec, session_codec, unpack
 from petalite.swarm.kept import Row
 from petalite.swarm.messages import ALL, LAST, NONE, FromClient, Progress, Step
 
+# Parts under way, with those at work: less than half of what may wait at one server (`server.session`).
+AHEAD_PARTS = 12
+AHEAD_BYTES = 8 << 20
 PROBE_S = 2.0  # a stage that does not say within this how far it is, is lost
 
 
@@ -120,7 +123,7 @@ class Carrier:
         """Many parts, in order, each on its way before the ones before it have arrived, so that a chain of
         servers computes on several at once. `done` grows with what has arrived.
         """
-        window = asyncio.Semaphore(sum(len(leg.stages) for leg in legs) + 1)
+        window = asyncio.Semaphore(_window(legs, parts))
         turns = [_Turn(None) for _ in legs]
 
         async def one(part: Part, turns: Sequence[_Turn]) -> None:
@@ -237,6 +240,15 @@ class Carrier:
             before.link_down(before.epoch, f"nothing of {before.peer.short()} reaches {culprit.peer.short()}")
             return StageFailed(culprit, culprit.error or late)
         return self._failed(culprit, late)
+
+
+def _window(legs: Sequence[Leg], parts: Sequence[Part]) -> int:
+    """How many parts may be under way at once: one at every stage and one ahead of them, and as many more as
+    keep the wires between them busy, which over long links hold several.
+    """
+    largest = max((len(part.data) for part in parts), default=0)
+    on_wires = min(AHEAD_PARTS, AHEAD_BYTES // max(largest, 1))
+    return max(sum(len(leg.stages) for leg in legs) + 1, on_wires)
 
 
 async def _probe(stage: Stage) -> Progress | None:

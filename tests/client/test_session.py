@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+from petalite.client import carrying
 from petalite.client.session import Session, StepInput
 from petalite.client.settings import Routing, SessionSettings
 from petalite.errors import InvalidArgument, MissingBlocks, NotFinite, SessionGap, SessionLimit
@@ -138,20 +139,26 @@ def test_a_step_that_is_wrong_in_itself_is_not_tried_for_ever(pushing: bool) -> 
     run(main())
 
 
-def test_a_prefill_keeps_every_server_at_work() -> None:
-    """Six chunks through three servers, each message on its way for a second: one after another they would
-    take 24 seconds over the ring; pipelined, the ring's four and a little for the window."""
+@pytest.mark.parametrize(("ahead_bytes", "trips"), [(1 << 20, 1), (1, 3)], ids=["small parts", "large parts"])
+def test_a_prefill_keeps_servers_and_links_at_work(
+    ahead_bytes: int, trips: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Twelve chunks through three servers, each message on its way for 0.1 s: one after another they take
+    twelve trips of 0.4 s over the ring. All are under way at once where they are small; of large ones, as
+    many as there are servers, and one.
+    """
 
     async def main() -> float:
         swarm = FakeSwarm(CHAIN, net=MemoryNet(latency_s=0.1))
         async with session_over(swarm) as session:
             await session.step(tokens(1), [(0, 0, 1)])
             began_s = asyncio.get_running_loop().time()
-            inputs = [StepInput(tokens(3), [(0, 3 * i, 3)], NONE) for i in range(6)]
+            inputs = [StepInput(tokens(3), [(0, 3 * i, 3)], NONE) for i in range(12)]
             await session.steps(inputs)
             return asyncio.get_running_loop().time() - began_s
 
-    assert run(main()) < 1.0
+    monkeypatch.setattr(carrying, "AHEAD_BYTES", ahead_bytes)
+    assert run(main()) == pytest.approx(0.4 * trips)
 
 
 def test_a_ring_takes_one_way_of_each_edge() -> None:
