@@ -18,6 +18,7 @@ import os
 import threading
 from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import dataclass
 from functools import partial
 from queue import Empty, SimpleQueue
 from typing import Any, ParamSpec, TypeVar
@@ -42,7 +43,8 @@ class ComputeThread:
     def __init__(self, name: str = "petalite-compute") -> None:
         self._queue: SimpleQueue[_Work | None] = SimpleQueue()
         self.closed = False
-        thread = threading.Thread(target=_serve, args=(self._queue,), name=name, daemon=True)
+        self._asked, self._ended = 0, _Count()
+        thread = threading.Thread(target=_serve, args=(self._queue, self._ended), name=name, daemon=True)
         _serving[thread] = self._queue
         thread.start()
 
@@ -54,8 +56,15 @@ class ComputeThread:
         if self.closed:
             raise ShuttingDown("what computed this was closed")
         future: asyncio.Future[R] = asyncio.get_running_loop().create_future()
+        self._asked += 1
         self._queue.put((future, partial(function, *args, **kwargs)))
         return future
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether nothing runs or waits: what only this thread touches is the caller's, if it is the one that
+        asks for all work, until it asks for more."""
+        return not self.closed and self._asked == self._ended.value
 
     def close(self) -> None:
         """Refuse new work, cancel what waits, and let go; what runs now finishes by itself."""
@@ -88,21 +97,31 @@ def _end_all() -> None:
         thread.join(_LAST_S)
 
 
-def _serve(queue: SimpleQueue[_Work | None]) -> None:
+@dataclass(slots=True)
+class _Count:
+    """Of one thread's doing, for others to read."""
+
+    value: int = 0
+
+
+def _serve(queue: SimpleQueue[_Work | None], ended: _Count) -> None:
     try:
-        _work_through(queue)
+        _work_through(queue, ended)
     finally:
         del _serving[threading.current_thread()]
 
 
-def _work_through(queue: SimpleQueue[_Work | None]) -> None:
+def _work_through(queue: SimpleQueue[_Work | None], ended: _Count) -> None:
     while (work := queue.get()) is not None:
         future, function = work
+        settle = None
         if not future.cancelled():
             try:
                 settle = partial(_set_result, result=function())
             except BaseException as error:
                 settle = partial(_set_exception, error=error)
+        ended.value += 1
+        if settle is not None:
             _tell(future, settle)
         del work, future, function  # what was computed with lives no longer than it must
 

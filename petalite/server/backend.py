@@ -1,9 +1,9 @@
 """A span of blocks and its KV cache behind one compute thread, which the scheduler keeps in work.
 
 Sessions ask for steps; ready steps of the same blocks run in one pass over the weights. Every touch of the
-blocks and the cache happens on the compute thread, in order, so neither needs a lock. A step that fails,
-fails alone. Knows no peer but as a name to be fair to, and no socket: `petalite.load(peers=None)` runs a
-whole model through it.
+blocks and the cache happens on the compute thread, in order, or on the event loop while that thread has
+nothing to do, so neither needs a lock. A step that fails, fails alone. Knows no peer but as a name to be
+fair to, and no socket: `petalite.load(peers=None)` runs a whole model through it.
 """
 
 from __future__ import annotations
@@ -30,6 +30,11 @@ from petalite.swarm.messages import ALL, DECODE_TOKENS, NONE, Step
 
 P = ParamSpec("P")
 R = TypeVar("R")
+# A pass of decode steps that took no longer the last time runs on the event loop itself, which it holds up
+# for no longer: to change to another thread and back takes some 0.15 ms between two passes over the
+# weights.
+HERE_S = 1e-3
+MOST_SHAPES = 256  # of passes, whose times are remembered
 _CLOSED = "the blocks that were to compute this are closed"
 
 
@@ -125,6 +130,10 @@ class Backend:
         self._computing = False
         self._gathering = Gathering()
         self._lingering: asyncio.TimerHandle | None = None
+        self._usual_s: dict[
+            tuple[Hashable, int], float
+        ] = {}  # of passes of decode steps, by group and tokens
+        self._turned = True  # the loop has seen to others since the last pass on it
 
     def free_tokens(self) -> int:
         """How many more tokens over the whole span the budget has room for."""
@@ -283,7 +292,23 @@ class Backend:
             return
         self._computing = True
         self._gathering.began()
-        self._thread.run(self._pass, parts).add_done_callback(partial(self._passed, parts))
+        if self._is_quick(parts):
+            self._passed(parts, self._pass(parts))
+        else:
+            self._thread.run(self._pass, parts).add_done_callback(partial(self._arrived, parts))
+
+    def _is_quick(self, parts: list[Part[_Work]]) -> bool:
+        """Whether the pass may hold up the event loop, once in each of its turns."""
+        if self._usual_s.get(_shape(parts), float("inf")) > HERE_S or not (
+            self._turned and self._thread.is_idle
+        ):
+            return False
+        self._turned = False
+        asyncio.get_running_loop().call_soon(self._turn)
+        return True
+
+    def _turn(self) -> None:
+        self._turned = True
 
     def _lingers(self) -> bool:
         """Whether the next pass is put off for a moment, for whoever is about to come back."""
@@ -295,30 +320,38 @@ class Backend:
             self._lingering = asyncio.get_running_loop().call_later(wait_s, self._pump)
         return wait_s > 0
 
-    def _passed(self, parts: list[Part[_Work]], passed: asyncio.Future[_Pass]) -> None:
+    def _arrived(self, parts: list[Part[_Work]], passed: asyncio.Future[_Pass]) -> None:
+        """The thread has done with a pass."""
+        if not passed.cancelled():
+            self._passed(parts, passed.result())
+            return
+        self._computing = False
+        for part in parts:
+            _fail(part.request.work, ShuttingDown(_CLOSED))
+        self._pump()
+
+    def _passed(self, parts: list[Part[_Work]], result: _Pass) -> None:
         """A pass is over: answer whom it finished, and go on."""
         self._computing = False
-        if passed.cancelled():
-            for part in parts:
-                _fail(part.request.work, ShuttingDown(_CLOSED))
-        else:
-            result = passed.result()
-            self._scheduler.observe(parts, result.seconds)
-            if all(part.request.kind is Kind.DECODE for part in parts):
-                self._gathering.passed(result.seconds)
-            now_s = time.perf_counter()
-            for part, error in result.errors:
+        self._scheduler.observe(parts, result.seconds)
+        if all(part.request.kind is Kind.DECODE for part in parts):
+            self._gathering.passed(result.seconds)
+            if len(self._usual_s) > MOST_SHAPES:
+                self._usual_s.clear()
+            self._usual_s[_shape(parts)] = result.seconds
+        now_s = time.perf_counter()
+        for part, error in result.errors:
+            self._scheduler.remove(part.request)
+            _fail(part.request.work, error)
+        for part in parts:
+            work = part.request.work
+            if isinstance(work, _Step) and not part.request.n_tokens:
+                if not work.answer.done():  # else whoever asked has gone, and its session has left
+                    self._gathering.answered(work.segments[0].row, now_s)
+                _finish(work)
+            elif isinstance(work, _Turns) and work.ended:
                 self._scheduler.remove(part.request)
-                _fail(part.request.work, error)
-            for part in parts:
-                work = part.request.work
-                if isinstance(work, _Step) and not part.request.n_tokens:
-                    if not work.answer.done():  # else whoever asked has gone, and its session has left
-                        self._gathering.answered(work.segments[0].row, now_s)
-                    _finish(work)
-                elif isinstance(work, _Turns) and work.ended:
-                    self._scheduler.remove(part.request)
-                    _finish(work)
+                _finish(work)
         self._pump()
 
     # -- on the compute thread ---------------------------------------------------------------------------
@@ -385,6 +418,11 @@ def _fail(work: _Work, error: Exception) -> None:
 def _finish(work: _Work) -> None:
     if not work.answer.done():
         work.answer.set_result(work.result())
+
+
+def _shape(parts: list[Part[_Work]]) -> tuple[Hashable, int]:
+    """What a pass's time depends on; the group of training calls, None, is no pass's of decode steps."""
+    return parts[0].request.group, sum(part.n_tokens for part in parts)
 
 
 def cut(segments: Sequence[Segment], skip: int, take: int) -> list[Segment]:

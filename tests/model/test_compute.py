@@ -98,7 +98,7 @@ from petalite.model.compute import ComputeThread
 thread = ComputeThread()
 async def main():
     one = torch.randn(64, 64)
-    first, second = (thread.run(lambda: [one @ one for _ in range(20000)]) for _ in range(2))
+    first, second = (thread.run(lambda: [one @ one is one for _ in range(10000)]) for _ in range(2))
     await first
 asyncio.run(main())
 thread.close()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import math
+import threading
 from collections.abc import AsyncIterator, Iterator
 
 import pytest
@@ -116,6 +117,43 @@ async def test_ready_steps_share_a_pass(backend: Backend, span: BlockSpan, monke
     steps = (backend.step(hidden(1, 0), [Segment(one.numbers[0], 0, 1)], 0, 3) for one in rows)
     await asyncio.gather(*steps)
     assert passes == [1, 5], "the first finds the device idle, the others wait together"
+
+
+async def test_a_quick_pass_runs_on_the_loop(
+    backend: Backend, span: BlockSpan, thread: ComputeThread, monkeypatch
+) -> None:
+    """Once it is known to be quick, with nothing else on the thread, and once in a turn of the loop."""
+    monkeypatch.setattr("petalite.server.backend.HERE_S", 1e9)
+    here: list[bool] = []
+    forward = span.forward
+
+    def watched(*args: object, **kwargs: object) -> torch.Tensor:
+        here.append(threading.current_thread() is threading.main_thread())
+        return forward(*args, **kwargs)
+
+    monkeypatch.setattr(span, "forward", watched)
+    rows = await backend.open_rows(1, 9, 0, 3)
+
+    async def step(position: int) -> bool:
+        """Whether it ran on the loop."""
+        await backend.step(hidden(1, position), [Segment(rows.numbers[0], position, 1)], 0, 3)
+        return here.pop()
+
+    assert not await step(0)  # nobody knows how long the first one takes
+    await asyncio.sleep(0)
+    assert await step(1)
+    assert not await step(2)  # in the same turn
+
+    await asyncio.sleep(0)
+    gate = threading.Event()
+    backend.aside(gate.wait)
+    asked = asyncio.ensure_future(step(3))
+    await asyncio.sleep(0)
+    gate.set()
+    assert not await asked
+
+    monkeypatch.setattr("petalite.server.backend.HERE_S", 0.0)
+    assert not await step(4)
 
 
 async def test_sub_spans_are_passes_of_their_own(backend: Backend, span: BlockSpan) -> None:
