@@ -30,7 +30,7 @@ def run() -> Report:
     for name, kind in FORMATS.items():
         settings = contenders.PETALITE[f"petalite {name}"]
         works[f"petalite {name}"] = contenders.petalite(*settings, prefill=False, new_tokens=NEW_TOKENS)
-        if llama_cpp.available():
+        if llama_cpp.build():
             works[f"llama.cpp {kind}"] = contenders.llama_cpp_rate(
                 kind, THREADS, prefill=False, new_tokens=NEW_TOKENS
             )

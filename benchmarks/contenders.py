@@ -40,7 +40,7 @@ def medians(*, prefill: bool) -> dict[int, dict[str, float]]:
 
 
 def _others(threads: int, prefill: bool) -> dict[str, Rate]:
-    if not llama_cpp.available():
+    if not llama_cpp.build():
         return {}
     return {name: llama_cpp_rate(kind, threads, prefill=prefill) for name, kind in LLAMA_CPP.items()}
 
@@ -107,9 +107,7 @@ def _transformers(*, prefill: bool) -> Rate:
 
 def llama_cpp_rate(kind: str, threads: int, *, prefill: bool, new_tokens: int = NEW_TOKENS) -> Rate:
     def run() -> float:
-        model = llama_cpp.LlamaCpp(
-            kind, threads
-        )  # loaded for each run: its idle threads would cost the others
+        model = llama_cpp.load(kind, threads)  # for each run: its idle threads would cost the others
         if prefill:
             return model.rates(_ids(PREFILL_TOKENS), 1)[0]
         return model.rates(_ids(PROMPT_TOKENS), new_tokens)[1]

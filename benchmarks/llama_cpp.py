@@ -1,5 +1,5 @@
-"""llama.cpp on SmolLM2's weights, where `xllamacpp` is installed (extra `bench`): what decode and prefill
-run beside.
+"""llama.cpp on SmolLM2's weights: what decode and prefill run beside. `llama-cpp-python`, which pip builds
+for the machine, where it is installed; else `xllamacpp`, which comes built for AVX2 (extra `bench`).
 
 Its files are written once into the cache folder from the checkpoint that petalite runs, in the type asked
 for.
@@ -10,15 +10,16 @@ from __future__ import annotations
 import importlib.util
 import tempfile
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from petalite.node.smollm2 import _gguf_file, cache_folder
 
 N_CONTEXT = 1024
 
 
-def available() -> bool:
-    return importlib.util.find_spec("xllamacpp") is not None
+def build() -> str | None:
+    """The package whose llama.cpp runs; None if there is none."""
+    return next((name for name in ("llama_cpp", "xllamacpp") if importlib.util.find_spec(name)), None)
 
 
 def gguf_file(kind: str) -> Path:
@@ -56,8 +57,51 @@ def _convert(source: Path, target: Path, kind: str) -> None:
     writer.close()
 
 
-class LlamaCpp:
+class LlamaCpp(Protocol):
     """One loaded file. Keep one at a time: its threads spin."""
+
+    def rates(self, prompt: list[int], new_tokens: int) -> tuple[float, float]:
+        """Tokens/s of prefill and of decode, by its own clock."""
+        ...
+
+
+def load(kind: str, threads: int) -> LlamaCpp:
+    return _Native(kind, threads) if build() == "llama_cpp" else _Wheel(kind, threads)
+
+
+class _Native:
+    """By `llama-cpp-python`."""
+
+    def __init__(self, kind: str, threads: int) -> None:
+        import llama_cpp
+
+        self._model = llama_cpp.Llama(
+            str(gguf_file(kind)),
+            n_ctx=N_CONTEXT,
+            n_batch=512,
+            n_ubatch=512,
+            n_threads=threads,
+            n_threads_batch=threads,
+            no_perf=False,
+            verbose=False,
+        )
+        self._model.eval([1, 2])  # warms up, as the other does by itself
+
+    def rates(self, prompt: list[int], new_tokens: int) -> tuple[float, float]:
+        import llama_cpp
+
+        context = self._model.ctx
+        self._model.reset()
+        llama_cpp.llama_perf_context_reset(context)
+        for tokens in (prompt, *([5],) * new_tokens):
+            self._model.eval(tokens)
+            llama_cpp.llama_synchronize(context)  # which is when its clock takes note
+        taken = llama_cpp.llama_perf_context(context)
+        return 1e3 * taken.n_p_eval / taken.t_p_eval_ms, 1e3 * taken.n_eval / max(taken.t_eval_ms, 1e-3)
+
+
+class _Wheel:
+    """By `xllamacpp`."""
 
     def __init__(self, kind: str, threads: int) -> None:
         import xllamacpp
@@ -70,7 +114,6 @@ class LlamaCpp:
         self._server = xllamacpp.Server(params)
 
     def rates(self, prompt: list[int], new_tokens: int) -> tuple[float, float]:
-        """Tokens/s of prefill and of decode, by its own clock."""
         answer: dict[str, Any] = self._server.handle_completions(
             {
                 "prompt": prompt,
