@@ -35,6 +35,13 @@ inline void prefetch(const uint8_t* at, bool once) {
 inline __m512i line(const uint8_t* at) { return _mm512_loadu_si512(at); }
 inline __m512i every(int32_t word) { return _mm512_set1_epi32(word); }
 
+// sum + four codes · the four digits of a word, in each lane. Compilers make two instructions and one more register of
+// it, and above eight tokens run out of registers.
+inline __m512i dot(__m512i sum, __m512i codes, const int32_t& digits) {
+    asm("vpdpbusd %2%{1to16%}, %1, %0" : "+v"(sum) : "v"(codes), "m"(digits));
+    return sum;
+}
+
 // Calls run<T, P>(panels…) for the panels [first, first + n_panels), P at a time.
 template <typename Run>
 void by_panels(int64_t first, int64_t n_panels, int64_t each, float* sums, int at_once, Run run) {
@@ -116,8 +123,8 @@ void int8_panels(const Linear& linear, const Int8Tile& tile, int64_t first, bool
             const __m512i codes = line(weight + p * stride);
             prefetch<Format::INT8, T>(weight + p * stride, once);
             for (int t = 0; t < T; ++t) {
-                high[p][t] = _mm512_dpbusd_epi32(high[p][t], codes, every(digits[t * 2]));
-                low[p][t] = _mm512_dpbusd_epi32(low[p][t], codes, every(digits[t * 2 + 1]));
+                high[p][t] = dot(high[p][t], codes, digits[t * 2]);
+                low[p][t] = dot(low[p][t], codes, digits[t * 2 + 1]);
             }
         }
     }
@@ -125,7 +132,7 @@ void int8_panels(const Linear& linear, const Int8Tile& tile, int64_t first, bool
     for (int64_t c = 0; c < tile.n_fine; ++c, weight += 64, digits += T)
         for (int p = 0; p < P; ++p)
             for (int t = 0; t < T; ++t)
-                low[p][t] = _mm512_dpbusd_epi32(low[p][t], line(weight + p * stride), every(digits[t]));
+                low[p][t] = dot(low[p][t], line(weight + p * stride), digits[t]);
     for (int p = 0; p < P; ++p) {
         const __m512 scale = _mm512_loadu_ps(linear.scale + (first + p) * kPanelRows);
         for (int t = 0; t < T; ++t, sums += kPanelRows) {
@@ -193,8 +200,8 @@ void nf4_panels(const Linear& linear, const void* tile, int64_t first, bool once
                     const __m512i values = _mm512_permutexvar_epi8(codes, table);
                     const int32_t* digits = block + (k + half) * T * 2;
                     for (int t = 0; t < T; ++t) {
-                        high[p][t] = _mm512_dpbusd_epi32(high[p][t], values, every(digits[t * 2]));
-                        low[p][t] = _mm512_dpbusd_epi32(low[p][t], values, every(digits[t * 2 + 1]));
+                        high[p][t] = dot(high[p][t], values, digits[t * 2]);
+                        low[p][t] = dot(low[p][t], values, digits[t * 2 + 1]);
                     }
                     codes = _mm512_srli_epi16(codes, 4);
                 }
@@ -348,6 +355,7 @@ void multiply(const Linear& linear, const void* tile, int n_tokens, int64_t firs
     constexpr decltype(&multiply_tokens<1>) kByTokens[] = {
         multiply_tokens<1>, multiply_tokens<2>, multiply_tokens<3>, multiply_tokens<4>,
         multiply_tokens<5>, multiply_tokens<6>, multiply_tokens<7>, multiply_tokens<8>,
+        multiply_tokens<9>, multiply_tokens<10>, multiply_tokens<11>, multiply_tokens<12>,
     };
     kByTokens[n_tokens - 1](linear, tile, first, n_panels, once, sums);
 }

@@ -5,7 +5,7 @@
 
 namespace petalite {
 
-constexpr int kMaxTile = 8;  // tokens of one product
+constexpr int kMaxTile = 12;  // tokens of one product
 
 // Activations of up to kMaxTile tokens, made ready for the products of one format: `prepare` writes them, `multiply`
 // reads them, both of the same table. `tile_bytes` is their size.
