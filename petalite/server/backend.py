@@ -315,7 +315,9 @@ class Backend:
         if self._lingering is not None:
             self._lingering.cancel()
             self._lingering = None
-        wait_s = self._gathering.wait_s(time.perf_counter()) if len(self._scheduler) else 0.0
+        wait_s = 0.0
+        if len(self._scheduler):
+            wait_s = self._gathering.wait_s(time.perf_counter(), self._scheduler.decoding)
         if wait_s > 0:
             self._lingering = asyncio.get_running_loop().call_later(wait_s, self._pump)
         return wait_s > 0
@@ -347,7 +349,7 @@ class Backend:
             work = part.request.work
             if isinstance(work, _Step) and not part.request.n_tokens:
                 if not work.answer.done():  # else whoever asked has gone, and its session has left
-                    self._gathering.answered(work.segments[0].row, now_s)
+                    self._gathering.answered(work.segments[0].row, now_s, part.request.group)
                 _finish(work)
             elif isinstance(work, _Turns) and work.ended:
                 self._scheduler.remove(part.request)

@@ -19,23 +19,24 @@ class Gathering:
     """Sessions are named by whatever the caller likes."""
 
     def __init__(self) -> None:
-        self._answered: dict[Hashable, float] = {}  # when, of those that have not come back
+        self._answered: dict[Hashable, tuple[float, Hashable]] = {}  # of those that have not come back
         self._usual_s: dict[Hashable, float] = {}  # from an answer to the next step
         self._pass_s = 0.0
         self._since_s: float | None = None  # when there was first something to do for an idle device
 
     def came(self, session: Hashable, now_s: float) -> None:
         """Its next step is here."""
-        answered_s = self._answered.pop(session, None)
-        if answered_s is not None:
-            away_s = now_s - answered_s
+        answered = self._answered.pop(session, None)
+        if answered is not None:
+            away_s = now_s - answered[0]
             if self._pass_s:  # a pause says no more than any other time that is too long to wait for
                 away_s = min(away_s, self._pass_s)
             usual_s = self._usual_s.get(session, away_s)
             self._usual_s[session] = usual_s + WEIGHT * (away_s - usual_s)
 
-    def answered(self, session: Hashable, now_s: float) -> None:
-        self._answered[session] = now_s
+    def answered(self, session: Hashable, now_s: float, group: Hashable = None) -> None:
+        """Its next step may share a pass with others of its `group`."""
+        self._answered[session] = now_s, group
 
     def left(self, session: Hashable) -> None:
         """It is over."""
@@ -50,14 +51,17 @@ class Gathering:
         """What a pass of decode steps alone took."""
         self._pass_s += (seconds - self._pass_s) / 4 if self._pass_s else seconds
 
-    def wait_s(self, now_s: float) -> float:
-        """How long the device, which is idle and has something to do, had better wait now."""
+    def wait_s(self, now_s: float, group: Hashable = None) -> float:
+        """How long the device, which is idle and has something to do, had better wait now: for sessions of
+        `group`, whose steps are to be computed next, or for all, where that is something long.
+        """
         if self._since_s is None:
             self._since_s = now_s
         most_s = SHARE * self._pass_s
         due_s = [
             answered_s + SLACK * usual_s
-            for session, answered_s in self._answered.items()
-            if (usual_s := self._usual_s.get(session, float("inf"))) <= most_s
+            for session, (answered_s, its_group) in self._answered.items()
+            if (group is None or its_group == group)
+            and (usual_s := self._usual_s.get(session, float("inf"))) <= most_s
         ]
         return max(0.0, min(max(due_s, default=0.0), self._since_s + most_s) - now_s)

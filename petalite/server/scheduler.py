@@ -81,6 +81,12 @@ class Scheduler(Generic[W]):
         return sum(request.n_tokens for request in self._waiting if request.kind is not Kind.TRAINING)
 
     @property
+    def decoding(self) -> Hashable | None:
+        """The group of the next pass, where decode steps lead it."""
+        lead = min(self._waiting, key=lambda request: request.due, default=None)
+        return lead.group if lead is not None and lead.kind is Kind.DECODE else None
+
+    @property
     def chunk_tokens(self) -> int:
         """Of prefill, in one pass."""
         if self._token_s == 0.0:

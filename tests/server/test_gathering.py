@@ -38,6 +38,15 @@ def test_who_has_left_is_not_waited_for() -> None:
     assert gathering.wait_s(10.0) == 0
 
 
+def test_who_cannot_share_the_pass_is_not_waited_for() -> None:
+    """Decode steps wait for those of their blocks and adapter; what takes long lets all go first."""
+    gathering = taught(0.1)
+    gathering.answered("a", 10.0, "these blocks")
+    assert gathering.wait_s(10.0, "other blocks") == 0
+    assert gathering.wait_s(10.0, "these blocks") > 0
+    assert gathering.wait_s(10.0, None) > 0
+
+
 def test_a_session_alone_never_waits() -> None:
     """Its own step is what is there to do."""
     gathering = taught(0.1)

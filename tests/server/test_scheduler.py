@@ -34,6 +34,18 @@ def test_decode_steps_of_one_span_share_a_pass() -> None:
     assert scheduler.next_batch() == []
 
 
+def test_what_the_next_pass_decodes() -> None:
+    scheduler: Scheduler[str] = Scheduler(SchedulerSettings(prefill_patience=1))
+    assert scheduler.decoding is None
+    scheduler.add(request("long", Kind.PREFILL, 64))
+    assert scheduler.decoding is None
+    scheduler.add(request("a", group=OTHER))
+    assert scheduler.decoding == OTHER
+    for expected in ({"a": 1}, {"long": 16}):
+        assert served(scheduler.next_batch()) == expected
+    assert scheduler.decoding is None
+
+
 def test_a_prefill_lets_decode_steps_pass_but_not_for_ever() -> None:
     """With a decode step always ready, a chunk comes every patience + 1 passes, and the steps ride in it."""
     scheduler: Scheduler[str] = Scheduler(SchedulerSettings(least_chunk_tokens=8, prefill_patience=3))
