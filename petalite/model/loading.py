@@ -157,7 +157,10 @@ class _Maker:
         self._quant = quant
         self._kind = block_kind(checkpoint)
         self._native = library() if kernel.make is NativeLinear else None
-        self._parts: Parts[Tensor | PackedWeight] = Parts(checkpoint, self._kind, self._room)
+        to_stay = quant == NONE and self._native is not None  # rows go where they are used
+        self._parts: Parts[Tensor | PackedWeight] = Parts(
+            checkpoint, self._kind, self._room, as_stored=to_stay
+        )
         self._kept: QuantizedBlocks | None = None  # where blocks are kept that were quantized before
         self._finished: QuantizedBlocks | None = None  # where there is nothing else
         if checkpoint.quantized is not None:
@@ -177,7 +180,7 @@ class _Maker:
 
     def block(self, index: int, stream: Stream) -> Block:
         """The block of the tensors that come next. Raises InvalidCheckpoint."""
-        kept = stream.owner()
+        kept = stream.peek().owner
         if not isinstance(kept, KeptBlock):
             return self._of_parts(index, stream)
         try:

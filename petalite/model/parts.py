@@ -8,6 +8,7 @@ are held is their room's business.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from itertools import takewhile
 from typing import Generic, Protocol, TypeVar
 
 import torch
@@ -67,17 +68,27 @@ class Parts(Generic[Made]):
     """The blocks of a checkpoint that is not quantized. `room(n_out, n_in)` is where a weight goes."""
 
     def __init__(
-        self, checkpoint: Checkpoint, kind: type[Block], room: Callable[[int, int], Rows[Made]]
+        self,
+        checkpoint: Checkpoint,
+        kind: type[Block],
+        room: Callable[[int, int], Rows[Made]],
+        *,
+        as_stored: bool = False,
     ) -> None:
+        """`as_stored`: read a block in the order of its files, which is fastest; all its linears then fill at
+        the same time, and not one by one.
+        """
         self._checkpoint = checkpoint
         self._kind = kind
         self._room = room
+        self._as_stored = as_stored
         self._rooms: dict[tuple[int, str], Rows[Made]] = {}  # of what will be read
+        self._linear_of = {
+            role: name for name, roles in kind.stacks(checkpoint.config).items() for role in roles
+        }
 
     def wanted(self, index: int) -> Iterator[Wanted]:
-        """A block's tensors, in the order in which `read` takes them; no other name may stand under its
-        prefix. Raises InvalidCheckpoint.
-        """
+        """A block's tensors, for `read`; no others may stand under its prefix. Raises InvalidCheckpoint."""
         checkpoint = self._checkpoint
         shapes = {
             self._stored_name(index, part): shape
@@ -93,49 +104,63 @@ class Parts(Generic[Made]):
                 f"{checkpoint.folder}: block {index} has a tensor {min(unknown)!r} unknown to config.json"
             )
         places = checkpoint.places(shapes)
-        for part in self._in_order(index):
-            yield Wanted(index, part, *places[self._stored_name(index, part)])
+        wanted = [Wanted(index, part, *places[self._stored_name(index, part)]) for part in self._in_order()]
+        if self._as_stored:
+            wanted.sort(key=lambda each: (str(each.path), each.info.start))
+        sizes = linear_shapes(self._kind, checkpoint.config)
+        for each in wanted:
+            name = self._linear_of.get(each.name.rpartition(".")[0])
+            if name is not None and (index, name) not in self._rooms:
+                self._rooms[index, name] = self._room(*sizes[name][:2])
+            yield each
 
-    def _in_order(self, index: int) -> Iterator[str]:
-        """Its parts; there is room for each linear before its first."""
+    def _in_order(self) -> Iterator[str]:
+        """A block's parts, those of a linear together."""
         config = self._checkpoint.config
         yield from vector_shapes(self._kind, config)
-        for name, (n_out, n_in, has_bias) in linear_shapes(self._kind, config).items():
-            self._rooms[index, name] = self._room(n_out, n_in)
+        for name, (_, _, has_bias) in linear_shapes(self._kind, config).items():
             roles = self._kind.stacks(config)[name]
-            yield from (f"{role}.weight" for role in roles)
             yield from (f"{role}.bias" for role in roles if has_bias)
+            yield from (f"{role}.weight" for role in roles)
 
     def read(
         self, index: int, stream: Stream
     ) -> tuple[dict[str, Tensor], Iterator[tuple[str, Made, Tensor | None]]]:
-        """A block's vectors; then, as they are asked for, name, weight and bias of each linear. Raises
-        InvalidCheckpoint.
+        """A block's vectors, all there after the last linear; as they are asked for, name, weight and bias of
+        each linear. Raises InvalidCheckpoint.
         """
-        parts = vector_shapes(self._kind, self._checkpoint.config)
-        return {part: self._vector(index, part, stream) for part in parts}, self._linears(index, stream)
+        vectors: dict[str, Tensor] = {}
+        return vectors, self._linears(index, stream, vectors)
 
-    def _linears(self, index: int, stream: Stream) -> Iterator[tuple[str, Made, Tensor | None]]:
-        config = self._checkpoint.config
-        for name, (_, _, has_bias) in linear_shapes(self._kind, config).items():
-            roles = self._kind.stacks(config)[name]
-            room, first = self._rooms.pop((index, name)), 0
-            for role in roles:
-                first += self._put(index, role, stream, room, first)
-            biases = [self._vector(index, f"{role}.bias", stream) for role in roles if has_bias]
-            weight = [room.weight]
-            del room  # whoever takes the weight lets it go
-            yield name, weight.pop(), torch.cat(biases) if biases else None
+    def _linears(
+        self, index: int, stream: Stream, vectors: dict[str, Tensor]
+    ) -> Iterator[tuple[str, Made, Tensor | None]]:
+        left = list(self._in_order())
+        while left:
+            part = stream.peek().name
+            left.remove(part)
+            role, _, what = part.rpartition(".")
+            name = self._linear_of.get(role)
+            if name is None or what == "bias":
+                vectors[part] = self._vector(index, part, stream)
+            else:
+                self._put(index, name, role, stream)
+            roles = () if name is None else self._kind.stacks(self._checkpoint.config)[name]
+            if name is not None and not any(each.rpartition(".")[0] in roles for each in left):
+                biases = [vectors.pop(f"{each}.bias") for each in roles if f"{each}.bias" in vectors]
+                yield name, self._rooms.pop((index, name)).weight, torch.cat(biases) if biases else None
 
-    def _put(self, index: int, role: str, stream: Stream, room: Rows[Made], first: int) -> int:
-        """A role's rows from row `first` of the weight on; how many they are."""
-        n_rows = self._kind.tensor_shapes(self._checkpoint.config)[f"{role}.weight"][0]
-        places = row_places(self._kind, self._checkpoint.config, index, role, n_rows) + first
+    def _put(self, index: int, name: str, role: str, stream: Stream) -> None:
+        """A role's rows to their place in the weight of its linear."""
+        config, room = self._checkpoint.config, self._rooms[index, name]
+        shapes, first = self._kind.tensor_shapes(config), 0
+        for before in takewhile(lambda each: each != role, self._kind.stacks(config)[name]):
+            first += shapes[f"{before}.weight"][0]
+        places = row_places(self._kind, config, index, role, shapes[f"{role}.weight"][0]) + first
         for piece in stream.rows(f"{role}.weight"):
             self._check(index, f"{role}.weight", piece.rows)
             there, here = places[piece.first : piece.end].sort()
             room.put(piece.rows, here, there)
-        return n_rows
 
     def _vector(self, index: int, part: str, stream: Stream) -> Tensor:
         tensor = stream.tensor(part)

@@ -107,8 +107,7 @@ class QuantizedBlocks:
     def write(self, index: int, block: QuantizedBlock) -> None:
         """Raises OSError."""
         tensors = block.tensors()
-        # Large alignments first, so that every tensor is aligned in memory.
-        names = sorted(tensors, key=lambda name: (-tensors[name].dtype.itemsize, name))
+        names = list(self._expected())  # a file is read fastest from its beginning to its end
         shapes = {name: (tensors[name].dtype, tuple(tensors[name].shape)) for name in names}
         metadata = {}
         if self._library is not None:

@@ -1,8 +1,8 @@
 """Tensors from files in pieces, read by a thread while what came before is computed with.
 
 Pieces go round a few small buffers, so a process holds some megabytes of what it reads, however large a
-block is. What will be wanted soon is announced to the kernel, which has the disk at work all the time and
-reads nothing else. Files are read, never mapped: one that is cut off is an error, not a signal that kills.
+block is. The kernel is told what will be wanted, so that the disk is at work all the time and nothing else is
+read. Files are read, never mapped: one that is cut off is an error, not a signal that kills.
 Knows files; knows no model.
 """
 
@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import os
 from collections import deque
-from collections.abc import Generator, Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from io import FileIO
 from pathlib import Path
@@ -22,10 +23,13 @@ from torch import Tensor
 from petalite.errors import InvalidCheckpoint
 from petalite.model.tensorfile import DTYPES, TensorInfo
 
-_PIECE_BYTES = 1 << 20
+_PIECE_BYTES = 2 << 20
+_PLACED_BYTES = 8 << 20  # of a piece that needs no buffer
 _ROWS = 128  # pieces are cut after a multiple of so many rows or, if these are too long, of _FEW_ROWS
 _FEW_ROWS = 16
-_ANNOUNCED_BYTES = 16 << 20  # that the disk is asked for beyond what is being read
+_READ_ON_BYTES = 16 << 20  # more than a kernel reads beyond what it is asked for
+_KNOWN_BYTES = 24 << 20  # how far ahead is looked
+_BEGINNING_BYTES = 2 << 20  # of what comes next that is asked for early
 _ANNOUNCEMENT_BYTES = 1 << 20  # of one call; kernels drop what is beyond their limit
 AHEAD = 3  # pieces that a thread reads before they are asked for
 
@@ -68,7 +72,7 @@ def pieces(wanted: Iterable[Wanted], n_buffers: int) -> Generator[Piece]:
     buffers = [torch.empty(0, dtype=torch.uint8)] * n_buffers
     with _Files() as files:
         failed: object = None
-        for count, (of, first, end) in enumerate(_announced(_cut(wanted), files)):
+        for count, (of, first, end) in enumerate(_in_time(_cut(wanted), files)):
             if of.owner is failed:
                 continue
             start, stop = _bytes(of, first, end)
@@ -107,9 +111,9 @@ class Stream:
             self._reader.shutdown(cancel_futures=True)
         self._pieces.close()
 
-    def owner(self) -> object:
-        """Whose tensor is next."""
-        return self._piece().of.owner
+    def peek(self) -> Wanted:
+        """The tensor that is next."""
+        return self._piece().of
 
     def rows(self, name: str) -> Iterator[Piece]:
         """All of the next tensor, which must be this one. Raises InvalidCheckpoint, and what `wanted` raises
@@ -158,12 +162,16 @@ class Stream:
         return self._next
 
 
-def _cut(wanted: Iterable[Wanted]) -> Iterator[tuple[Wanted, int, int]]:
-    """Each tensor's rows [first, end) of one piece after the other."""
+Cut = tuple[Wanted, int, int]  # rows [first, end) of a tensor
+
+
+def _cut(wanted: Iterable[Wanted]) -> Iterator[Cut]:
+    """What makes a piece, one after the other."""
     for of in wanted:
+        most = _PIECE_BYTES if of.into is None else _PLACED_BYTES
         row_bytes = max(1, of.info.nbytes // max(1, of.n_rows))
-        unit = _ROWS if row_bytes * _ROWS <= _PIECE_BYTES else _FEW_ROWS
-        step = max(1, _PIECE_BYTES // (row_bytes * unit)) * unit
+        unit = _ROWS if row_bytes * _ROWS <= most else _FEW_ROWS
+        step = max(1, most // (row_bytes * unit)) * unit
         for first in range(0, max(of.n_rows, 1), step):
             yield of, first, min(first + step, of.n_rows)
 
@@ -174,21 +182,45 @@ def _bytes(of: Wanted, first: int, end: int) -> tuple[int, int]:
     return of.info.start + first * row_bytes, of.info.start + end * row_bytes
 
 
-def _announced(cuts: Iterator[tuple[Wanted, int, int]], files: _Files) -> Iterator[tuple[Wanted, int, int]]:
-    """The same, each announced to the kernel early enough."""
-    known: deque[tuple[tuple[Wanted, int, int], int]] = deque()
+@dataclass(slots=True)
+class _Run:
+    """Bytes [start, end) of a file that are wanted one after the other, as far as is known."""
+
+    path: Path
+    start: int
+    end: int
+    announced: int  # up to here
+
+
+def _in_time(cuts: Iterator[Cut], files: _Files) -> Iterator[Cut]:
+    """The same; before each is read, the kernel was told what comes after it."""
+    known: deque[Cut] = deque()
+    runs: deque[_Run] = deque()
     n_bytes = 0
+
+    def next_cut() -> Cut:
+        cut = known.popleft()
+        start, stop = _bytes(*cut)
+        while runs[0].path != cut[0].path or not runs[0].start <= start <= stop <= runs[0].end:
+            runs.popleft()
+        files.tell(runs, stop)
+        return cut
+
     for cut in cuts:
         start, stop = _bytes(*cut)
-        files.announce(cut[0].path, start, stop)
-        known.append((cut, stop - start))
+        known.append(cut)
         n_bytes += stop - start
-        while n_bytes > _ANNOUNCED_BYTES:
-            early, size = known.popleft()
-            n_bytes -= size
+        if runs and runs[-1].path == cut[0].path and runs[-1].end == start:
+            runs[-1].end = stop
+        else:
+            runs.append(_Run(cut[0].path, start, stop, start))
+        while n_bytes > _KNOWN_BYTES:
+            early = next_cut()
+            start, stop = _bytes(*early)
+            n_bytes -= stop - start
             yield early
-    for early, _ in known:
-        yield early
+    while known:
+        yield next_cut()
 
 
 class _Files:
@@ -198,6 +230,7 @@ class _Files:
 
     def __init__(self) -> None:
         self._open: dict[Path, FileIO] = {}
+        self._reads_on: dict[Path, bool] = {}
 
     def __enter__(self) -> _Files:
         return self
@@ -206,17 +239,33 @@ class _Files:
         while self._open:
             self._open.popitem()[1].close()
 
-    def announce(self, path: Path, start: int, stop: int) -> None:
-        """Bytes [start, stop) will be read. No error: reading tells it."""
+    def tell(self, runs: Sequence[_Run], stop: int) -> None:
+        """Bytes up to `stop` of the first run will be read now, its others and the other runs' soon. Errors
+        are left to reading.
+
+        While a run goes on for long, or to the file's end, the kernel reads on by itself, in pages larger
+        than what it is asked for comes in. Else it would read what nobody wants.
+        """
         if not hasattr(os, "posix_fadvise"):
             return
-        try:
-            descriptor = self._file(path).fileno()
-            for at in range(start, stop, _ANNOUNCEMENT_BYTES):
-                length = min(stop - at, _ANNOUNCEMENT_BYTES)
-                os.posix_fadvise(descriptor, at, length, os.POSIX_FADV_WILLNEED)
-        except OSError:
-            pass
+        with suppress(OSError):
+            run, file = runs[0], self._file(runs[0].path)
+            reads_on = run.end - stop > _READ_ON_BYTES or run.end >= os.fstat(file.fileno()).st_size
+            if self._reads_on.get(run.path, True) != reads_on:
+                advice = os.POSIX_FADV_NORMAL if reads_on else os.POSIX_FADV_RANDOM
+                os.posix_fadvise(file.fileno(), 0, 0, advice)
+                self._reads_on[run.path] = reads_on
+            if not reads_on:
+                self._announce(run, run.end)
+            for other in list(runs)[1:]:
+                self._announce(other, other.start + _BEGINNING_BYTES)
+
+    def _announce(self, run: _Run, end: int) -> None:
+        descriptor, end = self._file(run.path).fileno(), min(end, run.end)
+        while run.announced < end:
+            length = min(end - run.announced, _ANNOUNCEMENT_BYTES)
+            os.posix_fadvise(descriptor, run.announced, length, os.POSIX_FADV_WILLNEED)
+            run.announced += length
 
     def read(self, path: Path, start: int, into: Tensor) -> None:
         """Raises InvalidCheckpoint."""
@@ -237,9 +286,9 @@ class _Files:
         file = self._open.pop(path, None)
         if file is None:
             file = path.open("rb", buffering=0)
-            if hasattr(os, "posix_fadvise"):  # nothing but what was announced
-                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_RANDOM)
             if len(self._open) == self._MOST:
-                self._open.pop(next(iter(self._open))).close()
+                oldest = next(iter(self._open))
+                self._open.pop(oldest).close()
+                self._reads_on.pop(oldest, None)
         self._open[path] = file
         return file

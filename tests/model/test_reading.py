@@ -4,9 +4,11 @@ file is asked for.
 
 from __future__ import annotations
 
+import itertools
 import os
 import threading
 from collections.abc import Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
@@ -16,7 +18,7 @@ from torch import Tensor
 
 from petalite.errors import InvalidCheckpoint
 from petalite.model.reading import AHEAD, Stream, Wanted
-from petalite.model.tensorfile import read_header
+from petalite.model.tensorfile import TensorInfo, read_header
 
 TENSORS: dict[str, Tensor] = {
     "long": torch.arange(5_000_000, dtype=torch.int32).view(-1, 500),
@@ -43,10 +45,10 @@ def wanted(path: Path, owner: object = "it", names: tuple[str, ...] = tuple(TENS
 def test_what_is_wanted_comes_in_order(path: Path, ahead: int) -> None:
     with Stream(wanted(path), ahead) as stream:
         for name in TENSORS:
-            assert stream.owner() == "it"
+            assert stream.peek().owner == "it"
             assert torch.equal(stream.tensor(name), TENSORS[name])
         with pytest.raises(AssertionError, match="no more"):
-            stream.owner()
+            stream.peek()
 
 
 @pytest.mark.parametrize("ahead", [0, AHEAD])
@@ -113,7 +115,7 @@ def test_a_file_that_ends_early_spoils_its_owner_alone(path: Path, tmp_path: Pat
             for name in names:
                 stream.tensor(name)
         stream.skip("first")
-        assert stream.owner() == "second"
+        assert stream.peek().owner == "second"
         assert torch.equal(stream.tensor("vector"), TENSORS["vector"])
         stream.skip("second")
         assert [torch.equal(stream.tensor(name), TENSORS[name]) for name in names] == [True] * 3
@@ -127,34 +129,64 @@ def test_a_file_that_is_not_there(tmp_path: Path, path: Path) -> None:
         stream.tensor("number")
 
 
-@pytest.mark.skipif(not hasattr(os, "posix_fadvise"), reason="the kernel takes no advice")
-def test_the_kernel_is_asked_for_these_bytes_and_no_others(
-    path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """In small steps, each before it is read, and told not to read on by itself."""
-    asked: list[tuple[int, int]] = []
-    random = []
+@dataclass
+class Advice:
+    """What the kernel is told: of which bytes, and whether to read on by itself."""
 
-    def advise(descriptor: int, start: int, length: int, advice: int) -> None:
-        if advice == os.POSIX_FADV_WILLNEED:
-            asked.append((start, start + length))
+    asked: list[tuple[int, int]] = field(default_factory=list)
+    reads_on: list[tuple[int, bool]] = field(default_factory=list)  # said when reading had come so far
+
+
+@pytest.fixture
+def advice(monkeypatch: pytest.MonkeyPatch) -> Advice:
+    if not hasattr(os, "posix_fadvise"):
+        pytest.skip("the kernel takes no advice")
+    found = Advice()
+
+    def advise(descriptor: int, start: int, length: int, what: int) -> None:
+        if what == os.POSIX_FADV_WILLNEED:
+            found.asked.append((start, start + length))
         else:
-            random.append(advice)
+            found.reads_on.append((os.lseek(descriptor, 0, os.SEEK_CUR), what == os.POSIX_FADV_NORMAL))
 
     monkeypatch.setattr(os, "posix_fadvise", advise)
-    names = ("vector", "long")
+    return found
+
+
+def test_of_what_is_wanted_in_parts_nothing_else_is_asked_for(path: Path, advice: Advice) -> None:
+    """The kernel does not read on by itself, and each part is announced, in small steps, before it is read."""
+    names = ("vector", "long", "number")  # not as they are stored
+    infos = [each.info for each in wanted(path, names=names)]
     with Stream(wanted(path, names=names)) as stream:
-        stream.owner()
-        infos = [each.info for each in wanted(path, names=names)]
-        assert max(end for _, end in asked) > infos[1].start + (8 << 20)
+        stream.peek()
+        assert max(end for _, end in advice.asked) > infos[1].start
         for name in names:
             stream.tensor(name)
-    assert random == [os.POSIX_FADV_RANDOM]
-    assert max(end - start for start, end in asked) <= 1 << 20
-    joined: list[tuple[int, int]] = []
-    for start, end in asked:
-        if joined and joined[-1][1] == start:
-            joined[-1] = joined[-1][0], end
-        else:
-            joined.append((start, end))
-    assert joined == [(info.start, info.end) for info in infos]
+    assert not any(on for _, on in advice.reads_on)
+    assert max(end - start for start, end in advice.asked) <= 1 << 20
+    for info in infos:
+        inside = [(start, end) for start, end in advice.asked if info.start <= start < info.end]
+        assert inside[0][0] == info.start and inside[-1][1] == info.end
+        assert all(before[1] == after[0] for before, after in itertools.pairwise(inside))
+    assert sum(end - start for start, end in advice.asked) == sum(info.nbytes for info in infos)
+
+
+@pytest.mark.parametrize("rest", [0, 1 << 20], ids=["to the end of the file", "not to the end"])
+def test_the_kernel_reads_on_along_what_is_wanted(tmp_path: Path, advice: Advice, rest: int) -> None:
+    """It is stopped in time before bytes that are not."""
+    half = 30 << 20
+    with (tmp_path / "big").open("wb") as file:
+        file.truncate(2 * half + rest)
+    halves = [
+        Wanted("it", name, tmp_path / "big", TensorInfo("U8", (half // 4096, 4096), at, at + half))
+        for name, at in (("first", 0), ("second", half))
+    ]
+    with Stream(halves) as stream:
+        assert not stream.tensor("first").any() and not stream.tensor("second").any()
+    if rest:
+        ((stopped, on),) = advice.reads_on
+        assert not on and 2 * half - (20 << 20) <= stopped <= 2 * half - (16 << 20)
+        assert max(end for _, end in advice.asked) == 2 * half
+        assert all(start >= stopped for start, _ in advice.asked)
+    else:
+        assert not advice.reads_on and not advice.asked

@@ -143,7 +143,6 @@ _FUNCTIONS: dict[str, tuple[object, list[object]]] = {
     "petalite_team_free": (None, [_POINTER]),
     "petalite_panel_bytes": (_I64, [_I32, _I64, _I64]),
     "petalite_huge_pages": (None, [_POINTER, _I64]),
-    "petalite_populate": (None, [_POINTER, _I64]),
     "petalite_pack_int8": (None, [_POINTER, _POINTER, _I64, _I64, _I64, _POINTER]),
     "petalite_unpack_int8": (None, [_POINTER, _I64, _I64, _I64, _POINTER, _POINTER]),
     "petalite_pack_nf4": (None, [_POINTER, _POINTER, _I64, _I64, _POINTER]),

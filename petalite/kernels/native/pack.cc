@@ -214,31 +214,12 @@ PETALITE_API void petalite_unpack_float(int32_t format, const void* panels, int6
         unpack(Format(format), static_cast<const uint16_t*>(panels), n_out, n_in, static_cast<uint16_t*>(weight));
 }
 
-#if defined(__linux__)
-namespace {
-
-void advise(void* memory, int64_t bytes, int advice) {
-    const uintptr_t begin = (uintptr_t(memory) + 4095) / 4096 * 4096, end = (uintptr_t(memory) + uintptr_t(bytes)) / 4096 * 4096;
-    if (end > begin) madvise(reinterpret_cast<void*>(begin), end - begin, advice);
-}
-
-}  // namespace
-#endif
-
 // Asks for pages of 2 MiB under memory that nothing was written to yet. Without them a product of cold weights waits for
 // address translation: a sixth of its time.
 PETALITE_API void petalite_huge_pages(void* memory, int64_t bytes) {
 #if defined(__linux__)
-    advise(memory, bytes, MADV_HUGEPAGE);
-#else
-    (void)memory, (void)bytes;
-#endif
-}
-
-// Has the system hand out the pages now, to this thread, and not to whoever writes first: that takes longer than packing.
-PETALITE_API void petalite_populate(void* memory, int64_t bytes) {
-#if defined(__linux__)
-    advise(memory, bytes, 23);  // MADV_POPULATE_WRITE, since Linux 5.14; an older one does nothing
+    const uintptr_t begin = (uintptr_t(memory) + 4095) / 4096 * 4096, end = (uintptr_t(memory) + uintptr_t(bytes)) / 4096 * 4096;
+    if (end > begin) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
 #else
     (void)memory, (void)bytes;
 #endif

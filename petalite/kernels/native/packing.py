@@ -218,9 +218,7 @@ def _panels(library: Library, format_: Format, n_out: int, n_in: int, n_fine: in
 
 def panel_memory(library: Library, shape: tuple[int, ...]) -> Tensor:
     """(panels, bytes of one) uint8, not yet filled."""
-    memory = _SLABS.take(library, math.prod(shape))
-    library.functions.petalite_populate(memory.data_ptr(), memory.nbytes)
-    return memory.view(shape)
+    return _SLABS.take(library, math.prod(shape)).view(shape)
 
 
 class _Slabs:
