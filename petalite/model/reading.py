@@ -203,7 +203,7 @@ def _in_time(cuts: Iterator[Cut], files: _Files) -> Iterator[Cut]:
         start, stop = _bytes(*cut)
         while runs[0].path != cut[0].path or not runs[0].start <= start <= stop <= runs[0].end:
             runs.popleft()
-        files.tell(runs, stop)
+        files.tell(runs, start, stop)
         return cut
 
     for cut in cuts:
@@ -239,8 +239,8 @@ class _Files:
         while self._open:
             self._open.popitem()[1].close()
 
-    def tell(self, runs: Sequence[_Run], stop: int) -> None:
-        """Bytes up to `stop` of the first run will be read now, its others and the other runs' soon. Errors
+    def tell(self, runs: Sequence[_Run], start: int, stop: int) -> None:
+        """Bytes [start, stop) of the first run will be read now, its others and the other runs' soon. Errors
         are left to reading.
 
         While a run goes on for long, or to the file's end, the kernel reads on by itself, in pages larger
@@ -256,6 +256,7 @@ class _Files:
                 os.posix_fadvise(file.fileno(), 0, 0, advice)
                 self._reads_on[run.path] = reads_on
             if not reads_on:
+                run.announced = max(run.announced, start)
                 self._announce(run, run.end)
             for other in list(runs)[1:]:
                 self._announce(other, other.start + _BEGINNING_BYTES)

@@ -21,7 +21,7 @@ from petalite.model.reading import AHEAD, Stream, Wanted
 from petalite.model.tensorfile import TensorInfo, read_header
 
 TENSORS: dict[str, Tensor] = {
-    "long": torch.arange(5_000_000, dtype=torch.int32).view(-1, 500),
+    "long": torch.arange(3_000_000, dtype=torch.int32).view(-1, 500),
     "wide": torch.arange(40 * 70_000, dtype=torch.int32).to(torch.int16).view(40, 70_000),
     "vector": torch.randn(1000).bfloat16(),
     "number": torch.tensor(3.5),
@@ -154,7 +154,7 @@ def advice(monkeypatch: pytest.MonkeyPatch) -> Advice:
 
 
 def test_of_what_is_wanted_in_parts_nothing_else_is_asked_for(path: Path, advice: Advice) -> None:
-    """The kernel does not read on by itself, and each part is announced, in small steps, before it is read."""
+    """The kernel does not read on by itself; each part is announced, in small steps, before it is read."""
     names = ("vector", "long", "number")  # not as they are stored
     infos = [each.info for each in wanted(path, names=names)]
     with Stream(wanted(path, names=names)) as stream:
