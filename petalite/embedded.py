@@ -16,8 +16,9 @@ from petalite.model.dtypes import AUTO, compute_dtype
 from petalite.model.span import load_span
 from petalite.net.identity import PeerId
 from petalite.server.adapters import Adapters, HeldAdapter
-from petalite.server.backend import Backend, Rows, checked_forks, wanted_outputs
+from petalite.server.backend import Backend, Rows
 from petalite.server.memory import available_bytes
+from petalite.server.steps import checked_forks, wanted_outputs
 from petalite.server.training import Trainer
 from petalite.server.training_memory import TrainingSettings as TrainerSettings
 from petalite.swarm.codecs import Codec, raw_codec

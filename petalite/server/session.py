@@ -32,10 +32,11 @@ from petalite.net.messages import Buffer, Message
 from petalite.net.rpc import Call
 from petalite.net.schema import encode
 from petalite.net.streams import Priority
-from petalite.server.backend import Backend, Rows, checked_forks, wanted_outputs
+from petalite.server.backend import Backend, Rows
 from petalite.server.doors import Doors
 from petalite.server.inbox import Inbox
 from petalite.server.local import Onward
+from petalite.server.steps import checked_forks, wanted_outputs
 from petalite.swarm.codecs import Codec, pack, raw_codec, session_codec, unpack
 from petalite.swarm.kept import KeptInputs
 from petalite.swarm.messages import (

@@ -7,7 +7,7 @@ import torch
 
 from petalite.errors import BadMessage, InvalidArgument, MissingBlocks, SessionGap
 from petalite.net.identity import PeerId
-from petalite.server.backend import checked_forks
+from petalite.server.steps import checked_forks
 from petalite.swarm.messages import Step
 from petalite.swarm.spans import Span
 from tests.client.fakes import CLIENT, FakeSwarm, peer, reference

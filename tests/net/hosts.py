@@ -42,3 +42,22 @@ async def eventually(condition: Callable[[], bool], timeout_s: float = 10.0) -> 
     async with asyncio.timeout(timeout_s):
         while not condition():  # noqa: ASYNC110
             await asyncio.sleep(0)
+
+
+class Watched:
+    """A handler that waits for ever and says how it ended."""
+
+    def __init__(self) -> None:
+        self.started = asyncio.Event()
+        self.ended: asyncio.Future[type[BaseException]] = asyncio.get_running_loop().create_future()
+
+    async def __call__(self, call: Call) -> None:
+        self.started.set()
+        try:
+            await self.wait(call)
+        except BaseException as error:
+            self.ended.set_result(type(error))
+            raise
+
+    async def wait(self, call: Call) -> None:
+        await asyncio.Event().wait()

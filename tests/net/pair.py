@@ -7,7 +7,7 @@ from collections import deque
 from petalite.net.connection import Connection
 from petalite.net.credit import Windows
 from petalite.net.states import Event
-from petalite.net.streams import Stream
+from petalite.net.streams import Priority, Stream
 
 
 class End:
@@ -78,3 +78,13 @@ def take(core: Connection, stream: Stream, size: int) -> bytes:
     taken = bytes(stream.take(size))
     core.settle(stream)
     return taken
+
+
+def open_pair(windows: Windows | None = None) -> tuple[Pair, Stream, Stream]:
+    """A pair with one stream, as both ends see it."""
+    pair = Pair(windows, windows)
+    ours = pair.ends[0].core.open_stream(Priority.NORMAL)
+    pair.drive()
+    (theirs,) = pair.ends[1].happened(Event.OPENED)
+    assert theirs is not None
+    return pair, ours, theirs

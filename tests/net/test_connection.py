@@ -1,4 +1,4 @@
-"""The connection core: two ends joined in memory, against a model of plain bytes; and every illegal frame."""
+"""The connection core: two ends joined in memory, against a model of plain bytes."""
 
 from __future__ import annotations
 
@@ -9,34 +9,18 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from petalite.errors import (
     ErrorCode,
-    Flood,
-    FlowControlViolation,
-    FrameTooLarge,
     LocalProtocolError,
-    RemoteProtocolError,
-    StreamLimitExceeded,
 )
 from petalite.net import frames
 from petalite.net.connection import Connection
 from petalite.net.credit import Window, Windows
-from petalite.net.frames import FIN, MAX_DATA_BYTES, U32, U64, FrameType
-from petalite.net.scheduling import MAX_PONGS
+from petalite.net.frames import MAX_DATA_BYTES, FrameType
 from petalite.net.states import RECEIVE_STEPS, SEND_STEPS, STATE_STEPS, Event, Receive, Send, State, Step
 from petalite.net.streams import Priority, Stream
 
-from .pair import End, Pair, read_all, take
+from .pair import Pair, open_pair, read_all, take
 
 SMALL = Windows(8192, 20_000, 4, 16_384, 40_000, 10_000)
-
-
-def open_pair(windows: Windows | None = None) -> tuple[Pair, Stream, Stream]:
-    """A pair with one stream, as both ends see it."""
-    pair = Pair(windows, windows)
-    ours = pair.ends[0].core.open_stream(Priority.NORMAL)
-    pair.drive()
-    (theirs,) = pair.ends[1].happened(Event.OPENED)
-    assert theirs is not None
-    return pair, ours, theirs
 
 
 # -- what it is for --------------------------------------------------------------------------------
@@ -292,190 +276,6 @@ def test_an_uninvited_pong_counts_for_nothing() -> None:
     first.core.rtt_s = 0.5
     first.take(frames.encode(FrameType.PONG, payload=bytes(8)))
     assert first.core.rtt_s == 0.5
-
-
-# -- what a peer may not do ------------------------------------------------------------------------
-
-
-def data(stream: int, length: int, fin: bool = False) -> bytes:
-    return frames.encode(FrameType.DATA, stream, bytes(length), flags=FIN if fin else 0)
-
-
-def block(stream: int, length: int) -> bytes:
-    return frames.encode(FrameType.BLOCK, stream, U32.pack(length))
-
-
-OPEN_1 = frames.encode(FrameType.OPEN, 1, aux=2)
-
-
-@pytest.mark.parametrize(
-    ("record", "error"),
-    [
-        pytest.param(b"", RemoteProtocolError, id="empty record"),
-        pytest.param(b"\0" * 11, RemoteProtocolError, id="half a header"),
-        pytest.param(
-            frames.encode(FrameType.PING, payload=bytes(8))[:-1], RemoteProtocolError, id="half a frame"
-        ),
-        pytest.param(bytes([0x20]) + bytes(11), RemoteProtocolError, id="unknown critical type"),
-        pytest.param(data(1, 1), RemoteProtocolError, id="DATA on a stream never opened"),
-        pytest.param(data(2, 1), RemoteProtocolError, id="DATA on a stream of ours never opened"),
-        pytest.param(OPEN_1 + OPEN_1, RemoteProtocolError, id="OPEN twice"),
-        pytest.param(frames.encode(FrameType.OPEN, 3, aux=2), RemoteProtocolError, id="OPEN out of order"),
-        pytest.param(frames.encode(FrameType.OPEN, 2, aux=2), RemoteProtocolError, id="OPEN of our parity"),
-        pytest.param(frames.encode(FrameType.OPEN, 1, aux=4), RemoteProtocolError, id="OPEN of no class"),
-        pytest.param(OPEN_1 + data(1, 1, fin=True) + data(1, 1), RemoteProtocolError, id="DATA after FIN"),
-        pytest.param(
-            OPEN_1 + data(1, 1, fin=True) + frames.encode(FrameType.RESET_STREAM, 1, U32.pack(7)),
-            RemoteProtocolError,
-            id="RESET after FIN",
-        ),
-        pytest.param(
-            OPEN_1 + frames.encode(FrameType.RESET_STREAM, 1, U32.pack(7)) * 2,
-            RemoteProtocolError,
-            id="RESET twice",
-        ),
-        pytest.param(
-            frames.encode(FrameType.RESET_STREAM, 1, U32.pack(7)),
-            RemoteProtocolError,
-            id="RESET never opened",
-        ),
-        pytest.param(
-            frames.encode(FrameType.STOP_SENDING, 2, U32.pack(7)), RemoteProtocolError, id="STOP never opened"
-        ),
-        pytest.param(
-            frames.encode(FrameType.MAX_STREAM_DATA, 4, U64.pack(7)),
-            RemoteProtocolError,
-            id="credit never opened",
-        ),
-        pytest.param(frames.encode(FrameType.PRIORITY, 2, aux=0), RemoteProtocolError, id="PRIORITY of ours"),
-        pytest.param(
-            frames.HEADER.pack(0, 0, 0, 1, MAX_DATA_BYTES + 1),
-            FrameTooLarge,
-            id="frame too long, before its stream",
-        ),
-        pytest.param(
-            OPEN_1 + data(1, 8192) + data(1, 1), FlowControlViolation, id="one byte past the credit"
-        ),
-        pytest.param(
-            b"".join(frames.encode(FrameType.OPEN, 2 * index + 1) for index in range(5)),
-            StreamLimitExceeded,
-            id="one stream too many",
-        ),
-        pytest.param(
-            frames.encode(FrameType.PING, payload=bytes(8)) * (MAX_PONGS + 1), Flood, id="ping flood"
-        ),
-        pytest.param(data(1, 1)[:-1], RemoteProtocolError, id="half a DATA"),
-        pytest.param(block(1, 1), RemoteProtocolError, id="BLOCK on a stream never opened"),
-        pytest.param(OPEN_1 + block(1, 0), FrameTooLarge, id="BLOCK of nothing"),
-        pytest.param(OPEN_1 + block(1, MAX_DATA_BYTES + 1), FrameTooLarge, id="BLOCK too long"),
-        pytest.param(OPEN_1 + block(1, 8193), FlowControlViolation, id="BLOCK past the credit"),
-        pytest.param(OPEN_1 + block(1, 5) + data(1, 1), RemoteProtocolError, id="a frame behind BLOCK"),
-    ],
-)
-def test_illegal_records(record: bytes, error: type[RemoteProtocolError]) -> None:
-    """Each ends in its own error, whole and in whatever it was split from; nothing is left half done."""
-    end = End(False, SMALL, SMALL)
-    with pytest.raises(error) as raised:
-        end.take(record)
-    assert type(raised.value) is error
-    end.core.close(error.code, "refused")
-    assert len(b"".join(bytes(record) for record in end.core.next_records(1 << 20))) < 1000
-
-
-@pytest.mark.parametrize("size", [4999, 5001])
-def test_a_record_that_is_not_what_its_block_announced(size: int) -> None:
-    end = End(False, SMALL, SMALL)
-    end.take(OPEN_1 + block(1, 5000))
-    with pytest.raises(RemoteProtocolError, match="BLOCK of 5000"):
-        end.take(bytes(size))
-
-
-def test_a_block_for_a_reader_that_left_is_dropped_and_one_across_two_targets_is_cut() -> None:
-    end = End(False, Windows(), Windows())
-    end.take(OPEN_1 + block(1, 5000))
-    stream = end.core.streams[1]
-    first, second = bytearray(3000), bytearray(1500)
-    end.core.expect(stream, memoryview(first))
-    end.take(bytes(range(250)) * 20)
-    assert end.core.expect(stream, memoryview(second))
-    assert bytes(first + second) + read_all(end, stream) == bytes(range(250)) * 20
-    end.take(block(1, 5000))
-    end.core.stop(stream, 7)
-    end.take(bytes(5000))
-    assert (stream.buffered, stream.consumed, stream.received) == (0, 10_000, 10_000)
-
-
-def test_the_connections_credit_holds_for_all_streams_together() -> None:
-    windows = Windows(8192, 10_000, 4, 8192, 10_000, 0)
-    end = End(False, windows, windows)
-    end.take(OPEN_1 + frames.encode(FrameType.OPEN, 3) + data(1, 8192) + data(3, 10_000 - 8192))
-    with pytest.raises(FlowControlViolation, match="all streams"):
-        end.take(data(3, 1))
-
-
-def test_credit_never_shrinks_and_repeats_are_harmless() -> None:
-    pair, ours, _ = open_pair(SMALL)
-    core = pair.ends[0].core
-    for limit in (2**64 - 1, 5, 0):
-        core.receive(memoryview(frames.encode(FrameType.MAX_STREAM_DATA, ours.id, U64.pack(limit))), 0.0)
-        core.receive(memoryview(frames.encode(FrameType.MAX_DATA, payload=U64.pack(limit))), 0.0)
-    assert ours.send_limit == core.send_limit == 2**64 - 1
-
-
-def test_a_peer_that_provokes_answers_and_reads_none_is_a_flood() -> None:
-    """rust-yamux CVE-2024-32984: an unbounded queue of control frames."""
-    windows = Windows(streams=65536)
-    end = End(False, windows, windows)
-    with pytest.raises(Flood):
-        for index in range(5000):
-            stream = 2 * index + 1
-            end.take(
-                frames.encode(FrameType.OPEN, stream)
-                + frames.encode(FrameType.STOP_SENDING, stream, U32.pack(7))
-            )
-
-
-def test_one_byte_frames_cost_no_more_than_their_bytes() -> None:
-    end = End(False, Windows(), Windows())
-    end.take(OPEN_1)
-    for _ in range(200):
-        end.take(data(1, 1) * 1000)
-    stream = end.core.streams[1]
-    assert stream.buffered == 200_000
-    assert len(stream.chunks) < 60
-
-
-def test_a_huge_first_frame_on_a_new_stream_is_refused_before_anything_is_kept() -> None:
-    """rust-yamux CVE-2026-32314: an oversized frame that opens a stream."""
-    end = End(False, SMALL, SMALL)
-    with pytest.raises(FlowControlViolation):
-        end.take(OPEN_1 + block(1, 8193))
-    assert end.core.streams[1].buffered == 0
-    assert end.core.block is None
-
-
-def test_frames_for_streams_that_are_over_are_ignored_where_they_may_cross() -> None:
-    pair, ours, theirs = open_pair()
-    pair.ends[0].core.write(ours, (), fin=True)
-    pair.ends[1].core.write(theirs, (), fin=True)
-    pair.drive()
-    assert not pair.ends[1].core.streams
-    for frame in (
-        frames.encode(FrameType.STOP_SENDING, 1, U32.pack(7)),
-        frames.encode(FrameType.MAX_STREAM_DATA, 1, U64.pack(7)),
-        frames.encode(FrameType.PRIORITY, 1),
-    ):
-        pair.ends[1].take(frame)
-    with pytest.raises(RemoteProtocolError):
-        pair.ends[1].take(data(1, 1))
-
-
-def test_ignorable_types_are_skipped() -> None:
-    end = End(False, SMALL, SMALL)
-    end.take(
-        frames.HEADER.pack(0x7F, 9, 9, 9, 5) + b"grease"[:5] + frames.encode(FrameType.PAD, payload=bytes(50))
-    )
-    assert not end.events
 
 
 # -- the tables ------------------------------------------------------------------------------------

@@ -15,8 +15,9 @@ from petalite.model.cache import Segment
 from petalite.model.checkpoint import Checkpoint
 from petalite.model.compute import ComputeThread
 from petalite.model.span import BlockSpan, load_span
-from petalite.server.backend import Backend, Rows, cut, wanted_outputs
+from petalite.server.backend import Backend, Rows
 from petalite.server.scheduler import SchedulerSettings
+from petalite.server.steps import cut, wanted_outputs
 from tests.helpers.checkpoints import tiny_llama
 
 TOLERANCE = {"rtol": 1e-4, "atol": 1e-4}  # a packed product may sum in another order
