@@ -226,7 +226,7 @@ def _in_time(cuts: Iterator[Cut], files: _Files) -> Iterator[Cut]:
 class _Files:
     """Open files, the last few."""
 
-    _MOST = 4
+    _MOST = 16
 
     def __init__(self) -> None:
         self._open: dict[Path, FileIO] = {}
@@ -262,9 +262,9 @@ class _Files:
                 self._announce(other, other.start + _BEGINNING_BYTES)
 
     def _announce(self, run: _Run, end: int) -> None:
-        descriptor, end = self._file(run.path).fileno(), min(end, run.end)
-        while run.announced < end:
-            length = min(end - run.announced, _ANNOUNCEMENT_BYTES)
+        while run.announced < min(end, run.end):
+            length = min(end, run.end, run.announced + _ANNOUNCEMENT_BYTES) - run.announced
+            descriptor = self._file(run.path).fileno()
             os.posix_fadvise(descriptor, run.announced, length, os.POSIX_FADV_WILLNEED)
             run.announced += length
 

@@ -1,0 +1,121 @@
+"""Weights into panels as their rows come, and panels in files: against what packing a whole weight gives."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from petalite.errors import InvalidArgument
+from petalite.kernels import native
+from petalite.kernels.native import stored
+from petalite.kernels.native.packing import FLOATS, DenseRows, pack, unpack
+from petalite.kernels.quantized import FORMATS
+
+found = native.library()
+if found is None:
+    pytest.skip("no native kernels are built, or torch's are forced", allow_module_level=True)
+LIBRARY: native.Library = found
+
+
+@settings(max_examples=60, deadline=None)
+@given(data=st.data())
+def test_rows_in_any_order_and_cut_anywhere_are_the_weight(data) -> None:
+    """Every row once, some at a time, from memory that begins anywhere, shuffled within each cut."""
+    dtype = data.draw(st.sampled_from(list(FLOATS)))
+    n_out, n_in = data.draw(st.integers(1, 90)), data.draw(st.integers(1, 150))
+    weight = torch.randn(n_out, n_in).to(dtype)
+    permutation = torch.randperm(n_out)
+    cuts = sorted(data.draw(st.sets(st.integers(1, n_out), max_size=4)) | {n_out})
+    offset = data.draw(st.integers(0, 8))
+    rows = DenseRows(LIBRARY, dtype, (n_out, n_in))
+    start = 0
+    for end in cuts:
+        there, here = permutation[start:end].sort()
+        memory = torch.empty((end - start) * n_in + offset, dtype=dtype)[offset:].view(end - start, n_in)
+        memory.copy_(weight[permutation[start:end]])
+        rows.put(memory, here, there)
+        start = end
+    assert torch.equal(unpack(LIBRARY, rows.weight), weight)
+    assert torch.equal(rows.weight.panels, pack(LIBRARY, weight).panels)
+
+
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+def test_rows_of_another_dtype_are_converted(dtype: torch.dtype) -> None:
+    weight, places = torch.randn(20, 30), torch.arange(20)
+    rows = DenseRows(LIBRARY, dtype, (20, 30))
+    rows.put(weight, places, places)
+    assert torch.equal(unpack(LIBRARY, rows.weight), weight.to(dtype))
+
+
+@pytest.mark.parametrize(
+    ("given_rows", "here", "there"),
+    [
+        (torch.ones(4, 31), [0], [0]),
+        (torch.ones(30), [0], [0]),
+        (torch.ones(4, 30), [4], [0]),
+        (torch.ones(4, 30), [0], [20]),
+        (torch.ones(4, 30), [-1], [0]),
+        (torch.ones(4, 30), [0, 1], [0]),
+        (torch.ones(4, 30, device="meta"), [0], [0]),
+    ],
+    ids=["wider", "one axis", "not there", "beyond the weight", "negative", "uneven", "elsewhere"],
+)
+def test_wrong_rows_are_refused(given_rows: Tensor, here: list[int], there: list[int]) -> None:
+    rows = DenseRows(LIBRARY, torch.float32, (20, 30))
+    with pytest.raises(InvalidArgument):
+        rows.put(given_rows, torch.tensor(here), torch.tensor(there))
+
+
+@pytest.mark.parametrize("form", FORMATS.values(), ids=lambda form: form.NAME)
+@pytest.mark.parametrize("shape", [(96, 64), (33, 200), (2, 2), (150, 16)], ids=str)
+def test_a_packed_weight_comes_back_from_its_tensors(form, shape: tuple[int, int]) -> None:
+    packed = pack(LIBRARY, form.quantize(torch.randn(shape)))
+    tensors = {name: part.clone() for name, part in packed.tensors().items()}
+    looks = {name: (part.dtype, tuple(part.shape)) for name, part in tensors.items()}
+    assert looks == stored.shapes(LIBRARY, form, *shape)
+    again = stored.packed_weight(form, *shape, tensors)
+    assert (again.format, again.shape, again.nbytes) == (packed.format, packed.shape, packed.nbytes)
+    assert torch.equal(unpack(LIBRARY, again).dense(), unpack(LIBRARY, packed).dense())
+    if again.steps is not None:
+        assert torch.equal(again.steps, packed.steps)
+
+
+@pytest.mark.parametrize("column", [-1, 64])
+@pytest.mark.parametrize("form", FORMATS.values(), ids=lambda form: form.NAME)
+def test_columns_that_a_weight_does_not_have_are_refused(form, column: int) -> None:
+    """A product would read beyond its inputs."""
+    tensors = pack(LIBRARY, form.quantize(torch.randn(16, 64))).tensors()
+    tensors["fine_columns"][0] = column
+    with pytest.raises(InvalidArgument, match="columns"):
+        stored.packed_weight(form, 16, 64, tensors)
+
+
+def test_a_layout_is_told_by_what_packing_gives() -> None:
+    """The same from every instruction set; another when a byte lies elsewhere."""
+    names = {form: stored.layout(LIBRARY, form) for form in FORMATS.values()}
+    assert len(set(names.values())) == len(names)
+    before = LIBRARY.instructions
+    for name, runs in LIBRARY.instruction_sets().items():
+        if runs:
+            LIBRARY.choose(name)
+            assert {form: stored.layout(LIBRARY, form) for form in names} == names
+    LIBRARY.choose(before)
+
+
+@settings(max_examples=100, deadline=None)
+@given(n_bytes=st.integers(1, 300), data=st.data())
+def test_a_checksum_tells_any_change_of_a_word(n_bytes: int, data) -> None:
+    """Also two words in each other's place, and the same bytes elsewhere."""
+    generator = torch.Generator().manual_seed(n_bytes)
+    tensor = torch.randint(0, 256, (n_bytes,), dtype=torch.uint8, generator=generator)
+    exact = stored.checksum(LIBRARY, tensor, 5)
+    assert exact == stored.checksum(LIBRARY, tensor.clone(), 5) != stored.checksum(LIBRARY, tensor, 6)
+    changed = tensor.clone()
+    changed[data.draw(st.integers(0, n_bytes - 1))] ^= data.draw(st.integers(1, 255))
+    assert stored.checksum(LIBRARY, changed, 5) != exact
+    if n_bytes >= 16 and not torch.equal(tensor[:8], tensor[8:16]):
+        swapped = torch.cat((tensor[8:16], tensor[:8], tensor[16:]))
+        assert stored.checksum(LIBRARY, swapped, 5) != exact
