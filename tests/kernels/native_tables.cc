@@ -89,6 +89,8 @@ int main() {
             }
         }
     }
+    for (int table = 0; table < scalar; ++table)
+        std::printf("%s %s\n", petalite_table_name(table), petalite_table_runs(table) ? "runs" : "does not run here");
     std::printf("%d products compared, %d differ\n", checked, wrong);
     return wrong || !checked;
 }

@@ -1,9 +1,10 @@
 """The native kernels: one shared library of plain C functions, built by setup.py where there is a compiler.
 
 `library()` loads it once and picks the best instruction set of this processor. `PETALITE_KERNELS` forces
-one (`avx512`, `avx2`, `neon`, `scalar`), insists on the library (`native`), goes without it (`torch`), or
-is the path of another build of it, as for sanitizers. ctypes releases the interpreter's lock around every
-call. Knows how the library is found; what its functions do is told beside them, and `linears` wraps them.
+one (`avx512`, `avx2`, `neon-i8mm`, `neon`, `scalar`), insists on the library (`native`), goes without it
+(`torch`), or is the path of another build of it, as for sanitizers. ctypes releases the interpreter's lock
+around every call. Knows how the library is found; what its functions do is told beside them, and `linears`
+wraps them.
 """
 
 from __future__ import annotations

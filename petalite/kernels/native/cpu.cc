@@ -6,6 +6,8 @@
 #if defined(__aarch64__) && defined(__linux__)
 #include <asm/hwcap.h>
 #include <sys/auxv.h>
+#elif defined(__aarch64__) && defined(__APPLE__)
+#include <sys/sysctl.h>
 #endif
 
 namespace petalite {
@@ -21,9 +23,15 @@ bool runs(const Kernels& kernels) {
                __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512vbmi") &&
                __builtin_cpu_supports("avx512bf16");
 #elif defined(__aarch64__) && defined(__linux__)
-    if (&kernels == &neon_kernels) return (getauxval(AT_HWCAP) & HWCAP_ASIMDDP) != 0;
-#elif defined(__aarch64__)
-    if (&kernels == &neon_kernels) return true;  // Apple's all have it
+    const bool dot = (getauxval(AT_HWCAP) & HWCAP_ASIMDDP) != 0;
+    if (&kernels == &neon_kernels) return dot;
+    if (&kernels == &i8mm_kernels) return dot && (getauxval(AT_HWCAP2) & (1UL << 13)) != 0;  // HWCAP2_I8MM
+#elif defined(__aarch64__) && defined(__APPLE__)
+    int i8mm = 0;
+    size_t size = sizeof i8mm;
+    if (&kernels == &neon_kernels) return true;  // all have it
+    if (&kernels == &i8mm_kernels)
+        return sysctlbyname("hw.optional.arm.FEAT_I8MM", &i8mm, &size, nullptr, 0) == 0 && i8mm != 0;
 #endif
     return &kernels == &scalar_kernels;
 }
@@ -33,6 +41,7 @@ const Kernels* const kTables[] = {  // best first
     &avx512_kernels,
     &avx2_kernels,
 #elif defined(__aarch64__)
+    &i8mm_kernels,
     &neon_kernels,
 #endif
     &scalar_kernels,

@@ -30,7 +30,7 @@ extern const Kernels scalar_kernels;
 #if defined(__x86_64__)
 extern const Kernels avx2_kernels, avx512_kernels;
 #elif defined(__aarch64__)
-extern const Kernels neon_kernels;
+extern const Kernels neon_kernels, i8mm_kernels;
 #endif
 
 }  // namespace petalite
