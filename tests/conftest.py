@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 from pathlib import Path
 
@@ -16,6 +17,11 @@ from petalite.node.smollm2 import smollm2_folder
 
 # Tests share the cores with the processes they start; two threads that spin for one core take far longer.
 torch.set_num_threads(1)
+
+# Triton's interpreter runs kernels where there is no GPU; it has to be asked for before anybody imports
+# triton.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 # A shell starts background jobs with Ctrl-C ignored, and children inherit that; tests of Ctrl-C would wait.
 signal.signal(signal.SIGINT, signal.default_int_handler)

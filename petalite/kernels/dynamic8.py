@@ -2,21 +2,27 @@
 
 A code is one of 256 levels from -0.993 to 1, dense towards zero by a factor of ten seven times over; a
 block has one float16 scale. Blocks never cross tokens, so what a token becomes does not depend on its
-neighbours. Without the native kernels, which give the same bytes (native/q8.cc), work goes through buffers
-that fit a core's cache, whatever the message's size: encoding is a product and a table look-up of 65,536
-entries, decoding a look-up of 256 and a product. Knows tensors only; the wire is `swarm.codecs`.
+neighbours. Native kernels (native/q8.cc) and those of a GPU (triton_q8.py) give the same bytes. Else work
+goes through buffers that fit a core's cache, whatever the message's size: encoding is a product and a table
+look-up of 65,536 entries, decoding a look-up of 256 and a product. Knows tensors only; the wire is
+`swarm.codecs`.
 """
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from functools import cache
+from importlib.util import find_spec
+from types import ModuleType
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
 from petalite.kernels.native import Library, library
+
+logger = logging.getLogger(__name__)
 
 BLOCK = 64
 _STEPS = 32767  # the encoder's resolution: 1/32767 of the scale
@@ -74,6 +80,16 @@ def encode(hidden: Tensor, codes: Tensor, scales: Tensor) -> None:
             *(codes.data_ptr(), codes.stride(0), scales.data_ptr(), scales.stride(0)),
         )
         return
+    gpu = _on_gpu(hidden.device)
+    if gpu is not None and all(tensor.stride(-1) == 1 for tensor in (hidden, codes, scales)):
+        gpu.encode(hidden, codes, scales, nearest)
+        return
+    _encode_in_torch(hidden, codes, scales)
+
+
+def _encode_in_torch(hidden: Tensor, codes: Tensor, scales: Tensor) -> None:
+    _, nearest = _tables(hidden.device)
+    n_rows, width = hidden.shape
     for place, scratch, steps in _chunks(n_rows, width, hidden.device):
         blocks = scratch.view(scratch.shape[0], -1, BLOCK)
         values = _whole_blocks(hidden[place])
@@ -111,6 +127,16 @@ def decode(codes: Tensor, scales: Tensor, out: Tensor) -> None:
             *(table.data_ptr(), out.data_ptr(), out.stride(0)),
         )
         return
+    gpu = _on_gpu(codes.device)
+    if gpu is not None and all(tensor.stride(-1) == 1 for tensor in (codes, scales, out)):
+        gpu.decode(codes, scales, out, table)
+        return
+    _decode_in_torch(codes, scales, out)
+
+
+def _decode_in_torch(codes: Tensor, scales: Tensor, out: Tensor) -> None:
+    table, _ = _tables(codes.device)
+    n_rows, width = codes.shape
     for place, scratch, steps in _chunks(n_rows, width, codes.device):
         steps[:, :width] = codes[place]
         steps[:, width:] = 0
@@ -124,6 +150,48 @@ def _native(*tensors: Tensor) -> Library | None:
     if any(tensor.device.type != "cpu" or tensor.stride(-1) != 1 for tensor in tensors):
         return None
     return library()
+
+
+@cache
+def _on_gpu(device: torch.device) -> ModuleType | None:
+    """Triton's kernels, if they give torch's bytes on this GPU; said in one line if they do not."""
+    if device.type != "cuda" or find_spec("triton") is None:
+        return None
+    try:
+        from petalite.kernels import triton_q8
+
+        wrong = _differs(triton_q8, device)
+    except Exception as error:  # whatever a compiler or a driver makes of it
+        wrong = (str(error).splitlines() or [type(error).__name__])[0]
+    if wrong is None:
+        return triton_q8
+    logger.warning("q8 runs in torch on %s, more slowly: Triton's kernels %s", device, wrong)
+    return None
+
+
+@torch.inference_mode()
+def _differs(kernels: ModuleType, device: torch.device) -> str | None:
+    """What other than torch's bytes `kernels` give of awkward tokens; None if nothing."""
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(6, 200, generator=generator)
+    for row, factor in enumerate((0.0, 1e-6, 1e6, torch.inf)):
+        hidden[row, 70:] *= factor  # of zeros comes NaN
+    hidden = hidden.to(device)
+    table, nearest = _tables(device)
+    made = []
+    for encode_ in (_encode_in_torch, lambda *to: kernels.encode(*to, nearest)):
+        codes = torch.empty(6, 200, dtype=torch.uint8, device=device)
+        scales = torch.empty(6, n_blocks(200), dtype=torch.float16, device=device)
+        encode_(hidden, codes, scales)
+        made.append((codes, scales, torch.empty_like(hidden)))
+    (codes, scales, expected), (others, other_scales, found) = made
+    _decode_in_torch(codes, scales, expected)
+    kernels.decode(codes, scales, found, table)
+    if not torch.equal(codes, others) or not torch.equal(
+        scales.view(torch.int16), other_scales.view(torch.int16)
+    ):
+        return "encode to other bytes"
+    return None if torch.equal(expected.nan_to_num(7.0), found.nan_to_num(7.0)) else "decode to other values"
 
 
 def _chunks(n_rows: int, width: int, device: torch.device) -> Iterator[tuple[slice, Tensor, Tensor]]:

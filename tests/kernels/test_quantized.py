@@ -19,7 +19,9 @@ from petalite.kernels.quantized import FORMATS, NF4_LEVELS, Int8Weight, Nf4Weigh
 CPU = torch.device("cpu")
 INT8 = [
     kernel
-    for kernel, row in zip((NativeLinear, FbgemmInt8, IntMmInt8, ExactInt8), KERNELS["int8"], strict=True)
+    for kernel, row in zip(
+        (NativeLinear, None, FbgemmInt8, IntMmInt8, ExactInt8), KERNELS["int8"], strict=True
+    )
     if row.works_on(CPU, torch.float32)
 ]
 needs_packed_nf4 = pytest.mark.skipif(not nf4.packed_kernel_runs(), reason="needs AVX512-BF16")

@@ -1,0 +1,167 @@
+"""What runs on a GPU: by Triton's interpreter where there is none, and on it where there is (`-m gpu`)."""
+
+from __future__ import annotations
+
+import logging
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import Tensor
+
+from petalite.kernels import dynamic8, linear
+from petalite.kernels.int8 import ExactInt8
+from petalite.kernels.quantized import FORMATS, Int8Weight, Nf4Weight
+
+pytest.importorskip("triton")
+from petalite.kernels import triton_q8
+from petalite.kernels.triton_int8 import TritonInt8
+from petalite.kernels.triton_nf4 import TritonNf4
+
+HERE = "cpu" if not torch.cuda.is_available() else "cuda"
+SHAPES = [(96, 64), (33, 200), (17, 5), (48, 643)]
+
+
+@pytest.fixture(params=["interpreted", pytest.param("gpu", marks=pytest.mark.gpu)])
+def device(request: pytest.FixtureRequest) -> torch.device:
+    if (request.param == "gpu") != torch.cuda.is_available():
+        pytest.skip("this needs a GPU" if request.param == "gpu" else "kernels are compiled here")
+    return torch.device(HERE)
+
+
+def weights(shape: tuple[int, int]) -> Tensor:
+    generator = torch.Generator().manual_seed(1)
+    weight = torch.randn(shape, generator=generator) * torch.rand(shape[1], generator=generator)
+    weight[shape[0] // 2] = 0
+    return weight
+
+
+def awkward(n_rows: int, n_columns: int) -> Tensor:
+    """Inputs with an outlier column, a row of zeros, a tiny row and a huge one."""
+    x = torch.randn(n_rows, n_columns, generator=torch.Generator().manual_seed(0))
+    x[:, 3] *= 60
+    for row, factor in enumerate((1.0, 0.0, 1e-20, 1e6)[:n_rows]):
+        x[row] *= factor
+    return x
+
+
+def on(device: torch.device, weight: Int8Weight | Nf4Weight) -> Int8Weight | Nf4Weight:
+    return type(weight)(**{name: tensor.to(device) for name, tensor in weight.tensors().items()})
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("n_tokens", [1, 5, 34])
+def test_int8_has_the_bits_of_the_cpu(device: torch.device, shape: tuple[int, int], n_tokens: int) -> None:
+    """Against float64's exact sums on the CPU; also of bfloat16, of fewer inputs than columns, and a bias."""
+    made, bias = Int8Weight.quantize(weights(shape)), torch.randn(shape[0])
+    for given, dtype in (
+        (shape[1], torch.float32),
+        (shape[1] - 1, torch.float16),
+        (shape[1], torch.bfloat16),
+    ):
+        x = awkward(n_tokens, shape[1])[:, :given].clamp(-6e4, 6e4).to(dtype)
+        for some in (None, bias):
+            found = TritonInt8(on(device, made), None if some is None else some.to(device))(x.to(device))
+            expected = ExactInt8(made, some)(x)
+            assert found.dtype == dtype
+            if dtype == torch.bfloat16 and device.type == "cpu":  # which the interpreter cuts off, not rounds
+                torch.testing.assert_close(found, expected, rtol=2**-7, atol=0)
+            else:
+                assert torch.equal(found.cpu(), expected)
+
+
+def test_int8_alone_and_batched(device: torch.device) -> None:
+    made = TritonInt8(on(device, Int8Weight.quantize(weights((48, 200)))), None)
+    x = awkward(40, 200).to(device)
+    together = made(x)
+    assert torch.equal(together[4:7], torch.cat([made(row) for row in x[4:7].split(1)]))
+    assert torch.equal(together[30:], made(x[30:]))
+    assert made(x[:0]).shape == (0, 48)
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize(
+    ("dtype", "bound"), [(torch.float32, 1e-6), (torch.bfloat16, 5e-3), (torch.float16, 1e-3)], ids=str
+)
+def test_nf4_is_near_its_meaning(
+    device: torch.device, shape: tuple[int, int], dtype: torch.dtype, bound: float
+) -> None:
+    """For few tokens and for so many that weights are unpacked; of 16 bits, what the result is rounded to."""
+    made, bias = Nf4Weight.quantize(weights(shape)), torch.randn(shape[0]).to(dtype)
+    dense = made.dense()[:, : shape[1]].double()
+    kernel = TritonNf4(on(device, made), bias.to(device))
+    for n_tokens in (1, 18, 130):
+        x = torch.randn(n_tokens, shape[1]).to(dtype)
+        expected = x.double() @ dense.t() + bias.double()
+        found = kernel(x.to(device)).cpu()
+        assert found.dtype == dtype
+        assert float((found.double() - expected).norm() / expected.norm()) < bound
+
+
+@pytest.mark.parametrize("kind", [TritonInt8, TritonNf4])
+def test_weights_come_back_out_and_gradients_pass(device: torch.device, kind: type) -> None:
+    made = {TritonInt8: Int8Weight, TritonNf4: Nf4Weight}[kind].quantize(weights((33, 200)))
+    kernel = kind(on(device, made), None)
+    assert torch.equal(kernel.dense().cpu(), made.dense()) and kernel.nbytes == made.nbytes
+    x = torch.randn(3, 200, device=device, requires_grad=True)
+    kernel(x).sum().backward()
+    assert x.grad is not None
+    torch.testing.assert_close(x.grad.cpu(), made.dense()[:, :200].sum(0).expand(3, 200))
+
+
+@pytest.mark.parametrize("width", [1, 64, 100, 1100])
+@pytest.mark.parametrize("factor", [1.0, 1e-6, 1e6])
+def test_q8_has_the_bytes_of_torch(device: torch.device, width: int, factor: float) -> None:
+    """Zeros, NaN, Inf, values beyond float16 and scales below its normal ones."""
+    for dtype in (torch.float32, torch.bfloat16):
+        hidden = torch.randn(5, width) * factor
+        hidden[1], hidden[2, width // 2], hidden[3, -1] = 0.0, torch.nan, -torch.inf
+        hidden, n = hidden.to(dtype), dynamic8.n_blocks(width)
+        codes, scales = torch.empty(5, width, dtype=torch.uint8), torch.empty(5, n, dtype=torch.float16)
+        dynamic8._encode_in_torch(hidden, codes, scales)
+        table, nearest = dynamic8._tables(device)
+        others, other_scales = torch.empty_like(codes, device=device), torch.empty_like(scales, device=device)
+        triton_q8.encode(hidden.to(device), others, other_scales, nearest)
+        assert torch.equal(others.cpu(), codes)
+        assert torch.equal(other_scales.cpu().view(torch.int16), scales.view(torch.int16))
+        expected, found = torch.empty(5, width), torch.empty(5, width, device=device)
+        dynamic8._decode_in_torch(codes, scales, expected)
+        triton_q8.decode(others, other_scales, found, table)
+        assert torch.equal(found.cpu().nan_to_num(7.0), expected.nan_to_num(7.0))
+
+
+# -- where they are chosen -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("quant", FORMATS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_the_table_takes_them_after_its_self_check(
+    device: torch.device, quant: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ahead of all that a GPU has besides. Without one the rows for CPUs are left out."""
+    row = next(row for row in linear.KERNELS[quant] if row.name == "triton")
+    assert row.works_on(torch.device("cuda"), dtype) and not row.works_on(torch.device("cpu"), dtype)
+    chosen = next(each for each in linear.KERNELS[quant] if each.works_on(torch.device("cuda"), dtype))
+    assert chosen is row and linear._self_check(row, device, dtype, quant) is None
+    if device.type == "cuda":
+        assert linear.pick(device, dtype, quant) is row
+
+
+def test_q8_is_checked_before_it_is_used(
+    device: torch.device, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert dynamic8._differs(triton_q8, device) is None
+    wrong = SimpleNamespace(encode=triton_q8.encode, decode=lambda codes, scales, out, table: out.fill_(1.0))
+    assert dynamic8._differs(wrong, device) == "decode to other values"
+    lazy = SimpleNamespace(encode=lambda hidden, codes, scales, nearest: codes.zero_(), decode=wrong.decode)
+    assert dynamic8._differs(lazy, device) == "encode to other bytes"
+    assert dynamic8._on_gpu(torch.device("cpu")) is None
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_gpu_that_fails_leaves_q8_to_torch(caplog: pytest.LogCaptureFixture) -> None:
+    dynamic8._on_gpu.cache_clear()
+    with caplog.at_level(logging.WARNING, logger="petalite.kernels.dynamic8"):
+        assert dynamic8._on_gpu(torch.device("cuda")) is None
+    assert "q8 runs in torch on cuda" in caplog.text
+    dynamic8._on_gpu.cache_clear()
