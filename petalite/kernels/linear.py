@@ -115,7 +115,12 @@ def _native_works_on(device: torch.device, dtype: torch.dtype) -> bool:
 
 
 def _triton_works_on(device: torch.device, dtype: torch.dtype) -> bool:
-    return device.type == "cuda" and find_spec("triton") is not None
+    if device.type != "cuda" or find_spec("triton") is None:
+        return False
+    return torch.cuda.get_device_capability(device) >= (
+        8,
+        0,
+    )  # Triton has no products of bytes for older ones
 
 
 def _triton_int8(weight: Int8Weight, bias: Tensor | None) -> Linear:

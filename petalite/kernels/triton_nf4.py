@@ -110,6 +110,7 @@ class TritonNf4(FrozenLinear):
                 PRECISION="ieee" if x.dtype == torch.float32 else "tf32",  # which 16-bit inputs fit into
                 TOKENS=tokens,
                 OUT=out,
+                enable_fp_fusion=True,
             )
         return y
 

@@ -84,7 +84,9 @@ def encode(hidden: Tensor, codes: Tensor, scales: Tensor, nearest: Tensor) -> No
     strides = (hidden.stride(0), codes.stride(0), scales.stride(0))
     grid = (n_tokens, triton.cdiv(n_blocks, _BLOCKS))
     with torch.cuda.device_of(codes):
-        _encode[grid](hidden, codes, scales, nearest, width, n_blocks, *strides, BLOCKS=_BLOCKS)
+        _encode[grid](
+            hidden, codes, scales, nearest, width, n_blocks, *strides, BLOCKS=_BLOCKS, enable_fp_fusion=False
+        )
 
 
 def decode(codes: Tensor, scales: Tensor, out: Tensor, table: Tensor) -> None:
@@ -93,4 +95,6 @@ def decode(codes: Tensor, scales: Tensor, out: Tensor, table: Tensor) -> None:
     strides = (codes.stride(0), scales.stride(0), out.stride(0))
     grid = (n_tokens, triton.cdiv(n_blocks, _BLOCKS))
     with torch.cuda.device_of(codes):
-        _decode[grid](codes, scales, table, out, width, n_blocks, *strides, BLOCKS=_BLOCKS)
+        _decode[grid](
+            codes, scales, table, out, width, n_blocks, *strides, BLOCKS=_BLOCKS, enable_fp_fusion=False
+        )

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import logging
+import os
+import subprocess
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -130,6 +133,21 @@ def test_q8_has_the_bytes_of_torch(device: torch.device, width: int, factor: flo
         assert torch.equal(found.cpu().nan_to_num(7.0), expected.nan_to_num(7.0))
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("capability", [80, 90])
+def test_compiled_for_a_gpu_that_is_not_here(capability: int) -> None:
+    """To machine code, with products on tensor cores, and without divisions that only come near."""
+    command = [sys.executable, "-m", "tests.kernels.compile_triton", str(capability)]
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=True)
+    made = {tuple(line[:2]): line[2:] for line in map(str.split, run.stdout.splitlines())}
+    assert len(made) == 7
+    for (kernel, what), found in made.items():
+        multiplies = kernel.endswith("_product") and what != "ieee"
+        assert ("mma" in found) == multiplies
+        assert "cubin" in found and "div.full" not in found
+
+
 # -- where they are chosen -------------------------------------------------------------------------------
 
 
@@ -140,6 +158,10 @@ def test_the_table_takes_them_after_its_self_check(
 ) -> None:
     """Ahead of all that a GPU has besides. Without one the rows for CPUs are left out."""
     row = next(row for row in linear.KERNELS[quant] if row.name == "triton")
+    if device.type == "cpu":
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+        assert not row.works_on(torch.device("cuda"), dtype)
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
     assert row.works_on(torch.device("cuda"), dtype) and not row.works_on(torch.device("cpu"), dtype)
     chosen = next(each for each in linear.KERNELS[quant] if each.works_on(torch.device("cuda"), dtype))
     assert chosen is row and linear._self_check(row, device, dtype, quant) is None
@@ -151,7 +173,7 @@ def test_q8_is_checked_before_it_is_used(
     device: torch.device, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert dynamic8._differs(triton_q8, device) is None
-    wrong = SimpleNamespace(encode=triton_q8.encode, decode=lambda codes, scales, out, table: out.fill_(1.0))
+    wrong = SimpleNamespace(encode=triton_q8.encode, decode=lambda codes, scales, out, _: out.fill_(1.0))
     assert dynamic8._differs(wrong, device) == "decode to other values"
     lazy = SimpleNamespace(encode=lambda hidden, codes, scales, nearest: codes.zero_(), decode=wrong.decode)
     assert dynamic8._differs(lazy, device) == "encode to other bytes"
