@@ -61,7 +61,8 @@ from petalite.swarm.messages import (
     write,
 )
 
-# What waits to be computed here. A client that sends more ahead is at fault; a predecessor is held back.
+# What waits to be computed here. A client that sends more steps ahead is at fault; one whose steps are large
+# is held back, as a predecessor is.
 INBOX_STEPS = 32
 INBOX_BYTES = 64 << 20
 REPLAY_TOKENS = 512  # in one step of a replay
@@ -130,21 +131,22 @@ class Session:
             match command:
                 case Step():
                     self._renew(command.epoch)
-                    self._check_room()
+                    self._check_count()
+                    await self._inbox.room()
                     self._accept(command, message)
                 case Expect():
                     self._renew(command.epoch)
                     self._doors.expect(command.token, self)
                 case Relink():
                     self._renew(command.epoch)
-                    self._check_room()
+                    self._check_count()
                     self._let_go_of_successor()
                     self._inbox.put(command)
                 case Probe():
                     await self._send(self.call, write(Progress(self._received, self._sent)))
 
-    def _check_room(self) -> None:
-        if self._inbox.is_full:
+    def _check_count(self) -> None:
+        if len(self._inbox) >= INBOX_STEPS:
             raise ResourceLimit(f"{len(self._inbox)} steps wait here; send no more before some are answered")
 
     async def follow(self, call: Call) -> None:

@@ -34,9 +34,9 @@ from petalite.net.rpc import Call
 from petalite.server import session
 from petalite.server.sessions import SessionSettings
 from petalite.swarm.codecs import session_codec
-from petalite.swarm.messages import OpenSession, Step, write
+from petalite.swarm.messages import OpenSession, Step, StepDone, write
 from tests.helpers.waiting import until
-from tests.server.serving import CACHE_TOKENS, F32, OPEN, Serving, hidden, step
+from tests.server.serving import CACHE_TOKENS, F32, OPEN, Serving, heard, hidden, step
 
 
 @pytest.mark.parametrize("large_bytes", [session.LARGE_BYTES, 0])
@@ -258,6 +258,21 @@ async def test_a_client_that_sends_ahead_without_end_is_cut(serving: Serving) ->
     bystander.end()
     call.end()
     await serving.until_free()
+
+
+@pytest.mark.parametrize("serving", [SessionSettings(waiting_bytes=1)], indirect=True)
+async def test_a_client_whose_steps_are_large_is_held_back_and_not_cut(serving: Serving) -> None:
+    """Sixteen at once, where one may wait beside the one that is computed: all are answered, in order."""
+    call = await serving.open(await serving.client())
+    states = hidden(serving.span, 16)
+    for position in range(16):
+        data = F32.encode(states[position : position + 1])
+        await call.send(write(Step(((0, position, 1),), "f32", 4, number=position)), [data])
+    done = [(await heard(call))[0] for _ in range(16)]
+    assert [one.number for one in done if isinstance(one, StepDone)] == list(range(16))
+    call.end()
+    await serving.until_free()
+    assert serving.service._waiting.nbytes == 0
 
 
 @pytest.mark.parametrize("serving", [SessionSettings(idle_s=0.3)], indirect=True)
