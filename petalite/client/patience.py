@@ -11,6 +11,9 @@ from dataclasses import dataclass
 from petalite.swarm.messages import DECODE_TOKENS
 
 LEARN_STEPS = 4  # before that many, the settings' own bound holds
+# A chain that was mended is not known, but much is the same: until its own steps are, it gets so many times
+# what the one before would have had.
+DOUBT = 4.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,6 +28,7 @@ class PatienceSettings:
 
 @dataclass(slots=True)
 class _Learnt:
+    before_s: float | None = None  # usual over the chain before this one
     count: int = 0
     mean_s: float = 0.0
     deviation_s: float = 0.0
@@ -38,9 +42,13 @@ class _Learnt:
         self.count += 1
 
     @property
-    def usual_s(self) -> float:
-        """The mean and four deviations."""
-        return self.mean_s + 4 * self.deviation_s
+    def is_enough(self) -> bool:
+        return self.count >= LEARN_STEPS
+
+    @property
+    def usual_s(self) -> float | None:
+        """The mean and four deviations; those of the chain before, until enough is known of this one."""
+        return self.mean_s + 4 * self.deviation_s if self.is_enough else self.before_s
 
 
 class Patience:
@@ -59,7 +67,7 @@ class Patience:
 
     def forget(self) -> None:
         """The chain has changed."""
-        self._step, self._token = _Learnt(), _Learnt()
+        self._step, self._token = _Learnt(self._step.usual_s), _Learnt(self._token.usual_s)
 
     def timeout_s(self, n_tokens: int) -> float:
         """For the answer to a step of so many tokens."""
@@ -67,6 +75,7 @@ class Patience:
         # A few tokens, guessed ahead or of several rows, take longer than their share of a prefill, and never
         # longer than as many steps.
         learnt, times = self._step if n_tokens <= DECODE_TOKENS else self._token, n_tokens
-        if learnt.count < LEARN_STEPS:
+        if learnt.usual_s is None:
             return longest_s
-        return min(max(self.settings.factor * learnt.usual_s * times, self.settings.least_s), longest_s)
+        learnt_s = max(self.settings.factor * learnt.usual_s * times, self.settings.least_s)
+        return min(learnt_s if learnt.is_enough else DOUBT * learnt_s, longest_s)

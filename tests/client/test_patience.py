@@ -22,8 +22,21 @@ def test_steady_steps_are_waited_for_a_few_times_as_long() -> None:
     for _ in range(100):
         patience.observe(200, 20.0)
     assert 80 <= patience.timeout_s(200) < 90
+
+
+def test_a_mended_chain_is_judged_by_the_one_before_and_more_mildly() -> None:
+    patience = Patience(PatienceSettings(least_s=0.1, factor=4))
     patience.forget()
-    assert patience.timeout_s(1) == 30.25
+    assert patience.timeout_s(1) == 30.25, "there was none before"
+    for _ in range(100):
+        patience.observe(1, 0.5)
+    for _ in range(2):  # mended twice, without a step between
+        patience.forget()
+        assert 8.0 <= patience.timeout_s(1) < 8.8
+        assert patience.timeout_s(100) == 55, "nothing is known of prefills"
+    for _ in range(LEARN_STEPS):
+        patience.observe(1, 1.0)
+    assert 4.0 <= patience.timeout_s(1) < 12.0
 
 
 def test_a_few_tokens_get_the_time_of_as_many_steps() -> None:
