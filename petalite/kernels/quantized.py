@@ -81,7 +81,7 @@ class Int8Weight(_Stored):
     def quantize(cls, weight: Tensor) -> Int8Weight:
         """From a dense weight (N, K) of finite numbers."""
         n_rows, n_columns = weight.shape
-        columns = _outlier_columns(weight, _n_fine(n_columns))
+        columns = _outlier_columns(*_columns_of(weight), _n_fine(n_columns))
         codes = torch.empty_like(weight, dtype=torch.int8)
         fine_codes = codes.new_empty(n_rows, len(columns))
         scales = torch.empty(n_rows, dtype=torch.float32, device=weight.device)
@@ -138,8 +138,9 @@ class Nf4Weight(_Stored):
         """From a dense weight (N, K) of finite numbers."""
         n_rows, n_columns = weight.shape
         shapes = cls.shapes(n_rows, n_columns)
-        columns = _outlier_columns(weight, shapes["fine_columns"][1][0])
-        importance = _importance(weight)
+        energy, largest = _columns_of(weight)
+        columns = _outlier_columns(energy, largest, shapes["fine_columns"][1][0])
+        importance = _importance(energy)
         # What is missed of fine columns is coded again, so it does not count in their first codes' blocks.
         counts = _whole_counts(importance.index_fill(0, columns, 0.0))
         fine_counts = _whole_counts(importance[columns])
@@ -249,11 +250,8 @@ def _n_nf4_fine(n_columns: int) -> int:
     return min((n_columns // 16 + 2 * NF4_BLOCK - 1) // NF4_BLOCK * NF4_BLOCK, n_columns // 4)
 
 
-def _importance(weight: Tensor) -> Tensor:
-    """(K,) float64: what an error in a column counts, one over its mean square; 0 for a column of zeros."""
-    energy = torch.zeros(weight.shape[1], dtype=torch.float64, device=weight.device)
-    for _, rows in _float_rows(weight):
-        energy += rows.square().sum(0, dtype=torch.float64)
+def _importance(energy: Tensor) -> Tensor:
+    """(K,) float64: what an error in a column counts, one over its norm squared; 0 for a column of zeros."""
     return energy.reciprocal().masked_fill(energy == 0, 0.0)
 
 
@@ -265,17 +263,22 @@ def _whole_counts(importance: Tensor) -> Tensor:
     return counts.masked_fill(blocks == 0, 0.0).float()
 
 
-def _outlier_columns(weight: Tensor, count: int) -> Tensor:
-    """(count,) ascending: half those of smallest norm, then those with the largest single weight."""
+def _columns_of(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Each column's norm squared, (K,) float64, and its largest absolute value, (K,) float32."""
     n_columns = weight.shape[1]
     energy = torch.zeros(n_columns, dtype=torch.float64, device=weight.device)
     largest = torch.zeros(n_columns, dtype=torch.float32, device=weight.device)
     for _, rows in _float_rows(weight):
         energy += rows.square().sum(0, dtype=torch.float64)
         largest = torch.maximum(largest, rows.abs().amax(0))
+    return energy, largest
+
+
+def _outlier_columns(energy: Tensor, largest: Tensor, count: int) -> Tensor:
+    """(count,) ascending: half those of smallest norm, then those with the largest single weight."""
     small = energy.argsort(stable=True)[: count // 2]
-    largest[small] = -1.0
-    loud = largest.argsort(descending=True, stable=True)[: count - count // 2]
+    rest = largest.index_fill(0, small, -1.0)
+    loud = rest.argsort(descending=True, stable=True)[: count - count // 2]
     return torch.cat((small, loud)).sort().values
 
 
