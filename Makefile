@@ -22,7 +22,7 @@ test-asan: $(VENV)/.ready
 	grep -q __asan_report $(SANITIZED) && grep -q __ubsan_handle $(SANITIZED)
 	LD_PRELOAD="$(PRELOAD)" ASAN_OPTIONS=detect_leaks=0 PETALITE_KERNELS=$(CURDIR)/$(SANITIZED) \
 		$(BIN)/python -m pytest -x tests/kernels/test_native_linears.py tests/kernels/test_dynamic8.py \
-		tests/kernels/test_finite.py tests/model/test_native_span.py
+		tests/kernels/test_finite.py tests/kernels/test_native_packing.py tests/model/test_native_span.py
 
 # NEON beside the scalar reference, emulated where the processor is another (Debian: g++-aarch64-linux-gnu,
 # qemu-user-static).
