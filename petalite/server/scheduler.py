@@ -22,6 +22,8 @@ from typing import Generic, TypeVar
 
 W = TypeVar("W")
 
+MARGIN = 0.92  # of the target time, that chunks are sized for: passes are to stay under it, not around it
+
 
 class Kind(IntEnum):
     """The classes of work, most urgent first."""
@@ -91,7 +93,7 @@ class Scheduler(Generic[W]):
         """Of prefill, in one pass."""
         if self._token_s == 0.0:
             return self.settings.least_chunk_tokens
-        fitting = int(self.settings.target_s / self._token_s)
+        fitting = int(MARGIN * self.settings.target_s / self._token_s)
         return min(max(fitting, self.settings.least_chunk_tokens), self.settings.pass_tokens)
 
     def add(self, request: Request[W]) -> None:

@@ -121,16 +121,18 @@ def test_the_pass_budget_holds_and_a_step_is_never_cut() -> None:
 
 
 def test_chunks_follow_the_measured_speed() -> None:
-    """At 1 ms a token a chunk for 100 ms has about 100 tokens; a device ten times slower gets a tenth."""
+    """At 1 ms a token a chunk for 100 ms has some 90 tokens; a device ten times slower gets a tenth, and none
+    less than sixteen.
+    """
     scheduler: Scheduler[str] = Scheduler(SchedulerSettings(target_s=0.1))
-    for token_s, expected in ((0.001, 100), (0.01, 16)):
+    for token_s, expected in ((0.001, 92), (0.01, 16)):
         for _ in range(20):
             scheduler.add(request("long", Kind.PREFILL, 64))
             batch = scheduler.next_batch()
             while batch:
                 scheduler.observe(batch, token_s * sum(part.n_tokens for part in batch))
                 batch = scheduler.next_batch()
-        assert abs(scheduler.chunk_tokens - expected) <= expected * 0.1
+        assert 0.95 * expected <= scheduler.chunk_tokens <= expected
     scheduler.observe([Part(request("step"), 1)], 9.0)
     assert scheduler.chunk_tokens == 16, "decode steps say nothing about prefill"
 
