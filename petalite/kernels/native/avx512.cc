@@ -42,17 +42,6 @@ inline __m512i dot(__m512i sum, __m512i codes, const int32_t& digits) {
     return sum;
 }
 
-// Calls run<T, P>(panels…) for the panels [first, first + n_panels), P at a time.
-template <typename Run>
-void by_panels(int64_t first, int64_t n_panels, int64_t each, float* sums, int at_once, Run run) {
-    for (int64_t p = 0; p < n_panels;) {
-        const int64_t left = n_panels - p;
-        const int now = at_once >= 4 && left >= 4 ? 4 : at_once >= 2 && left >= 2 ? 2 : 1;
-        run(now, first + p, sums + p * each);
-        p += now;
-    }
-}
-
 // -- int8 ----------------------------------------------------------------------------------------------------
 
 inline __m512i largest_of(__m512i largest, __m512 x) {
@@ -109,38 +98,33 @@ void prepare_int8(const Linear& linear, const float* x, int64_t x_stride, int n_
     }
 }
 
-template <int T, int P>
-void int8_panels(const Linear& linear, const Int8Tile& tile, int64_t first, bool once, float* sums) {
-    const int64_t stride = panel_bytes(linear);
-    const uint8_t* weight = linear.weight + first * stride;
-    __m512i high[P][T], low[P][T];
-    for (int p = 0; p < P; ++p)
-        for (int t = 0; t < T; ++t)
-            high[p][t] = every(-tile.offset[t * 2]), low[p][t] = every(-tile.offset[t * 2 + 1]);
+template <int T>
+void int8_panel(const Linear& linear, const Int8Tile& tile, int64_t panel, bool once, float* sums) {
+    const uint8_t* weight = linear.weight + panel * panel_bytes(linear);
+    __m512i high[T], low[T];  // in registers only where every loop over them is unrolled
+#pragma GCC unroll 12
+    for (int t = 0; t < T; ++t) high[t] = every(-tile.offset[t * 2]), low[t] = every(-tile.offset[t * 2 + 1]);
     const int32_t* digits = tile.columns;
     for (int64_t k = 0; k < tile.n_columns; ++k, weight += 64, digits += T * 2) {
-        for (int p = 0; p < P; ++p) {
-            const __m512i codes = line(weight + p * stride);
-            prefetch<Format::INT8, T>(weight + p * stride, once);
-            for (int t = 0; t < T; ++t) {
-                high[p][t] = dot(high[p][t], codes, digits[t * 2]);
-                low[p][t] = dot(low[p][t], codes, digits[t * 2 + 1]);
-            }
+        const __m512i codes = line(weight);
+        prefetch<Format::INT8, T>(weight, once);
+#pragma GCC unroll 12
+        for (int t = 0; t < T; ++t) {
+            high[t] = dot(high[t], codes, digits[t * 2]);
+            low[t] = dot(low[t], codes, digits[t * 2 + 1]);
         }
     }
     digits = tile.fine;
     for (int64_t c = 0; c < tile.n_fine; ++c, weight += 64, digits += T)
-        for (int p = 0; p < P; ++p)
-            for (int t = 0; t < T; ++t)
-                low[p][t] = dot(low[p][t], line(weight + p * stride), digits[t]);
-    for (int p = 0; p < P; ++p) {
-        const __m512 scale = _mm512_loadu_ps(linear.scale + (first + p) * kPanelRows);
-        for (int t = 0; t < T; ++t, sums += kPanelRows) {
-            const __m512 coarse = _mm512_mul_ps(_mm512_cvtepi32_ps(high[p][t]), scale);
-            const __m512 exact = _mm512_mul_ps(_mm512_cvtepi32_ps(low[p][t]), scale);
-            const __m512 whole = _mm512_fmadd_ps(coarse, _mm512_set1_ps(kDigit), exact);
-            _mm512_storeu_ps(sums, _mm512_mul_ps(whole, _mm512_set1_ps(tile.step[t])));
-        }
+#pragma GCC unroll 12
+        for (int t = 0; t < T; ++t) low[t] = dot(low[t], line(weight), digits[t]);
+    const __m512 scale = _mm512_loadu_ps(linear.scale + panel * kPanelRows);
+#pragma GCC unroll 12
+    for (int t = 0; t < T; ++t, sums += kPanelRows) {
+        const __m512 coarse = _mm512_mul_ps(_mm512_cvtepi32_ps(high[t]), scale);
+        const __m512 exact = _mm512_mul_ps(_mm512_cvtepi32_ps(low[t]), scale);
+        const __m512 whole = _mm512_fmadd_ps(coarse, _mm512_set1_ps(kDigit), exact);
+        _mm512_storeu_ps(sums, _mm512_mul_ps(whole, _mm512_set1_ps(tile.step[t])));
     }
 }
 
@@ -178,50 +162,51 @@ inline __m512i nf4_levels() {
     return _mm512_xor_si512(_mm512_broadcast_i32x4(once), _mm512_set1_epi8(int8_t(0x80)));
 }
 
-template <int T, int P>
-void nf4_panels(const Linear& linear, const void* tile, int64_t first, bool once, float* sums) {
-    const int64_t stride = panel_bytes(linear), n_blocks = Nf4Tile::blocks(linear);
-    const uint8_t* weight = linear.weight + first * stride;
+template <int T>
+void nf4_panel(const Linear& linear, const void* tile, int64_t panel, bool once, float* sums) {
+    constexpr int kChains = T <= 2 ? 2 : 1;  // sums that do not wait for each other, of each digit
+    const int64_t n_blocks = Nf4Tile::blocks(linear);
+    const uint8_t* weight = linear.weight + panel * panel_bytes(linear);
     const __m512i table = nf4_levels();
-    __m512 total[P][T];
-    for (int p = 0; p < P; ++p)
-        for (int t = 0; t < T; ++t) total[p][t] = _mm512_setzero_ps();
+    __m512 total[T];
+    for (int t = 0; t < T; ++t) total[t] = _mm512_setzero_ps();
     const int32_t* block = static_cast<const int32_t*>(tile);
     for (int64_t b = 0; b < n_blocks; ++b, weight += kNf4BlockBytes, block += Nf4Tile::kWords * T) {
-        __m512i high[P][T], low[P][T];
-        for (int p = 0; p < P; ++p)
-            for (int t = 0; t < T; ++t) high[p][t] = low[p][t] = _mm512_setzero_si512();
+        __m512i high[kChains][T], low[kChains][T];
+        for (int c = 0; c < kChains; ++c)
+            for (int t = 0; t < T; ++t) high[c][t] = low[c][t] = _mm512_setzero_si512();
         for (int k = 0; k < 16; k += 2) {
-            for (int p = 0; p < P; ++p) {
-                const uint8_t* at = weight + p * stride + k * 32;
-                __m512i codes = line(at);
-                prefetch<Format::NF4, T>(at, once);
-                for (int half = 0; half < 2; ++half) {
-                    const __m512i values = _mm512_permutexvar_epi8(codes, table);
-                    const int32_t* digits = block + (k + half) * T * 2;
-                    for (int t = 0; t < T; ++t) {
-                        high[p][t] = dot(high[p][t], values, digits[t * 2]);
-                        low[p][t] = dot(low[p][t], values, digits[t * 2 + 1]);
-                    }
-                    codes = _mm512_srli_epi16(codes, 4);
+            __m512i codes = line(weight + k * 32);
+            prefetch<Format::NF4, T>(weight + k * 32, once);
+            for (int half = 0; half < 2; ++half) {
+                const __m512i values = _mm512_permutexvar_epi8(codes, table);
+                const int32_t* digits = block + (k + half) * T * 2;
+                const int c = half % kChains;
+#pragma GCC unroll 12
+                for (int t = 0; t < T; ++t) {
+                    high[c][t] = dot(high[c][t], values, digits[t * 2]);
+                    low[c][t] = dot(low[c][t], values, digits[t * 2 + 1]);
                 }
+                codes = _mm512_srli_epi16(codes, 4);
             }
         }
         const int32_t* offset = block + 32 * T;
         const float* factor = reinterpret_cast<const float*>(offset + T);
-        for (int p = 0; p < P; ++p) {
-            const __m512 scale = _mm512_loadu_ps(weight + p * stride + 512);
-            for (int t = 0; t < T; ++t) {
-                // 254 · high + low − offset
-                const __m512i most = _mm512_sub_epi32(_mm512_slli_epi32(high[p][t], 8), _mm512_slli_epi32(high[p][t], 1));
-                const __m512i whole = _mm512_sub_epi32(_mm512_add_epi32(most, low[p][t]), every(offset[t]));
-                total[p][t] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(whole), _mm512_mul_ps(scale, _mm512_set1_ps(factor[t])),
-                                              total[p][t]);
+        const __m512 scale = _mm512_loadu_ps(weight + 512);
+        for (int t = 0; t < T; ++t) {
+            __m512i highs = high[0][t], lows = low[0][t];
+            if (kChains > 1) {
+                highs = _mm512_add_epi32(highs, high[kChains - 1][t]);
+                lows = _mm512_add_epi32(lows, low[kChains - 1][t]);
             }
+            // 254 · high + low − offset
+            const __m512i most = _mm512_sub_epi32(_mm512_slli_epi32(highs, 8), _mm512_slli_epi32(highs, 1));
+            const __m512i whole = _mm512_sub_epi32(_mm512_add_epi32(most, lows), every(offset[t]));
+            const __m512 unit = _mm512_mul_ps(scale, _mm512_set1_ps(factor[t]));
+            total[t] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(whole), unit, total[t]);
         }
     }
-    for (int p = 0; p < P; ++p)
-        for (int t = 0; t < T; ++t, sums += kPanelRows) _mm512_storeu_ps(sums, total[p][t]);
+    for (int t = 0; t < T; ++t, sums += kPanelRows) _mm512_storeu_ps(sums, total[t]);
 }
 
 // -- floats --------------------------------------------------------------------------------------------------
@@ -276,30 +261,24 @@ struct Float<Format::BF16> {
     }
 };
 
-// Sums of the even steps and of the odd ones, added at the end: the same order for any T and P.
-template <Format F, int T, int P>
-void float_panels(const Linear& linear, const void* columns, int64_t first, bool once, float* sums) {
-    const int64_t stride = panel_bytes(linear);
-    const uint8_t* weight = linear.weight + first * stride;
+// Sums of the even steps and of the odd ones, added at the end: the same order for any T.
+template <Format F, int T>
+void float_panel(const Linear& linear, const void* columns, int64_t panel, bool once, float* sums) {
+    const uint8_t* weight = linear.weight + panel * panel_bytes(linear);
     const int64_t n_steps = F == Format::BF16 ? (int64_t(linear.n_in) + 1) / 2 : int64_t(linear.n_in);
-    __m512 halves[2][P][T];
+    __m512 halves[2][T];
     for (int h = 0; h < 2; ++h)
-        for (int p = 0; p < P; ++p)
-            for (int t = 0; t < T; ++t) halves[h][p][t] = _mm512_setzero_ps();
+        for (int t = 0; t < T; ++t) halves[h][t] = _mm512_setzero_ps();
     const auto step = [&](int64_t k, int h) {
-        for (int p = 0; p < P; ++p) {
-            const uint8_t* at = weight + p * stride + k * Float<F>::kBytes;
-            const auto values = Float<F>::load(at);
-            prefetch<F, T>(at, once);
-            for (int t = 0; t < T; ++t) halves[h][p][t] = Float<F>::add(halves[h][p][t], values, columns, k * T + t);
-        }
+        const uint8_t* at = weight + k * Float<F>::kBytes;
+        const auto values = Float<F>::load(at);
+        prefetch<F, T>(at, once);
+        for (int t = 0; t < T; ++t) halves[h][t] = Float<F>::add(halves[h][t], values, columns, k * T + t);
     };
     int64_t k = 0;
     for (; k + 1 < n_steps; k += 2) step(k, 0), step(k + 1, 1);
     if (k < n_steps) step(k, 0);
-    for (int p = 0; p < P; ++p)
-        for (int t = 0; t < T; ++t, sums += kPanelRows)
-            _mm512_storeu_ps(sums, _mm512_add_ps(halves[0][p][t], halves[1][p][t]));
+    for (int t = 0; t < T; ++t, sums += kPanelRows) _mm512_storeu_ps(sums, _mm512_add_ps(halves[0][t], halves[1][t]));
 }
 
 // -- the table -----------------------------------------------------------------------------------------------
@@ -321,33 +300,22 @@ void prepare(const Linear& linear, const float* x, int64_t x_stride, int n_token
     run(linear, x, x_stride, n_tokens, tile);
 }
 
-template <int T, int P>
-void panels(const Linear& linear, const void* tile, int64_t first, bool once, float* sums) {
+template <int T>
+void panel_of(const Linear& linear, const void* tile, int64_t panel, bool once, float* sums) {
     switch (linear.format) {
-        case Format::F32: return float_panels<Format::F32, T, P>(linear, tile, first, once, sums);
-        case Format::BF16: return float_panels<Format::BF16, T, P>(linear, tile, first, once, sums);
-        case Format::F16: return float_panels<Format::F16, T, P>(linear, tile, first, once, sums);
-        case Format::INT8: return int8_panels<T, P>(linear, Int8Tile(linear, tile, T), first, once, sums);
-        case Format::NF4: return nf4_panels<T, P>(linear, tile, first, once, sums);
+        case Format::F32: return float_panel<Format::F32, T>(linear, tile, panel, once, sums);
+        case Format::BF16: return float_panel<Format::BF16, T>(linear, tile, panel, once, sums);
+        case Format::F16: return float_panel<Format::F16, T>(linear, tile, panel, once, sums);
+        case Format::INT8: return int8_panel<T>(linear, Int8Tile(linear, tile, T), panel, once, sums);
+        case Format::NF4: return nf4_panel<T>(linear, tile, panel, once, sums);
     }
 }
 
+// One by one: memory gives one stream more than several.
 template <int T>
 void multiply_tokens(const Linear& linear, const void* tile, int64_t first, int64_t n_panels, bool once,
                      float* sums) {
-    constexpr int kAtOnce = T <= 2 ? 4 : T <= 4 ? 2 : 1;
-    // Memory gives one stream more than several, where there is little to compute for each line of it. NF4 has more.
-    const bool is_float = linear.format != Format::INT8 && linear.format != Format::NF4;
-    const int at_once = T == 1 && linear.format != Format::NF4 ? 1 : T == 2 && is_float ? 2 : kAtOnce;
-    by_panels(first, n_panels, T * kPanelRows, sums, at_once, [&](int now, int64_t from, float* to) {
-        if constexpr (kAtOnce >= 4) {
-            if (now == 4) return panels<T, 4>(linear, tile, from, once, to);
-        }
-        if constexpr (kAtOnce >= 2) {
-            if (now == 2) return panels<T, 2>(linear, tile, from, once, to);
-        }
-        panels<T, 1>(linear, tile, from, once, to);
-    });
+    for (int64_t p = 0; p < n_panels; ++p, sums += T * kPanelRows) panel_of<T>(linear, tile, first + p, once, sums);
 }
 
 void multiply(const Linear& linear, const void* tile, int n_tokens, int64_t first, int64_t n_panels, bool once,
