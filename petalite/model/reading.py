@@ -72,11 +72,12 @@ def pieces(wanted: Iterable[Wanted], n_buffers: int) -> Generator[Piece]:
     buffers = [torch.empty(0, dtype=torch.uint8)] * n_buffers
     with _Files() as files:
         failed: object = None
-        for count, (of, first, end) in enumerate(_in_time(_cut(wanted), files)):
+        place = -1
+        for of, first, end in _in_time(_cut(wanted), files):
             if of.owner is failed:
-                continue
+                continue  # and uses up no turn: in the other buffers are pieces that wait
             start, stop = _bytes(of, first, end)
-            place = count % len(buffers)
+            place = (place + 1) % len(buffers)
             if of.into is not None:
                 data = of.into.view(-1).view(torch.uint8)[start - of.info.start : stop - of.info.start]
             else:

@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from petalite.errors import InvalidCheckpoint
-from petalite.model.reading import AHEAD, Stream, Wanted
+from petalite.model.reading import AHEAD, Stream, Wanted, pieces
 from petalite.model.tensorfile import TensorInfo, read_header
 
 TENSORS: dict[str, Tensor] = {
@@ -120,6 +120,21 @@ def test_a_file_that_ends_early_spoils_its_owner_alone(path: Path, tmp_path: Pat
         stream.skip("second")
         assert [torch.equal(stream.tensor(name), TENSORS[name]) for name in names] == [True] * 3
         stream.skip("third")
+
+
+@pytest.mark.parametrize("skipped", range(6))
+def test_what_is_skipped_takes_no_buffer_from_pieces_that_wait(
+    path: Path, tmp_path: Path, skipped: int
+) -> None:
+    cut = tmp_path / "cut.safetensors"
+    cut.write_bytes(path.read_bytes())
+    header = read_header(cut)
+    os.truncate(cut, header["vector"].start)
+    spoilt = itertools.repeat(Wanted("spoilt", "vector", cut, header["vector"]), 1 + skipped)
+    before, after = wanted(path, "before", ("vector",)), wanted(path, "after", ("number",))
+    first, error, last = pieces(itertools.chain(before, spoilt, after), 3)
+    assert error.error is not None
+    assert torch.equal(first.rows, TENSORS["vector"]) and last.rows.item() == TENSORS["number"].item()
 
 
 def test_a_file_that_is_not_there(tmp_path: Path, path: Path) -> None:
