@@ -95,6 +95,7 @@ def test_a_process_ends_in_peace_while_its_thread_computes() -> None:
     code = """
 import asyncio, torch
 from petalite.model.compute import ComputeThread
+torch.set_num_threads(1)  # two that wait for each other on busy cores take longer than there is
 thread = ComputeThread()
 async def main():
     one = torch.randn(64, 64)
