@@ -90,6 +90,10 @@ class Signal {
 #endif
 };
 
+struct alignas(64) Counter {
+    std::atomic<int64_t> value{0};
+};
+
 struct Memory {
     char* data = nullptr;
     size_t bytes = 0;
@@ -100,7 +104,7 @@ struct Memory {
 
 class Team {
   public:
-    explicit Team(int n) : memory_(size_t(n)) {
+    explicit Team(int n) : memory_(size_t(n)), taken_(new Counter[size_t(n)]) {
         for (int i = 1; i < n; ++i) threads_.emplace_back([this, i] { serve(i); });
     }
 
@@ -127,14 +131,14 @@ class Team {
         const uint32_t met = met_.load();
         if (arrived_.fetch_add(1) + 1 == n) {
             arrived_.store(0, std::memory_order_relaxed);
-            next_.store(0, std::memory_order_relaxed);
+            for (int i = 0; i < n; ++i) taken_[i].value.store(0, std::memory_order_relaxed);
             met_.advance();
         } else {
             met_.wait(met, kBarrierSpinNs, crowded_until_);
         }
     }
 
-    int64_t take(int64_t grain) { return next_.fetch_add(grain, std::memory_order_relaxed); }
+    int64_t take(int whose) { return taken_[whose].value.fetch_add(1, std::memory_order_relaxed); }
 
     void* local(int index, size_t bytes) {
         Memory& memory = memory_[size_t(index)];
@@ -158,7 +162,6 @@ class Team {
         }
     }
 
-    alignas(64) std::atomic<int64_t> next_{0};     // the first piece that nobody took yet
     alignas(64) std::atomic<int32_t> arrived_{0};  // at the barrier
     Signal met_;                                   // moves when all have arrived
     Signal begun_;                                 // moves when there is a job
@@ -167,11 +170,12 @@ class Team {
     void* context_ = nullptr;
     std::mutex turn_;
     std::vector<Memory> memory_;
+    std::unique_ptr<Counter[]> taken_;  // how many pieces of each worker's share
     std::vector<std::thread> threads_;
 };
 
 void Worker::barrier() { team_.barrier(); }
-int64_t Worker::take(int64_t grain) { return team_.take(grain); }
+int64_t Worker::take(int whose) { return team_.take(whose); }
 void* Worker::local(size_t bytes) { return team_.local(index, bytes); }
 
 void team_run(Team* team, void (*job)(Worker&, void*), void* context) { team->run(job, context); }

@@ -1,7 +1,8 @@
 // A team of threads that share one piece of work, and share the machine with others.
 //
-// The caller is worker 0. Work is cut finely and taken from one counter, so that a thread that the system took its
-// core from holds up only the piece it was at. Who waits spins for microseconds and then sleeps; a thread that
+// The caller is worker 0. Work is cut finely; each worker takes the pieces of its own share in order, which memory likes,
+// and then what is left of the others', so that a thread that the system took its core from holds up only the piece it
+// was at. Who waits spins for microseconds and then sleeps; a thread that
 // finds it was descheduled while it spun sleeps at once from then on, for a while: somebody else wants that core.
 #pragma once
 
@@ -29,7 +30,13 @@ class Worker {
             if (n > 0) f(int64_t(0), n);
             return;
         }
-        for (int64_t begin; (begin = take(grain)) < n;) f(begin, begin + grain < n ? begin + grain : n);
+        const int64_t n_pieces = (n + grain - 1) / grain;
+        for (int i = 0; i < count; ++i) {
+            const int whose = (index + i) % count;
+            const int64_t first = n_pieces * whose / count, after = n_pieces * (whose + 1) / count;
+            for (int64_t piece; (piece = first + take(whose)) < after;)
+                f(piece * grain, (piece + 1) * grain < n ? (piece + 1) * grain : n);
+        }
         barrier();
     }
 
@@ -37,7 +44,7 @@ class Worker {
     void* local(size_t bytes);
 
   private:
-    int64_t take(int64_t grain);
+    int64_t take(int whose);
     Team& team_;
 };
 
