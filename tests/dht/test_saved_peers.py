@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
+
 from petalite.dht.contacts import Contact
 from petalite.dht.saved_peers import MAX_SAVED, load_peers, save_peers
 from petalite.net.identity import Identity
@@ -37,6 +39,8 @@ def test_a_huge_file_is_read_in_part(tmp_path: Path):
     assert len(load_peers(path)) == MAX_SAVED
 
 
-def test_a_place_that_cannot_be_written_is_not_fatal(tmp_path: Path):
+def test_a_place_that_cannot_be_written_is_not_fatal(tmp_path: Path, caplog: pytest.LogCaptureFixture):
     (tmp_path / "file").write_text("")
     save_peers(tmp_path / "file" / "peers", [Contact(PEERS[0], ("/ip4/5.6.7.8/tcp/1",))])
+    assert "cannot save peers" in caplog.text
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]

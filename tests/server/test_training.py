@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import asyncio
 import math
+import threading
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack
 from dataclasses import replace
@@ -394,19 +395,12 @@ async def test_a_client_that_gives_up_leaves_nothing(llama: Path, stack: AsyncEx
 
 async def test_a_deadline_ends_a_call(llama: Path, stack: AsyncExitStack) -> None:
     serving = await serving_of(llama, stack)
-    released = asyncio.get_running_loop().create_future()
-    serving.thread.run(_sleep_until, released)
+    released = threading.Event()
+    serving.thread.run(released.wait)
     with pytest.raises(DeadlineExceeded):
         await serving.call(FORWARD_METHOD, CALL, input_buffers(F32, INPUTS), timeout_s=0.2)
-    released.set_result(None)
+    released.set()
     await until(serving.is_at_rest)
-
-
-def _sleep_until(released: asyncio.Future[None]) -> None:
-    import time
-
-    while not released.done():
-        time.sleep(0.001)
 
 
 # -- leaving ---------------------------------------------------------------------------------------------
@@ -430,14 +424,14 @@ async def test_draining_lets_calls_end_and_refuses_new_ones(llama: Path, stack: 
 
 async def test_draining_cuts_what_takes_too_long(llama: Path, stack: AsyncExitStack) -> None:
     serving = await serving_of(llama, stack)
-    released = asyncio.get_running_loop().create_future()
-    serving.thread.run(_sleep_until, released)
+    released = threading.Event()
+    serving.thread.run(released.wait)
     call = asyncio.create_task(serving.forward(INPUTS))
     await until(lambda: serving.service.count)
     draining = asyncio.create_task(serving.service.drain(0.01))
     with pytest.raises(ShuttingDown):
         await call
-    released.set_result(None)
+    released.set()
     await draining
     await until(serving.is_at_rest)
 
