@@ -63,7 +63,8 @@ class LoopThread:
                 except StopAsyncIteration:
                     return
         finally:
-            self.run(close())
+            if not self.closed:  # the loop's end closed the source
+                self.run(close())
 
     def close(self) -> None:
         """Stop the loop and its thread. A second call does nothing."""

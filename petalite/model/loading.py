@@ -72,7 +72,7 @@ def load_blocks(
         raise InvalidArgument(
             f"cannot compute in {dtype}; choose one of {', '.join(map(str, COMPUTE_DTYPES))}"
         )
-    quant = _format(checkpoint, quant)
+    quant = chosen_format(checkpoint, quant)
     kernel = linear.pick(device, dtype, quant)
     make = _Maker(checkpoint, dtype, device, quant, kernel, cache)
     blocks = []
@@ -121,7 +121,10 @@ def _check_range(checkpoint: Checkpoint, start: int, end: int) -> None:
         )
 
 
-def _format(checkpoint: Checkpoint, quant: str | None) -> str:
+def chosen_format(checkpoint: Checkpoint, quant: str | None) -> str:
+    """What its blocks are loaded in when `quant` is asked for; None asks for what it holds. Raises
+    InvalidArgument for a format that there is not, or that it cannot be loaded in.
+    """
     held = checkpoint.quantized
     if quant is None:
         quant = NONE if held is None else held.quant

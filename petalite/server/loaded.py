@@ -14,10 +14,10 @@ from pathlib import Path
 import torch
 
 from petalite.errors import InvalidArgument
-from petalite.kernels.quantized import NONE
 from petalite.model.checkpoint import Checkpoint
 from petalite.model.compute import ComputeThread, use_threads
 from petalite.model.dtypes import AUTO, compute_dtype
+from petalite.model.loading import chosen_format
 from petalite.model.span import BlockSpan, load_span
 from petalite.server.backend import Backend
 from petalite.server.memory import (
@@ -63,13 +63,8 @@ class BlockLoader:
         self._thread = thread
         self.device = choose_device(compute.device)
         self.dtype = compute_dtype(checkpoint, compute.dtype)
-        self._block_bytes = served_block_bytes(checkpoint, self.dtype, compute.quant, memory.cache_tokens)
-
-    @property
-    def quant(self) -> str:
-        """The format of the weights."""
-        held = self._checkpoint.quantized
-        return self._compute.quant or (held.quant if held else NONE)
+        self.quant = chosen_format(checkpoint, compute.quant)
+        self._block_bytes = served_block_bytes(checkpoint, self.dtype, self.quant, memory.cache_tokens)
 
     def fixed_span(self, wanted: Span | None) -> Span | None:
         """The blocks if there is no choice: those asked for, or those of a folder that holds no others."""
@@ -116,12 +111,12 @@ class BlockLoader:
             dtype=self.dtype,
             device=self.device,
             progress=progress,
-            quant=self._compute.quant,
+            quant=self.quant,
             cache=None if folder is None else folder / "quantized",
         )
         if folder is None:
             return blocks, measure(blocks)
-        key = speed_key(self._checkpoint, blocks, self._compute.quant)
+        key = speed_key(self._checkpoint, blocks, self.quant)
         return blocks, measured_once(folder / "speed", key, partial(measure, blocks))
 
 

@@ -9,7 +9,6 @@ from pathlib import Path
 import torch
 
 from petalite.errors import InvalidArgument
-from petalite.kernels.quantized import NONE
 from petalite.model.block import block_bytes
 from petalite.model.checkpoint import Checkpoint
 from petalite.model.loading import block_kind
@@ -58,12 +57,10 @@ class MemorySettings:
 
 
 def served_block_bytes(
-    checkpoint: Checkpoint, dtype: torch.dtype, quant: str | None, cache_tokens: int
+    checkpoint: Checkpoint, dtype: torch.dtype, quant: str, cache_tokens: int
 ) -> int:
     """What serving one block takes: its weights, and keys and values of `cache_tokens`."""
     config = checkpoint.config
-    if quant is None:
-        quant = checkpoint.quantized.quant if checkpoint.quantized else NONE
     attention = config.attention
     token_bytes = 2 * attention.n_kv_heads * attention.head_dim * dtype.itemsize
     return block_bytes(block_kind(checkpoint), config, dtype, quant) + cache_tokens * token_bytes

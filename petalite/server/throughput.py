@@ -67,12 +67,12 @@ def measure(span: BlockSpan) -> BlockSpeed:
     )
 
 
-def speed_key(checkpoint: Checkpoint, span: BlockSpan, quant: str | None) -> str:
+def speed_key(checkpoint: Checkpoint, span: BlockSpan, quant: str) -> str:
     """What the speed depends on, as a name."""
     device = torch.cuda.get_device_name(span.device) if span.device.type == "cuda" else _processor()
     what = [
         checkpoint.config.canonical_json(),
-        quant or (checkpoint.quantized.quant if checkpoint.quantized else "none"),
+        quant,
         str(span.dtype),
         f"{span.device.type} {device}",
         torch.get_num_threads(),

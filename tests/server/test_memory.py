@@ -10,6 +10,7 @@ import torch
 
 from petalite.errors import InvalidArgument
 from petalite.model.checkpoint import Checkpoint
+from petalite.model.loading import chosen_format, quantize_folder
 from petalite.model.span import load_span
 from petalite.server.memory import (
     MemorySettings,
@@ -28,8 +29,8 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
     return Checkpoint.open(tiny_llama(tmp_path_factory.mktemp("tiny"), num_hidden_layers=4))
 
 
-@pytest.mark.parametrize("quant", [None, "int8"])
-def test_the_formula_is_what_blocks_and_cache_take(checkpoint: Checkpoint, quant: str | None) -> None:
+@pytest.mark.parametrize("quant", ["none", "int8"])
+def test_the_formula_is_what_blocks_and_cache_take(checkpoint: Checkpoint, quant: str) -> None:
     span = load_span(checkpoint, 1, 3, quant=quant)
     expected = (span.nbytes + 100 * span.token_bytes()) // 2
     predicted = served_block_bytes(checkpoint, torch.float32, quant, 100)
@@ -78,10 +79,8 @@ def test_free_memory_of_a_device_is_what_it_says(monkeypatch: pytest.MonkeyPatch
 
 
 def test_a_folder_of_quantized_blocks_is_served_of_those(checkpoint: Checkpoint, tmp_path: Path) -> None:
-    from petalite.model.loading import quantize_folder
-
     quantize_folder(checkpoint, 1, 3, "int8", tmp_path / "int8")
     held = Checkpoint.open(tmp_path / "int8")
     assert blocks_that_fit(held, 100, MemorySettings(), 10_000) == 2
     dense = served_block_bytes(checkpoint, torch.float32, "int8", 10)
-    assert served_block_bytes(held, torch.float32, None, 10) == dense
+    assert served_block_bytes(held, torch.float32, chosen_format(held, None), 10) == dense

@@ -146,6 +146,8 @@ async def test_what_does_not_fit_is_refused(servers: Servers) -> None:
         await servers.start("0:6", memory=HALF)
     with pytest.raises(InvalidArgument, match="device 'tpu'"):
         await servers.start(compute=ComputeSettings(device="tpu"))
+    with pytest.raises(InvalidArgument, match="'int9'; choose none, int8, nf4"):
+        await servers.start(compute=ComputeSettings(quant="int9"))
 
 
 async def test_leaving_takes_no_longer_than_it_says(servers: Servers) -> None:

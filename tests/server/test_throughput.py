@@ -49,8 +49,8 @@ def test_a_folder_that_cannot_be_written_is_no_failure(tmp_path: Path) -> None:
 
 def test_the_key_tells_formats_apart_and_spans_not(checkpoint: Checkpoint) -> None:
     keys = [
-        speed_key(checkpoint, load_span(checkpoint, 0, 1), None),
-        speed_key(checkpoint, load_span(checkpoint, 2, 5), None),
+        speed_key(checkpoint, load_span(checkpoint, 0, 1), "none"),
+        speed_key(checkpoint, load_span(checkpoint, 2, 5), "none"),
         speed_key(checkpoint, load_span(checkpoint, 0, 1, quant="int8"), "int8"),
     ]
     assert keys[0] == keys[1] != keys[2]
