@@ -16,7 +16,7 @@ import torch
 from petalite.client.hops import Answer
 from petalite.client.patience import Patience
 from petalite.client.stages import Answers, Awaited, Leg, Stage, StageFailed
-from petalite.client.trace import HopTiming, StepTiming
+from petalite.client.trace import StepTiming
 from petalite.errors import (
     BadMessage,
     DeadlineExceeded,
@@ -27,7 +27,7 @@ from petalite.errors import (
 )
 from petalite.swarm.codecs import Codec, session_codec, unpack
 from petalite.swarm.kept import Row
-from petalite.swarm.messages import ALL, LAST, NONE, FromClient, Progress, Step
+from petalite.swarm.messages import ALL, LAST, NONE, FromClient, HopReport, Progress, Step
 
 # Parts under way, with those at work: less than half of what may wait at one server (`server.session`).
 AHEAD_PARTS = 12
@@ -35,22 +35,19 @@ AHEAD_BYTES = 8 << 20
 PROBE_S = 2.0  # a stage that does not say within this how far it is, is lost
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Part:
     """One step to carry: packed tokens of some rows, in wire form."""
 
     rows: tuple[Row, ...]
+    n_tokens: int
     data: memoryview
     codec: Codec
     output: str
     forks: tuple[tuple[int, int], ...] = ()
 
-    @property
-    def n_tokens(self) -> int:
-        return sum(n_tokens for _, _, n_tokens in self.rows)
 
-
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Carried:
     """What came out at the end of the last leg."""
 
@@ -92,30 +89,24 @@ class Carrier:
         """
         began_s = time.perf_counter()
         data, codec, hidden = part.data, part.codec, None
-        hops: list[HopTiming] = []
+        hops, reports = legs[0].hops, tuple[HopReport]()
         for number, leg in enumerate(legs):
-            output = part.output if leg is legs[-1] else ALL
-            data = recode(data, codec, leg.kept.codec, self._hidden_size)
-            turn = turns[number] if turns else _Turn(None)
-            with self.answers.awaiting(leg.stages) as awaited:
-                stop = leg.last.span.end
-                name, forks = leg.kept.codec.name, part.forks or None
-                step = Step(part.rows, name, stop, output, awaited.number, self.epoch, forks=forks)
-                answer = await self._ask(awaited, step, data, part.n_tokens, turn)
+            is_last = leg is legs[-1]
+            output = part.output if is_last else ALL
+            if codec is not leg.kept.codec:
+                data = recode(data, codec, leg.kept.codec, self._hidden_size)
+            answer = await self._ask(leg, part, data, output, turns[number] if turns else None)
             codec, answered = await self._checked(leg, part, output, answer)
             if output != NONE:
                 self._check_finite(leg, codec, answered)
-                hidden = codec.decode(answered, self._hidden_size) if leg is legs[-1] else None
+                hidden = codec.decode(answered, self._hidden_size) if is_last else None
             if number > 0 or not replaying:
                 self._keep(leg, part, data)
+            if number > 0:
+                hops += leg.hops
             data = answered
-            hops += [
-                HopTiming(
-                    stage.peer, stage.span, report.queue_ms / 1e3, report.compute_ms / 1e3, report.nbytes
-                )
-                for stage, report in zip(leg.stages, answer.done.hops, strict=True)
-            ]
-        return Carried(hidden, StepTiming(part.n_tokens, time.perf_counter() - began_s, tuple(hops)))
+            reports += answer.done.hops
+        return Carried(hidden, StepTiming(part.n_tokens, time.perf_counter() - began_s, hops, reports))
 
     async def flow(
         self, legs: Sequence[Leg], parts: Sequence[Part], done: list[Carried], *, replaying: bool = False
@@ -161,19 +152,23 @@ class Carrier:
             raise self._failed(awaited.stages[-1], BadMessage("an answer to no tokens"))
         return answer
 
-    async def _ask(
-        self, awaited: Awaited, step: Step, data: memoryview, n_tokens: int, turn: _Turn
-    ) -> Answer:
+    async def _ask(self, leg: Leg, part: Part, data: memoryview, output: str, turn: _Turn | None) -> Answer:
         """Send a step into a leg and wait for its answer."""
+        n_tokens = part.n_tokens
         self._in_flight += n_tokens
         timeout_s = self.patience.timeout_s(self._in_flight)
         clock = asyncio.get_running_loop().time
         began_s = clock()
+        awaited = self.answers.awaiting(leg.stages, timeout_s)
         try:
-            async with asyncio.timeout(timeout_s):
-                await turn.come()
-                await self._send(awaited.stages[0], step, data)
-                turn.gone()
+            with awaited:
+                if turn is not None:
+                    await turn.come()
+                name, stop, number = leg.kept.codec.name, leg.last.span.end, awaited.number
+                step = Step(part.rows, name, stop, output, number, self.epoch, forks=part.forks)
+                await self._send(leg.first, step, data)
+                if turn is not None:
+                    turn.gone()
                 answer = await awaited.next()
         except TimeoutError:
             raise await self._late(awaited, timeout_s) from None
@@ -201,7 +196,7 @@ class Carrier:
         try:
             codec = session_codec(done.codec)
             expected = codec.nbytes(n_outputs, self._hidden_size) if n_outputs else 0
-            if expected:
+            if expected and codec.is_packed:
                 data = memoryview(await unpack(codec, data, expected))
             if (done.rows, len(done.hops), len(data)) != (part.rows, len(leg.stages), expected):
                 raise BadMessage(
@@ -220,9 +215,8 @@ class Carrier:
     def _keep(self, leg: Leg, part: Part, data: memoryview) -> None:
         for source, target in part.forks:
             leg.kept.fork(source, target)
-        if any(position > leg.kept.length(row) for row, position, _ in part.rows):
+        if not leg.kept.put(part.rows, data):
             raise self._failed(leg.last, BadMessage(f"{leg.last.peer.short()} answers steps out of order"))
-        leg.kept.put(part.rows, data)
 
     async def _late(self, awaited: Awaited, timeout_s: float) -> StageFailed:
         """Whose fault it is that an answer did not come: the first that has not passed the step on; or the

@@ -74,6 +74,7 @@ class Chain:
     ) -> None:
         self.span = span
         self.stages: list[Stage] = []
+        self.legs: list[Leg] = []  # of the stages
         self.recoveries: list[Recovery] = []
         self._servers = servers
         self._hidden_size = hidden_size
@@ -85,26 +86,21 @@ class Chain:
         self._adapter = adapter
         self._wanted = NOTHING_MORE if adapter is None else Wanted(adapter=adapter.hosted)
 
-    @property
-    def legs(self) -> list[Leg]:
-        return legs_of(self.stages)
-
     def length(self, row: int) -> int:
         """Tokens of the row that every leg has answered."""
-        kept = [stage.kept.length(row) for stage in self.stages if stage.kept is not None]
-        return min(kept, default=0)
+        return min([leg.kept.length(row) for leg in self.legs], default=0)
 
     def truncate(self, row: int, length: int) -> None:
         """Forget what the client keeps at and after `length`; the hops follow with the next step."""
-        for stage in self.stages:
-            if stage.kept is not None:
-                stage.kept.truncate(row, length)
+        for leg in self.legs:
+            leg.kept.truncate(row, length)
 
     def close(self) -> None:
         """Free everything at every hop; waits for nothing."""
         for stage in self.stages:
             stage.close()
-        self.stages = []
+        self.stages, self.legs = [], []
+        self._answers.close()
 
     # -- mending -----------------------------------------------------------------------------------------
 
@@ -113,10 +109,10 @@ class Chain:
         """The first run of lost stages; the whole span before it was opened."""
         if not self.stages:
             return Gap(0, 0, self.span)
-        first = next((i for i, stage in enumerate(self.stages) if stage.error is not None), None)
-        if first is None:
+        lost = [i for i, stage in enumerate(self.stages) if stage.error is not None]
+        if not lost:
             return None
-        end = first
+        first = end = lost[0]
         while end < len(self.stages) and self.stages[end].error is not None:
             end += 1
         return Gap(first, end, Span(self.stages[first].span.start, self.stages[end - 1].span.end))
@@ -175,6 +171,7 @@ class Chain:
                 stage.close()
             raise
         self.stages[gap.first : gap.end] = stages
+        self.legs = legs_of(self.stages)
         self._carrier.patience.forget()
         if lost:
             self._record(gap.span, lost, stages, began_s)
@@ -312,7 +309,7 @@ class Chain:
         if inputs is None:
             return
         parts = [
-            Part((row,), data, inputs.codec, NONE)
+            Part((row,), row[2], data, inputs.codec, NONE)
             for row, data in inputs.replay(self._settings.chunk_tokens, self._lengths)
         ]
         await self._carrier.flow(legs_of(stages), parts, [], replaying=True)

@@ -174,13 +174,14 @@ class RemoteHop:
         self._reading = asyncio.create_task(self._read())
 
     async def send(self, message: FromClient, data: memoryview | None = None) -> None:
-        if isinstance(message, Step):
-            longest = max(n_tokens for _, _, n_tokens in message.rows)
-            self._call.priority = Priority.INTERACTIVE if longest <= DECODE_TOKENS else Priority.BULK
-        packed: Buffer | None = data
         if isinstance(message, Step) and data is not None:
-            packed = await pack(session_codec(message.codec), data)
-        await self._call.send(write(message), [] if packed is None else [packed])
+            longest = max([n_tokens for _, _, n_tokens in message.rows])
+            self._call.priority = Priority.INTERACTIVE if longest <= DECODE_TOKENS else Priority.BULK
+            codec = session_codec(message.codec)
+            packed: Buffer = await pack(codec, data) if codec.is_packed else data
+            await self._call.send(message.body(), (packed,))
+        else:
+            await self._call.send(write(message))
 
     async def probe(self) -> Progress:
         if self._probed is None or self._probed.done():

@@ -28,7 +28,7 @@ from petalite.swarm.routing import Hop
 from petalite.swarm.spans import Span
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class StepInput:
     """hidden (T, E), packed by `rows` of (row, position, n_tokens), and which outputs are wanted."""
 
@@ -124,15 +124,17 @@ class Session:
 
     async def steps(self, inputs: Sequence[StepInput]) -> list[torch.Tensor]:
         """Several steps, in order; while one server computes a step, the one before it computes the next."""
-        self._check(inputs)
+        counts = self._check(inputs)
         self._roll_back(inputs)
         codec = self._chain.legs[0].kept.codec
         parts = [
-            Part(tuple(one.rows), memoryview(codec.encode(one.hidden)), codec, one.output, one.forks)
-            for one in inputs
+            Part(
+                tuple(one.rows), n_tokens, memoryview(codec.encode(one.hidden)), codec, one.output, one.forks
+            )
+            for one, n_tokens in zip(inputs, counts, strict=True)
         ]
         carried = await self._survive(parts)
-        self.trace.steps.extend(one.timing for one in carried)
+        self.trace.steps.extend([one.timing for one in carried])
         return [torch.zeros(0, self._hidden_size) if one.hidden is None else one.hidden for one in carried]
 
     async def reconsider(self) -> bool:
@@ -184,20 +186,25 @@ class Session:
                     seen.add(row)
                     self._chain.truncate(row, position)
 
-    def _check(self, inputs: Sequence[StepInput]) -> None:
+    def _check(self, inputs: Sequence[StepInput]) -> list[int]:
+        """The tokens of each."""
         if not self._is_open:
             raise InvalidArgument("the session is not open; use it inside `async with`")
         lengths = self._check_forks(inputs) if any(one.forks for one in inputs) else {}
+        counts = []
         for one in inputs:
-            n_tokens = sum(n for _, _, n in one.rows)
+            n_tokens = sum([n for _, _, n in one.rows])
+            counts.append(n_tokens)
             if one.hidden.shape != (n_tokens, self._hidden_size):
                 raise InvalidArgument(
                     f"hidden states have shape {tuple(one.hidden.shape)}, the step's {n_tokens} tokens need "
                     f"({n_tokens}, {self._hidden_size})"
                 )
             for row, position, n in one.rows:
-                self._check_row(row, position, n, lengths.get(row, self.length(row)))
+                length = lengths[row] if row in lengths else self._chain.length(row)
+                self._check_row(row, position, n, length)
                 lengths[row] = position + n
+        return counts
 
     def _check_forks(self, inputs: Sequence[StepInput]) -> dict[int, int]:
         """How long the rows are that begin as copies."""

@@ -10,10 +10,10 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import math
 from collections import deque
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Sequence
+from typing import Any
 
 from petalite.client.hops import Answer, OpenHop
 from petalite.errors import PetaliteError
@@ -83,25 +83,15 @@ class Stage:
             self.opened.close()
 
 
-@dataclass(frozen=True, slots=True)
 class Leg:
     """Consecutive stages: the client feeds the first, the last one answers."""
 
-    stages: tuple[Stage, ...]
-
-    @property
-    def first(self) -> Stage:
-        return self.stages[0]
-
-    @property
-    def last(self) -> Stage:
-        return self.stages[-1]
-
-    @property
-    def kept(self) -> KeptInputs:
-        """Of what the client sends into it."""
+    def __init__(self, stages: tuple[Stage, ...]) -> None:
+        self.stages = stages
+        self.first, self.last = stages[0], stages[-1]
+        self.hops = tuple(stage.hop for stage in stages)
         assert self.first.kept is not None
-        return self.first.kept
+        self.kept = self.first.kept  # of what the client sends into it
 
 
 def legs_of(stages: Sequence[Stage]) -> list[Leg]:
@@ -115,13 +105,48 @@ def legs_of(stages: Sequence[Stage]) -> list[Leg]:
 
 
 class Awaited:
-    """Answers with one number, which the last of `stages` gives and any of them can prevent."""
+    """Answers with one number, which the last of `stages` gives and any of them can prevent.
 
-    def __init__(self, number: int, stages: tuple[Stage, ...]) -> None:
+    A context manager of one task: inside, answers are taken, until TimeoutError is raised at `deadline_s`.
+    """
+
+    def __init__(
+        self, answers: Answers, number: int, stages: tuple[Stage, ...], deadline_s: float | None
+    ) -> None:
         self.number = number
         self.stages = stages
+        self.deadline_s = deadline_s  # by the loop's clock
+        self._answers = answers
+        self._task: asyncio.Task[Any] | None = None
+        self._cancelling = 0
+        self._is_late = False
         self._arrived: deque[Answer | Stage] = deque()
         self._waiter: asyncio.Future[None] | None = None
+
+    def __enter__(self) -> Awaited:
+        for stage in self.stages:
+            if stage.error is not None:
+                self._arrived.append(stage)
+        if self.deadline_s is not None:
+            self._task = asyncio.current_task()
+            assert self._task is not None
+            self._cancelling = self._task.cancelling()
+        self._answers.enter(self)
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: object) -> None:
+        self._answers.leave(self)
+        if self._is_late:  # as `asyncio.timeout` does
+            assert self._task is not None
+            still = self._task.uncancel()
+            if still <= self._cancelling and kind is asyncio.CancelledError:
+                raise TimeoutError from error
+
+    def expire(self) -> None:
+        """Its deadline has passed; said once."""
+        assert self._task is not None
+        self.deadline_s, self._is_late = None, True
+        self._task.cancel()
 
     def put(self, item: Answer | Stage) -> None:
         """An answer, or a stage that is lost."""
@@ -142,25 +167,31 @@ class Awaited:
 
 
 class Answers:
-    """Who waits for which answer of one session's stages."""
+    """Who waits for which answer of one session's stages, and until when.
+
+    One timer serves all, and stays when a step ends in time, as almost every one does: to set and cancel one
+    for each step costs more than to look, when it fires, whether anything is late.
+    """
 
     def __init__(self) -> None:
         self.bad_edges: set[tuple[PeerId, PeerId]] = set()  # (from, to) that could not push
         self._awaited: dict[int, Awaited] = {}
         self._numbers = itertools.count(1)
+        self._timer: asyncio.TimerHandle | None = None
+        self._fires_s = math.inf
 
-    @contextmanager
-    def awaiting(self, stages: tuple[Stage, ...]) -> Iterator[Awaited]:
-        """A new number, under which the last of `stages` is to answer."""
-        awaited = Awaited(next(self._numbers), stages)
-        for stage in stages:
-            if stage.error is not None:
-                awaited.put(stage)
+    def awaiting(self, stages: tuple[Stage, ...], timeout_s: float | None = None) -> Awaited:
+        """A new number, under which the last of `stages` is to answer, in time if one is given."""
+        deadline_s = None if timeout_s is None else asyncio.get_running_loop().time() + timeout_s
+        return Awaited(self, next(self._numbers), stages, deadline_s)
+
+    def enter(self, awaited: Awaited) -> None:
         self._awaited[awaited.number] = awaited
-        try:
-            yield awaited
-        finally:
-            del self._awaited[awaited.number]
+        if awaited.deadline_s is not None and awaited.deadline_s < self._fires_s:
+            self._set_timer(awaited.deadline_s)
+
+    def leave(self, awaited: Awaited) -> None:
+        del self._awaited[awaited.number]
 
     def put(self, stage: Stage, answer: Answer) -> None:
         """What nobody waits for any more, or was not asked of this stage, is dropped."""
@@ -172,3 +203,23 @@ class Answers:
         for awaited in self._awaited.values():
             if stage in awaited.stages:
                 awaited.put(stage)
+
+    def close(self) -> None:
+        """Nothing is late any more."""
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer, self._fires_s = None, math.inf
+
+    def _set_timer(self, at_s: float) -> None:
+        self.close()
+        self._timer, self._fires_s = asyncio.get_running_loop().call_at(at_s, self._look), at_s
+
+    def _look(self) -> None:
+        """Time is up for some, perhaps."""
+        now_s, self._timer, self._fires_s = self._fires_s, None, math.inf
+        for awaited in self._awaited.values():
+            if awaited.deadline_s is not None and awaited.deadline_s <= now_s:
+                awaited.expire()
+        due_s = [one.deadline_s for one in self._awaited.values() if one.deadline_s is not None]
+        if due_s:
+            self._set_timer(min(due_s))

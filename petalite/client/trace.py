@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from petalite.net.identity import PeerId
+from petalite.swarm.messages import HopReport
+from petalite.swarm.routing import Hop
 from petalite.swarm.spans import Span
 
 KEPT_STEPS = 4096  # older steps are forgotten
@@ -22,13 +25,21 @@ class HopTiming:
     nbytes: int = 0  # of hidden states that came to it
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)  # not frozen: that is slower, and there is one for every step
 class StepTiming:
     """One step through the chain. What `total_s` has beyond the hops' accounts, links and software took."""
 
     n_tokens: int
     total_s: float  # as the client saw it
-    hops: tuple[HopTiming, ...]
+    chain: Sequence[Hop]
+    reports: Sequence[HopReport]  # of its hops
+
+    @property
+    def hops(self) -> tuple[HopTiming, ...]:
+        return tuple(
+            HopTiming(hop.peer, hop.span, report.queue_ms / 1e3, report.compute_ms / 1e3, report.nbytes)
+            for hop, report in zip(self.chain, self.reports, strict=True)
+        )
 
     @property
     def links_s(self) -> float:

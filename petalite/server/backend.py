@@ -39,7 +39,7 @@ MOST_SHAPES = 256  # of passes, whose times are remembered
 _CLOSED = "the blocks that were to compute this are closed"
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Timing:
     """What one step cost here, seconds."""
 
@@ -65,6 +65,7 @@ class _Step(_Asked):
     """A step under way."""
 
     hidden: torch.Tensor = field(kw_only=True)
+    n_tokens: int = field(kw_only=True)
     segments: Sequence[Segment] = field(kw_only=True)
     start: int = field(kw_only=True)
     end: int = field(kw_only=True)
@@ -73,9 +74,12 @@ class _Step(_Asked):
     outputs: list[torch.Tensor] = field(default_factory=list)
 
     def next_hidden(self, n_tokens: int) -> torch.Tensor:
-        if n_tokens == len(self.hidden):  # mostly; a slice is one of few tensor operations in a decode step
+        if n_tokens == self.n_tokens:  # mostly; a slice is one of few tensor operations in a decode step
             return self.hidden
         return self.hidden[self.done_tokens : self.done_tokens + n_tokens]
+
+    def next_segments(self, n_tokens: int) -> Sequence[Segment]:
+        return self.segments if n_tokens == self.n_tokens else cut(self.segments, self.done_tokens, n_tokens)
 
     def result(self) -> torch.Tensor:
         return self.outputs[0] if len(self.outputs) == 1 else torch.cat(self.outputs)
@@ -94,9 +98,12 @@ class _Turns(_Asked):
 
 
 _Work: TypeAlias = _Step | _Turns
+_Shape: TypeAlias = tuple[Hashable, int]
+"""Group and tokens, which a pass's time depends on; the group of training calls, None, is no pass's of decode
+steps."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class _Pass:
     seconds: float
     errors: list[tuple[Part[_Work], Exception]]
@@ -131,9 +138,7 @@ class Backend:
         self._computing = False
         self._gathering = Gathering()
         self._lingering: asyncio.TimerHandle | None = None
-        self._usual_s: dict[
-            tuple[Hashable, int], float
-        ] = {}  # of passes of decode steps, by group and tokens
+        self._usual_s: dict[_Shape, float] = {}  # of passes of decode steps
         self._turned = True  # the loop has seen to others since the last pass on it
 
     def free_tokens(self) -> int:
@@ -230,16 +235,17 @@ class Backend:
             asyncio.get_running_loop().create_future(),
             now_s,
             hidden=hidden,
+            n_tokens=sum([segment.n_tokens for segment in segments]),
             segments=segments,
             start=start,
             end=end,
             adapted=None if adapter is None else adapter.blocks_of(self.span),
         )
-        longest = max(segment.n_tokens for segment in segments)
+        longest = max([segment.n_tokens for segment in segments])
         kind = Kind.DECODE if longest <= DECODE_TOKENS else Kind.PREFILL
         group = (start, end, None if adapter is None else adapter.digest)
         self._gathering.came(segments[0].row, now_s)
-        request = Request[_Work](work, kind, group, peer, len(hidden), deadline_s=now_s + timeout_s)
+        request: Request[_Work] = Request(work, kind, group, peer, work.n_tokens, now_s + timeout_s)
         output, timing = await self._answer(request)
         return output, timing
 
@@ -293,16 +299,16 @@ class Backend:
             return
         self._computing = True
         self._gathering.began()
-        if self._is_quick(parts):
-            self._passed(parts, self._pass(parts))
+        shape = parts[0].request.group, sum([part.n_tokens for part in parts])
+        if self._is_quick(shape):
+            self._passed(parts, shape, self._pass(parts))
         else:
-            self._thread.run(self._pass, parts).add_done_callback(partial(self._arrived, parts))
+            self._thread.run(self._pass, parts).add_done_callback(partial(self._arrived, parts, shape))
 
-    def _is_quick(self, parts: list[Part[_Work]]) -> bool:
+    def _is_quick(self, shape: _Shape) -> bool:
         """Whether the pass may hold up the event loop, once in each of its turns."""
-        if self._usual_s.get(_shape(parts), float("inf")) > HERE_S or not (
-            self._turned and self._thread.is_idle
-        ):
+        usual_s = self._usual_s.get(shape)
+        if usual_s is None or usual_s > HERE_S or not (self._turned and self._thread.is_idle):
             return False
         self._turned = False
         asyncio.get_running_loop().call_soon(self._turn)
@@ -317,31 +323,33 @@ class Backend:
             self._lingering.cancel()
             self._lingering = None
         wait_s = 0.0
-        if len(self._scheduler):
+        if len(self._scheduler) and self._gathering.anybody:
             wait_s = self._gathering.wait_s(time.perf_counter(), self._scheduler.decoding)
         if wait_s > 0:
             self._lingering = asyncio.get_running_loop().call_later(wait_s, self._pump)
         return wait_s > 0
 
-    def _arrived(self, parts: list[Part[_Work]], passed: asyncio.Future[_Pass]) -> None:
+    def _arrived(self, parts: list[Part[_Work]], shape: _Shape, passed: asyncio.Future[_Pass]) -> None:
         """The thread has done with a pass."""
         if not passed.cancelled():
-            self._passed(parts, passed.result())
+            self._passed(parts, shape, passed.result())
             return
         self._computing = False
         for part in parts:
             _fail(part.request.work, ShuttingDown(_CLOSED))
         self._pump()
 
-    def _passed(self, parts: list[Part[_Work]], result: _Pass) -> None:
+    def _passed(self, parts: list[Part[_Work]], shape: _Shape, result: _Pass) -> None:
         """A pass is over: answer whom it finished, and go on."""
         self._computing = False
-        self._scheduler.observe(parts, result.seconds)
-        if all(part.request.kind is Kind.DECODE for part in parts):
+        kind = parts[0].request.kind
+        if kind is Kind.DECODE:  # then nothing else was in it
             self._gathering.passed(result.seconds)
             if len(self._usual_s) > MOST_SHAPES:
                 self._usual_s.clear()
-            self._usual_s[_shape(parts)] = result.seconds
+            self._usual_s[shape] = result.seconds
+        elif kind is Kind.PREFILL:
+            self._scheduler.observe(parts, result.seconds)
         now_s = time.perf_counter()
         for part, error in result.errors:
             self._scheduler.remove(part.request)
@@ -386,12 +394,9 @@ class Backend:
         if isinstance(first, _Turns):
             _next_piece(first)
             return
-        pieces = [(part.request.work, part.n_tokens) for part in parts]
-        steps = [(work, n_tokens) for work, n_tokens in pieces if isinstance(work, _Step)]
+        steps = [(part.request.work, part.n_tokens) for part in parts if isinstance(part.request.work, _Step)]
         hidden = [work.next_hidden(n_tokens) for work, n_tokens in steps]
-        segments = [
-            segment for work, n_tokens in steps for segment in cut(work.segments, work.done_tokens, n_tokens)
-        ]
+        segments = [segment for work, n_tokens in steps for segment in work.next_segments(n_tokens)]
         packed = hidden[0] if len(hidden) == 1 else torch.cat([one.to(self.span.dtype) for one in hidden])
         output = self.span.forward(
             packed, segments, self._cache, start=first.start, end=first.end, adapted=first.adapted
@@ -421,8 +426,3 @@ def _fail(work: _Work, error: Exception) -> None:
 def _finish(work: _Work) -> None:
     if not work.answer.done():
         work.answer.set_result(work.result())
-
-
-def _shape(parts: list[Part[_Work]]) -> tuple[Hashable, int]:
-    """What a pass's time depends on; the group of training calls, None, is no pass's of decode steps."""
-    return parts[0].request.group, sum(part.n_tokens for part in parts)

@@ -43,6 +43,11 @@ class Gathering:
         self._answered.pop(session, None)
         self._usual_s.pop(session, None)
 
+    @property
+    def anybody(self) -> bool:
+        """Whether anybody who was answered is still away."""
+        return bool(self._answered)
+
     def began(self) -> None:
         """A pass, of whatever kind: the device is idle no more."""
         self._since_s = None

@@ -32,7 +32,8 @@ class Inbox(Generic[T]):
         self._together = together
         self._items: deque[tuple[T, int]] = deque()
         self._bytes = 0
-        self._changed = asyncio.Event()
+        self._changed = asyncio.Event()  # for writers
+        self._reader: asyncio.Future[None] | None = None  # waits for an item
 
     def __len__(self) -> int:
         return len(self._items)
@@ -48,23 +49,31 @@ class Inbox(Generic[T]):
     async def room(self, wanted: Callable[[], bool] = lambda: True) -> None:
         """Wait until it is not full, or its writer is not `wanted` any more; `wake` when that may be so."""
         while self.is_full and wanted():
-            await self._change()
+            self._changed.clear()
+            await self._changed.wait()
 
     def put(self, item: T, nbytes: int = 0) -> None:
         """The writer has seen to it that there is room, or that the reader must have this all the same."""
         self._items.append((item, nbytes))
         self._bytes += nbytes
         self._together.nbytes += nbytes
-        self._changed.set()
+        if self._reader is not None and not self._reader.done():
+            self._reader.set_result(None)
 
     async def get(self) -> T:
         while not self._items:
-            await self._change()
+            self._reader = asyncio.get_running_loop().create_future()
+            await self._reader
         item, nbytes = self._items.popleft()
         self._bytes -= nbytes
         self._together.nbytes -= nbytes
         self._changed.set()
         return item
+
+    def fail(self, error: Exception) -> None:
+        """Raise it in the reader, if it waits."""
+        if self._reader is not None and not self._reader.done():
+            self._reader.set_exception(error)
 
     def clear(self) -> None:
         self._items.clear()
@@ -73,9 +82,5 @@ class Inbox(Generic[T]):
         self.wake()
 
     def wake(self) -> None:
-        """Have who waits here look again."""
+        """Have writers that wait here look again."""
         self._changed.set()
-
-    async def _change(self) -> None:
-        self._changed.clear()
-        await self._changed.wait()

@@ -56,9 +56,7 @@ class MemorySettings:
     limit_bytes: int | None = None  # weights and cache together; None: half of what is free
 
 
-def served_block_bytes(
-    checkpoint: Checkpoint, dtype: torch.dtype, quant: str, cache_tokens: int
-) -> int:
+def served_block_bytes(checkpoint: Checkpoint, dtype: torch.dtype, quant: str, cache_tokens: int) -> int:
     """What serving one block takes: its weights, and keys and values of `cache_tokens`."""
     config = checkpoint.config
     attention = config.attention

@@ -15,7 +15,7 @@ the others go first again. Among themselves training calls take turns by peer, o
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable
+from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 from typing import Generic, TypeVar
@@ -23,6 +23,7 @@ from typing import Generic, TypeVar
 W = TypeVar("W")
 
 MARGIN = 0.92  # of the target time, that chunks are sized for: passes are to stay under it, not around it
+FORGET_FROM = 64  # peers
 
 
 class Kind(IntEnum):
@@ -55,7 +56,7 @@ class Request(Generic[W]):
     due: int = 0  # the pass it is due in; set by the scheduler
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Part(Generic[W]):
     """The next `n_tokens` of a request, in one pass."""
 
@@ -122,7 +123,8 @@ class Scheduler(Generic[W]):
         if not self._waiting:
             return []
         self.passes += 1
-        self._last_due = {key: due for key, due in self._last_due.items() if due >= self.passes}
+        if len(self._last_due) > FORGET_FROM:  # those that are over say nothing any more
+            self._last_due = {key: due for key, due in self._last_due.items() if due >= self.passes}
         ordered = sorted(self._waiting, key=lambda request: request.due)  # stable: of equals, the older first
         lead = ordered[0]
         if lead.kind is Kind.TRAINING:
@@ -171,11 +173,8 @@ class Scheduler(Generic[W]):
                 room -= n_tokens
         return parts
 
-    def observe(self, parts: Iterable[Part[W]], seconds: float) -> None:
-        """What a pass took; sets the size of prefill chunks."""
-        parts = list(parts)
-        if not any(part.request.kind is Kind.PREFILL for part in parts):
-            return
+    def observe(self, parts: Sequence[Part[W]], seconds: float) -> None:
+        """What a pass with prefill in it took; sets the size of chunks."""
         token_s = seconds / sum(part.n_tokens for part in parts)
         # Follow a slower device at once and a faster one slowly: too long a pass hurts more than too short
         # a one.

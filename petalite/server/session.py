@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable, Mapping, Sequence
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -36,8 +35,9 @@ from petalite.server.backend import Backend, Rows
 from petalite.server.doors import Doors
 from petalite.server.inbox import Inbox
 from petalite.server.local import Onward
+from petalite.server.patience import Patience
 from petalite.server.steps import checked_forks, wanted_outputs
-from petalite.swarm.codecs import Codec, pack, raw_codec, session_codec, unpack
+from petalite.swarm.codecs import RAW, Codec, Landing, pack, raw_codec, session_codec, unpack
 from petalite.swarm.kept import KeptInputs
 from petalite.swarm.messages import (
     ALL,
@@ -95,6 +95,7 @@ class Session:
         self._doors = doors
         self._connect = connect
         self._idle_s = idle_s
+        self._patience = Patience(idle_s)  # of the worker
         self.codec: Codec = codec_of(request, backend)
         self.kept = KeptInputs(self.codec, backend.span.config.hidden_size)
         self._inbox = inbox
@@ -105,6 +106,7 @@ class Session:
         self._feeds_another = request.successor is not None
         self._onward: Onward | None = None  # to the successor
         self._link_down = False  # it was lost in this epoch
+        self._landing: Landing | None = None
 
     async def run(self) -> None:
         """Until the client finishes, or anything goes wrong that the session does not survive."""
@@ -116,6 +118,7 @@ class Session:
         finally:
             self._doors.forget(self)
             self._inbox.clear()
+            self._patience.close()
             predecessor, self._predecessor = self._predecessor, None
             if predecessor is not None:
                 predecessor.cancel()
@@ -132,7 +135,8 @@ class Session:
                 case Step():
                     self._renew(command.epoch)
                     self._check_count()
-                    await self._inbox.room()
+                    if self._inbox.is_full:
+                        await self._inbox.room()
                     self._accept(command, message)
                 case Expect():
                     self._renew(command.epoch)
@@ -171,7 +175,8 @@ class Session:
     async def push(self, source: Onward, message: Message) -> None:
         """A predecessor's step. Waits for room. Raises ConnectionLost for who is not the predecessor now."""
         step = read({Step.KIND: Step}, message.body)
-        await self._inbox.room(lambda: self._predecessor is source)
+        if self._inbox.is_full:
+            await self._inbox.room(lambda: self._predecessor is source)
         if self._predecessor is not source:
             raise ConnectionLost("the session after this one is over, or has another predecessor")
         self._accept(step, message)
@@ -195,16 +200,16 @@ class Session:
         if self.request.successor is not None:
             await self._link(self.request.successor)
         while True:
-            try:
-                async with asyncio.timeout(self._idle_s):
-                    work = await self._inbox.get()
-            except TimeoutError:
-                raise IdleClosed(f"no step came for {self._idle_s:g} s; open another session") from None
+            with self._patience.until(self._be_idle):
+                work = await self._inbox.get()
             if isinstance(work, Relink):
                 await self._relink(work)
             elif work[0].epoch >= self._epoch:
                 self._renew(work[0].epoch)
                 await self._step(*work)
+
+    def _be_idle(self) -> None:
+        self._inbox.fail(IdleClosed(f"no step came for {self._idle_s:g} s; open another session"))
 
     async def _step(self, step: Step, message: Message) -> None:
         segments = [self._segment(*row) for row in step.rows]
@@ -219,18 +224,18 @@ class Session:
             peer=self.call.peer,
             adapter=self._rows.adapter,
         )
-        nbytes = sum(map(len, message.buffers))
-        hops = (*step.hops, HopReport(timing.queue_s * 1e3, timing.compute_s * 1e3, nbytes))
+        report = HopReport(timing.queue_s * 1e3, timing.compute_s * 1e3, len(message.buffers[0]))
+        hops = (*step.hops, report)
         pushed = await self._encoded(output) if self._feeds_another else bytearray()
-        if self._feeds_another:
-            # Also what is only answered: a replay to this hop stands for what its successor has had long
-            # since.
-            self._keep(step, pushed)
         if step.stop == self.request.end:
             wanted = wanted_outputs(output, step.rows, step.output)
             await self._answer(step, hops, await self._encoded(wanted))
         elif not self._link_down:
             await self._push(step, hops, pushed)
+        if self._feeds_another:
+            # Also what is only answered: a replay to this hop stands for what its successor has had long
+            # since. Now that the message has left, nobody waits for this.
+            self._keep(step, pushed)
 
     async def _hidden_of(self, step: Step, message: Message) -> torch.Tensor:
         if step.output not in OUTPUTS:
@@ -242,11 +247,16 @@ class Session:
             )
         if len(message.buffers) != 1:
             raise BadMessage(f"a step carries one buffer of hidden states, found {len(message.buffers)}")
-        n_tokens = sum(n for _, _, n in step.rows)
+        n_tokens = sum([n for _, _, n in step.rows])
         if n_tokens > MAX_STEP_TOKENS:
             raise BadMessage(f"a step packs at most {MAX_STEP_TOKENS} tokens, found {n_tokens}")
         codec, hidden_size = session_codec(step.codec), self._backend.span.config.hidden_size
-        data = await unpack(codec, message.buffers[0], codec.nbytes(n_tokens, hidden_size))
+        data = message.buffers[0]
+        if n_tokens == 1 and codec.name in RAW:
+            if self._landing is None or self._landing.codec is not codec:
+                self._landing = Landing(codec, hidden_size)
+            return self._landing.put(data)
+        data = await unpack(codec, data, codec.nbytes(n_tokens, hidden_size))
         hidden = codec.decode(data, hidden_size)
         if len(hidden) != n_tokens:
             raise BadTensor(f"the step names {n_tokens} tokens, its hidden states have {len(hidden)}")
@@ -267,29 +277,26 @@ class Session:
     def _keep(self, step: Step, data: bytearray) -> None:
         for source, target in step.forks or ():
             self.kept.fork(source, target)
-        for row, position, _ in step.rows:
-            if position > self.kept.length(row):
-                raise SessionGap(
-                    f"row {row} was pushed on up to {self.kept.length(row)}, the step pushes from {position}"
-                )
-        self.kept.put(step.rows, memoryview(data))  # type: ignore[arg-type]
+        if not self.kept.put(step.rows, memoryview(data)):
+            raise SessionGap(f"rows {step.rows} do not go on from what was pushed of them before")
 
     # -- what goes out -----------------------------------------------------------------------------------
 
     async def _answer(self, step: Step, hops: tuple[HopReport, ...], data: bytearray | memoryview) -> None:
         done = StepDone(step.rows, self.codec.name, step.number, step.epoch, hops)
         _prioritize(self.call, step.rows)
-        buffers = [] if step.output == NONE else [await pack(self.codec, data)]
-        await self._send(self.call, write(done), buffers)
+        await self._pass_on(self.call, done, () if step.output == NONE else (data,))
         self._sent = max(self._sent, step.number)
 
     async def _push(self, step: Step, hops: tuple[HopReport, ...], data: bytearray | memoryview) -> None:
-        onward = replace(step, codec=self.codec.name, hops=hops)
+        onward = Step(
+            step.rows, self.codec.name, step.stop, step.output, step.number, step.epoch, hops, step.forks
+        )
         try:
             if self._onward is None:
                 raise NetworkError("the session was told of no successor")
             _prioritize(self._onward, step.rows)
-            await self._send(self._onward, write(onward), [await pack(self.codec, data)])
+            await self._pass_on(self._onward, onward, (data,))
             self._sent = max(self._sent, step.number)
         except (NetworkError, RemoteError) as error:
             await self._report_down(step.epoch, error)
@@ -335,6 +342,13 @@ class Session:
             self._link_down = True
             await self._send(self.call, write(LinkDown(epoch, str(error)[:2000])))
 
+    async def _pass_on(self, to: Call | Onward, message: Step | StepDone, buffers: Sequence[Buffer]) -> None:
+        """As `_send`, for the worker."""
+        if self.codec.is_packed:
+            buffers = [await pack(self.codec, buffer) for buffer in buffers]
+        with self._patience.until(to.cancel, IdleClosed.code):
+            await to.send(message.body(), buffers)
+
     async def _send(self, to: Call | Onward, body: Mapping[str, Any], buffers: Sequence[Buffer] = ()) -> None:
         """Raises IdleClosed where nobody reads it for the idle time: rows must not be held for ever by who
         takes no answers.
@@ -353,7 +367,7 @@ def codec_of(request: OpenSession, backend: Backend) -> Codec:
 
 def _prioritize(call: Call | Onward, rows: Sequence[tuple[int, ...]]) -> None:
     """A decode step goes before prefills on the same link."""
-    longest = max(n_tokens for _, _, n_tokens in rows)
+    longest = max([n_tokens for _, _, n_tokens in rows])
     call.priority = Priority.INTERACTIVE if longest <= DECODE_TOKENS else Priority.BULK
 
 

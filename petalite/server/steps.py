@@ -48,11 +48,11 @@ def checked_forks(step: Step, numbers: Sequence[int]) -> list[tuple[int, int]]:
 
 def wanted_outputs(output: torch.Tensor, rows: Sequence[tuple[int, ...]], which: str) -> torch.Tensor:
     """output (T, E) of a step over `rows` -> those that `which` (ALL, LAST or NONE) asks for."""
-    if which == ALL:
-        return output
     if which == NONE:
         return output[:0]
+    counts = [n_tokens for _, _, n_tokens in rows]
+    if which == ALL or max(counts) == 1:
+        return output
     if len(rows) == 1:
         return output[-1:]
-    lengths = torch.tensor([n_tokens for _, _, n_tokens in rows])
-    return output[lengths.cumsum(0) - 1]
+    return output[torch.tensor(counts).cumsum(0) - 1]

@@ -13,7 +13,7 @@ import ctypes
 import math
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 import zstandard
@@ -38,11 +38,10 @@ class Codec:
     name: str
     dtype: torch.dtype  # that decoding gives
     is_packed: bool = False  # by zstd, one message at a time
+    plain: str = field(init=False)  # the codec of its bytes where they are not packed
 
-    @property
-    def plain(self) -> str:
-        """The codec of its bytes where they are not packed."""
-        return self.name.removesuffix(PACKED)
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "plain", self.name.removesuffix(PACKED))
 
     def nbytes(self, n_tokens: int, hidden_size: int) -> int:
         return n_tokens * hidden_size * self.dtype.itemsize
@@ -100,6 +99,23 @@ class Codec:
         return len(data) // row_bytes
 
 
+class Landing:
+    """Memory into which one token's raw states are copied, again and again, without a tensor operation."""
+
+    def __init__(self, codec: Codec, hidden_size: int) -> None:
+        self.codec = codec
+        self.hidden = torch.empty(1, hidden_size, dtype=codec.dtype)
+        chars = ctypes.c_char * self.hidden.nbytes
+        self._bytes = memoryview(chars.from_address(self.hidden.data_ptr())).cast("B")
+
+    def put(self, data: Buffer) -> torch.Tensor:
+        """(1, E), until the next one is put here."""
+        if len(data) != len(self._bytes):
+            raise BadTensor(f"found {len(data)} bytes of one token's states, expected {len(self._bytes)}")
+        self._bytes[:] = data
+        return self.hidden
+
+
 class Dynamic8Codec(Codec):
     """`q8`: a token's codes, a byte each, then its scales, a float16 for every 64 values. See
     docs/protocol.md.
@@ -139,6 +155,7 @@ class Dynamic8Codec(Codec):
 
 _RAW = (Codec("f32", torch.float32), Codec("bf16", torch.bfloat16), Codec("f16", torch.float16))
 Q8 = Dynamic8Codec("q8", torch.float32)
+RAW = frozenset(codec.name for codec in _RAW)
 CODECS: Mapping[str, Codec] = {codec.name: codec for codec in (*_RAW, Q8)}
 _PACKED = tuple(replace(codec, name=codec.name + PACKED, is_packed=True) for codec in CODECS.values())
 SESSION_CODECS: Mapping[str, Codec] = {**CODECS, **{codec.name: codec for codec in _PACKED}}

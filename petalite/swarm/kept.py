@@ -46,16 +46,24 @@ class KeptInputs:
         pieces = self._rows.get(row)
         return pieces[-1].end if pieces else 0
 
-    def put(self, rows: Sequence[Row], data: memoryview) -> None:
-        """Keep a step's input. A position inside a row truncates it there first, as at the server."""
-        assert len(data) == self._token_bytes * sum(n_tokens for _, _, n_tokens in rows)
+    def put(self, rows: Sequence[Row], data: memoryview) -> bool:
+        """Keep a step's input. A position inside a row truncates it there first, as at the server; False
+        where one lies beyond its row.
+        """
         offset = 0
         for row, position, n_tokens in rows:
-            assert position <= self.length(row), "inputs are kept without gaps"
-            self.truncate(row, position)
+            pieces = self._rows.setdefault(row, [])
+            length = pieces[-1].end if pieces else 0
+            if position > length:
+                return False
+            if position < length:
+                self.truncate(row, position)
             size = n_tokens * self._token_bytes
-            self._append(self._rows.setdefault(row, []), position, n_tokens, data[offset : offset + size])
+            whole = size == len(data)
+            self._append(pieces, position, n_tokens, data if whole else data[offset : offset + size])
             offset += size
+        assert offset == len(data)
+        return True
 
     def _append(self, pieces: list[_Piece], position: int, n_tokens: int, data: memoryview) -> None:
         last = pieces[-1] if pieces else None
@@ -72,7 +80,7 @@ class KeptInputs:
 
     def truncate(self, row: int, length: int) -> None:
         """Forget what lies at and after `length`."""
-        pieces = self._rows.get(row, [])
+        pieces = self._rows.get(row)
         while pieces and pieces[-1].position >= length:
             pieces.pop()
         if pieces and pieces[-1].end > length:

@@ -16,9 +16,10 @@ ignores steps of an epoch before the latest that it has seen.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Annotated, Any, ClassVar, TypeAlias, TypeVar
+from itertools import chain
+from typing import Annotated, Any, ClassVar, NamedTuple, TypeAlias, TypeVar
 
 from petalite.errors import BadMessage
 from petalite.net.identity import PeerId
@@ -43,15 +44,14 @@ DECODE_TOKENS = (
 ALL, LAST, NONE = OUTPUTS = ("all", "last", "none")
 
 Block = Annotated[int, Bounds(0, MAX_BLOCKS)]
-Count = Annotated[int, Bounds(0, 2**53)]
+MAX_COUNT = 2**53
+Count = Annotated[int, Bounds(0, MAX_COUNT)]
 Text = Annotated[str, Bounds(0, 256)]
 Token = Annotated[bytes, Bounds(TOKEN_BYTES, TOKEN_BYTES)]
 Digest = Annotated[bytes, Bounds(DIGEST_BYTES, DIGEST_BYTES)]  # SHA-256, the name of a LoRA
 Milliseconds = Annotated[float, Bounds(0, 1e9)]
-RowSegment = Annotated[tuple[Annotated[int, Bounds(0, MAX_LENGTH)], ...], Bounds(3, 3)]
-Rows = Annotated[tuple[RowSegment, ...], Bounds(1, MAX_ROWS)]
-Fork = Annotated[tuple[Annotated[int, Bounds(0, MAX_ROWS - 1)], ...], Bounds(2, 2)]
-Forks = Annotated[tuple[Fork, ...], Bounds(0, MAX_ROWS)]
+Rows: TypeAlias = tuple[tuple[int, int, int], ...]
+"""1 to MAX_ROWS of (row, position, n_tokens)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,16 +83,20 @@ class SessionOpened:
     codec: Text  # what this hop answers and pushes in, and is best sent
 
 
-@dataclass(frozen=True, slots=True)
-class HopReport:
+class HopReport(NamedTuple):
     """One hop's own account of a step."""
 
-    queue_ms: Milliseconds
-    compute_ms: Milliseconds
-    nbytes: Count = 0  # of hidden states that came in
+    queue_ms: float
+    compute_ms: float
+    nbytes: int = 0  # of hidden states that came in
 
 
-@dataclass(frozen=True, slots=True)
+# The two messages that every token takes are written and read by hand, in few operations of the interpreter:
+# between two passes over a model's weights each finds its caches cold. What there are many of goes as flat
+# lists of numbers. Not frozen, as that is slower; nobody changes them.
+
+
+@dataclass(slots=True)
 class Step:
     """Packed tokens: segments of (row, position, n_tokens), rows numbered from 0 within the session.
 
@@ -102,25 +106,71 @@ class Step:
 
     KIND: ClassVar[str] = "step"
     rows: Rows
-    codec: Text  # of the buffer
-    stop: Block  # the hop whose span ends here answers; those before push on
-    output: Text = ALL
-    number: Count = 0  # comes back with the answer
-    epoch: Count = 0
-    hops: Annotated[tuple[HopReport, ...], Bounds(0, MAX_BLOCKS)] = ()  # each hop on the way adds its own
-    forks: Forks | None = None
+    codec: str  # of the buffer
+    stop: int  # the hop whose span ends here answers; those before push on
+    output: str = ALL
+    number: int = 0  # comes back with the answer
+    epoch: int = 0
+    hops: tuple[HopReport, ...] = ()  # each hop on the way adds its own
+    forks: tuple[tuple[int, int], ...] = ()
+
+    def body(self) -> dict[str, Any]:
+        body = {
+            "kind": "step",
+            "rows": list(chain.from_iterable(self.rows)),
+            "codec": self.codec,
+            "stop": self.stop,
+            "output": self.output,
+            "number": self.number,
+            "epoch": self.epoch,
+            "hops": list(chain.from_iterable(self.hops)),
+        }
+        if self.forks:
+            body["forks"] = list(chain.from_iterable(self.forks))
+        return body
+
+    @staticmethod
+    def of(body: Mapping[str, Any]) -> Step:
+        """Raises BadMessage."""
+        get = body.get
+        codec, stop, output = get("codec"), get("stop"), get("output", ALL)
+        if not (type(codec) is type(output) is str and type(stop) is int and 0 <= stop <= MAX_BLOCKS):
+            raise BadMessage(f"a step in codec {_shown(codec)} to block {_shown(stop)}: {_shown(output)}")
+        flat, forks = get("forks"), tuple[tuple[int, int]]()
+        if flat:
+            _check_counts("forks", flat, 2, MAX_ROWS, MAX_ROWS - 1)
+            forks = tuple(zip(flat[::2], flat[1::2], strict=True))
+        return Step(_rows(get("rows")), codec, stop, output, *_order(body), _hops(get("hops")), forks)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class StepDone:
     """The answer to a step, with one buffer of hidden states unless NONE were wanted."""
 
     KIND: ClassVar[str] = "done"
     rows: Rows
-    codec: Text
-    number: Count
-    epoch: Count
-    hops: Annotated[tuple[HopReport, ...], Bounds(1, MAX_BLOCKS)]
+    codec: str
+    number: int
+    epoch: int
+    hops: tuple[HopReport, ...]  # at least one
+
+    def body(self) -> dict[str, Any]:
+        return {
+            "kind": "done",
+            "rows": list(chain.from_iterable(self.rows)),
+            "codec": self.codec,
+            "number": self.number,
+            "epoch": self.epoch,
+            "hops": list(chain.from_iterable(self.hops)),
+        }
+
+    @staticmethod
+    def of(body: Mapping[str, Any]) -> StepDone:
+        """Raises BadMessage."""
+        codec, hops = body.get("codec"), _hops(body.get("hops"))
+        if type(codec) is not str or not hops:
+            raise BadMessage(f"an answer in codec {_shown(codec)} from {len(hops)} hops")
+        return StepDone(_rows(body.get("rows")), codec, *_order(body), hops)
 
 
 @dataclass(frozen=True, slots=True)
@@ -184,10 +234,13 @@ FromClient: TypeAlias = Step | Expect | Relink | Probe
 FromServer: TypeAlias = StepDone | LinkDown | Progress
 FROM_CLIENT: dict[str, type[FromClient]] = {cls.KIND: cls for cls in (Step, Expect, Relink, Probe)}
 FROM_SERVER: dict[str, type[FromServer]] = {cls.KIND: cls for cls in (StepDone, LinkDown, Progress)}
+_INTEGERS, _NUMBERS = frozenset((int,)), frozenset((int, float))
 
 
 def write(message: FromClient | FromServer) -> dict[str, Any]:
     """The body of a message that follows the first one of a session."""
+    if isinstance(message, Step | StepDone):
+        return message.body()
     return {"kind": message.KIND, **encode(message)}
 
 
@@ -197,4 +250,42 @@ def read(known: Mapping[str, type[T]], body: Mapping[str, Any]) -> T:
     cls = known.get(kind) if isinstance(kind, str) else None
     if cls is None:
         raise BadMessage(f"unknown kind of message {str(kind)[:20]!r}; expected {', '.join(known)}")
-    return decode(cls, body)
+    by_hand: Callable[[Mapping[str, Any]], T] | None = getattr(cls, "of", None)
+    return decode(cls, body) if by_hand is None else by_hand(body)
+
+
+def _rows(flat: Any) -> Rows:
+    _check_counts("rows", flat, 3, MAX_ROWS, MAX_LENGTH)
+    return tuple(zip(flat[::3], flat[1::3], flat[2::3], strict=True))
+
+
+def _hops(flat: Any) -> tuple[HopReport, ...]:
+    if not flat:
+        return ()
+    if type(flat) is not list or len(flat) % 3 or not _NUMBERS.issuperset(map(type, flat)):
+        raise BadMessage(f"hops are triples of numbers in one list, found {_shown(flat)}")
+    if not (min(flat) >= 0 and sum(flat) <= MAX_COUNT):  # which NaN and Inf are not, wherever they stand
+        raise BadMessage(f"hops have numbers of 0 to {MAX_COUNT}, found {_shown(flat)}")
+    return tuple(map(HopReport._make, zip(flat[::3], flat[1::3], flat[2::3], strict=True)))
+
+
+def _order(body: Mapping[str, Any]) -> tuple[int, int]:
+    """Number and epoch."""
+    number, epoch = body.get("number", 0), body.get("epoch", 0)
+    if not (type(number) is type(epoch) is int and 0 <= number <= MAX_COUNT and 0 <= epoch <= MAX_COUNT):
+        raise BadMessage(f"a step has number {_shown(number)} and epoch {_shown(epoch)}")
+    return number, epoch
+
+
+def _check_counts(what: str, flat: Any, each: int, most: int, high: int) -> None:
+    """Whether it is a list of 1 to `most` times `each` whole numbers of 0 to `high`."""
+    whole = type(flat) is list and _INTEGERS.issuperset(map(type, flat)) and not len(flat) % each
+    if not (whole and 0 < len(flat) <= most * each and min(flat) >= 0 and max(flat) <= high):
+        raise BadMessage(
+            f"{what} are a list of {each} to {most * each} whole numbers of 0 to {high}, {each} for each, "
+            f"found {_shown(flat)}"
+        )
+
+
+def _shown(value: object) -> str:
+    return repr(value)[:60]

@@ -36,7 +36,7 @@ LIES: dict[str, Callable[[dict[str, Any], list[Any]], tuple[dict[str, Any], list
     "fewer bytes": lambda body, buffers: (body, [buffers[0][:-8]] if buffers else []),
     "no buffer": lambda body, buffers: (body, []),
     "two buffers": lambda body, buffers: (body, buffers * 2),
-    "another row": lambda body, buffers: (body | {"rows": [[1, 0, 1]]}, buffers),
+    "another row": lambda body, buffers: (body | {"rows": [1, 0, 1]}, buffers),
     "another step's number": lambda body, buffers: (body | {"number": body["number"] + 1000}, buffers),
     "an unknown codec": lambda body, buffers: (body | {"codec": "q3"}, buffers),
     "one hop too many": lambda body, buffers: (body | {"hops": body["hops"] * 2}, buffers),
