@@ -128,13 +128,16 @@ class Backend:
         cache_tokens: int,
         thread: ComputeThread,
         settings: SchedulerSettings = SchedulerSettings(),
+        prefill_s: float = 0.0,
     ) -> None:
-        """`cache_tokens`: room for so many over the whole span. The thread stays its owner's to close."""
+        """`cache_tokens`: room for so many over the whole span. `prefill_s`: what a token of prefill takes
+        there; 0: nobody has measured it. The thread stays its owner's to close.
+        """
         self.span = span
         self._thread = thread
         self._cache = span.new_cache()
         self.budget = Budget(self._cache.row_bytes(cache_tokens))
-        self._scheduler: Scheduler[_Work] = Scheduler(settings)
+        self._scheduler: Scheduler[_Work] = Scheduler(settings, prefill_s)
         self._computing = False
         self._gathering = Gathering()
         self._lingering: asyncio.TimerHandle | None = None
@@ -342,14 +345,12 @@ class Backend:
     def _passed(self, parts: list[Part[_Work]], shape: _Shape, result: _Pass) -> None:
         """A pass is over: answer whom it finished, and go on."""
         self._computing = False
-        kind = parts[0].request.kind
-        if kind is Kind.DECODE:  # then nothing else was in it
+        self._scheduler.observe(parts, result.seconds)
+        if parts[0].request.kind is Kind.DECODE:  # then nothing else was in it
             self._gathering.passed(result.seconds)
             if len(self._usual_s) > MOST_SHAPES:
                 self._usual_s.clear()
             self._usual_s[shape] = result.seconds
-        elif kind is Kind.PREFILL:
-            self._scheduler.observe(parts, result.seconds)
         now_s = time.perf_counter()
         for part, error in result.errors:
             self._scheduler.remove(part.request)

@@ -86,7 +86,12 @@ class BlockLoader:
     async def load(self, span: Span, progress: Progress | None = None) -> LoadedBlocks:
         """Raises what `load_span` raises."""
         blocks, speed = await self._thread.run(self._load, span, progress)
-        backend = Backend(blocks, cache_tokens=self._memory.cache_tokens, thread=self._thread)
+        backend = Backend(
+            blocks,
+            cache_tokens=self._memory.cache_tokens,
+            thread=self._thread,
+            prefill_s=speed.prefill_s * len(span.blocks),
+        )
         return LoadedBlocks(backend, speed)
 
     def bring(self, span: Span) -> None:

@@ -67,13 +67,14 @@ class Part(Generic[W]):
 class Scheduler(Generic[W]):
     """Requests wait here until all their tokens have been handed out."""
 
-    def __init__(self, settings: SchedulerSettings = SchedulerSettings()) -> None:
+    def __init__(self, settings: SchedulerSettings = SchedulerSettings(), token_s: float = 0.0) -> None:
+        """`token_s`: what a token of prefill takes, as far as is known before the first; 0: it is not."""
         self.settings = settings
         self.passes = 0
         self._waiting: list[Request[W]] = []
         self._last_due: dict[tuple[Hashable, Kind], int] = {}
         self._last_turn: dict[Hashable, int] = {}  # of each peer that trains: the pass
-        self._token_s = 0.0  # measured on passes with prefill in them, seconds per token
+        self._token_s = token_s  # measured on passes with prefill in them, seconds per token
 
     def __len__(self) -> int:
         return len(self._waiting)
@@ -174,7 +175,9 @@ class Scheduler(Generic[W]):
         return parts
 
     def observe(self, parts: Sequence[Part[W]], seconds: float) -> None:
-        """What a pass with prefill in it took; sets the size of chunks."""
+        """What a pass took; sets the size of prefill chunks."""
+        if parts[0].request.kind is not Kind.PREFILL:  # which leads every pass that it is in
+            return
         token_s = seconds / sum(part.n_tokens for part in parts)
         # Follow a slower device at once and a faster one slowly: too long a pass hurts more than too short
         # a one.
