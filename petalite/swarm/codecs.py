@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import asyncio
 import ctypes
-import math
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -20,7 +19,7 @@ import zstandard
 
 from petalite.errors import BadTensor, InvalidArgument
 from petalite.kernels import dynamic8
-from petalite.model.compute import FEW_VALUES, is_finite
+from petalite.model.compute import FEW_BYTES, WIDE_FLOATS, is_finite, plainly_finite
 from petalite.net.messages import Buffer
 
 assert sys.byteorder == "little", "the wire is little-endian and tensors are sent from memory"
@@ -48,9 +47,13 @@ class Codec:
 
     def encode(self, hidden: torch.Tensor) -> bytearray:
         """hidden (T, E), any float dtype and device -> the wire's bytes."""
-        if self._n_planes > 1 and hidden.dtype is self.dtype and hidden.is_cpu and hidden.is_contiguous():
-            # No tensor operation: between two passes over a model's weights each costs tens of microseconds.
-            return bytearray((ctypes.c_char * hidden.nbytes).from_address(hidden.data_ptr()))
+        if self._n_planes > 1 and hidden.is_cpu:
+            # In no tensor operation, or one: between two passes over a model's weights each costs tens of
+            # microseconds.
+            if hidden.dtype is not self.dtype and hidden.nbytes <= FEW_BYTES:
+                hidden = hidden.to(self.dtype)
+            if hidden.dtype is self.dtype and hidden.is_contiguous():
+                return bytearray((ctypes.c_char * hidden.nbytes).from_address(hidden.data_ptr()))
         out = bytearray(self.nbytes(*hidden.shape))
         if out:
             self.encode_into(hidden, memoryview(out))
@@ -67,9 +70,10 @@ class Codec:
 
     def is_finite(self, data: memoryview, hidden_size: int) -> bool:
         """Whether decoding gives neither NaN nor Inf."""
-        if self.plain == "f32" and len(data) <= 4 * FEW_VALUES:
-            return math.isfinite(sum(data.cast("B").cast("f")))  # in doubles, which floats do not overflow
-        return is_finite(self.decode(data, hidden_size))
+        few = self._n_planes > 1 and self.dtype in WIDE_FLOATS and len(data) <= FEW_BYTES
+        return (few and plainly_finite(bytes(data), self.dtype.itemsize)) or is_finite(
+            self.decode(data, hidden_size)
+        )
 
     def pack(self, data: Buffer) -> Buffer:
         """What was encoded, as it travels."""
