@@ -24,7 +24,8 @@ from petalite.swarm.spans import Span
 
 SPANS = ("0:10", "10:20", "20:30")
 MIDDLE = Span(10, 20)
-HISTORIES = (128, 1024)
+HISTORIES = (128, 1024)  # when the server is killed
+STEPS = 10  # of them, taken one by one
 ROUNDS = 3
 
 
@@ -67,14 +68,16 @@ async def _one(history: int) -> dict[str, float]:
         peers = [str(first.address)]
         prefill_ms = await _prefill_ms(model, peers, history, width)
         async with hidden_session(model, peers, history + 32) as session:
-            await session.step(torch.randn(history, width), [(0, 0, history)], NONE)
-            for offset in range(10):
-                await session.step(torch.randn(1, width), [(0, history + offset, 1)])
-            step_ms = statistics.median(timing.total_s for timing in list(session.trace.steps)[-10:]) * 1e3
+            prefix = history - STEPS
+            await session.step(torch.randn(prefix, width), [(0, 0, prefix)], NONE)
+            for position in range(prefix, history):
+                await session.step(torch.randn(1, width), [(0, position, 1)])
+            steps = list(session.trace.steps)[-STEPS:]
+            step_ms = statistics.median(timing.total_s for timing in steps) * 1e3
             client_bytes = session.kept_bytes / session.length()
             nodes[session.chain[1].peer].kill()
             began_s = time.perf_counter()
-            await session.step(torch.randn(1, width), [(0, history + 10, 1)])
+            await session.step(torch.randn(1, width), [(0, history, 1)])
             outage_ms = (time.perf_counter() - began_s) * 1e3
             (recovery,) = session.trace.recoveries
             last_ms = session.trace.steps[-1].total_s * 1e3

@@ -287,7 +287,7 @@ class Backend:
 
     def _pump(self) -> None:
         """Give the idle thread its next pass."""
-        if self._computing:
+        if self._computing or not len(self._scheduler):
             return
         for late in self._scheduler.expired(time.perf_counter()):
             _fail(late.work, DeadlineExceeded("the server was too busy to do this in time"))
@@ -326,7 +326,7 @@ class Backend:
             self._lingering.cancel()
             self._lingering = None
         wait_s = 0.0
-        if len(self._scheduler) and self._gathering.anybody:
+        if self._gathering.anybody:
             wait_s = self._gathering.wait_s(time.perf_counter(), self._scheduler.decoding)
         if wait_s > 0:
             self._lingering = asyncio.get_running_loop().call_later(wait_s, self._pump)
