@@ -246,7 +246,8 @@ class Connection:
         stream.outbox.clear()
         stream.queued = 0
         stream.step_send(Step.RESET)
-        self._end_if_over(stream)
+        if stream.receive >= RECEIVED:
+            self._end(stream)
 
     def next_records(self, max_bytes: int) -> list[Segment]:
         """The plaintexts of the next records: all control frames, and data up to about `max_bytes`.
@@ -287,7 +288,8 @@ class Connection:
             self.events.append((Event.DRAINED, stream))
         if stream.send is FINISHING:
             stream.step_send(FIN_STEP)
-            self._end_if_over(stream)
+            if stream.receive >= RECEIVED:
+                self._end(stream)
 
     # -- reading -----------------------------------------------------------------------------------
 
@@ -359,10 +361,9 @@ class Connection:
         self.reserved -= freed
         return freed
 
-    def _end_if_over(self, stream: Stream) -> None:
-        """Forget the stream once nothing can come or go any more; some of it may still be unread."""
-        if stream.send < SENT or stream.receive < RECEIVED or self.streams.pop(stream.id, None) is None:
-            return
+    def _end(self, stream: Stream) -> None:
+        """Forget the stream, since nothing can come or go any more; some of it may still be unread."""
+        del self.streams[stream.id]
         if self._is_theirs(stream.id):
             self._peer_ended += 1
             return
@@ -438,7 +439,8 @@ class Connection:
         stream.step_receive(FIN_STEP)
         if not stream.inbox:
             self.events.append((READABLE, stream))
-        self._end_if_over(stream)
+        if stream.send >= SENT:
+            self._end(stream)
 
     def _on_block(self, stream_id: int, head: int, payload: memoryview) -> None:
         (size,) = U32.unpack(payload)
@@ -527,7 +529,8 @@ class Connection:
         stream.step_receive(Step.RESET)
         self._drop_unread(stream)
         self.events.append((Event.RESET, stream))
-        self._end_if_over(stream)
+        if stream.send >= SENT:
+            self._end(stream)
 
     def _on_stop(self, stream_id: int, _head: int, payload: memoryview) -> None:
         stream = self._known(stream_id)

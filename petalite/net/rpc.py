@@ -32,7 +32,7 @@ from petalite.net import messages, schema
 from petalite.net.limits import TokenBucket
 from petalite.net.messages import FAILURE, MESSAGE, REQUEST, Buffer, Header, Message
 from petalite.net.multiaddr import Multiaddr
-from petalite.net.states import READABLE, RECEIVED, RECEIVING, SENDING, Event
+from petalite.net.states import READABLE, RECEIVED, RECEIVING, SENDING, SENT, Event
 from petalite.net.streams import Priority, Stream
 
 if TYPE_CHECKING:
@@ -205,13 +205,15 @@ class Call:
             self._release()
         stream, connection = self.stream, self._lane.connection
         stream.owner = None
+        self._error = self._error or Cancelled("the call is over")
+        if stream.send >= SENT and stream.receive >= RECEIVED and not stream.inbox:
+            return  # as most calls end
         if stream.send is SENDING or (stream.queued and not keep_queued and stream.receive is RECEIVING):
             connection.reset(stream, ErrorCode.CANCELLED)
         if stream.receive is RECEIVING or stream.inbox:
             connection.stop(stream, ErrorCode.CANCELLED)
         if connection.wants_write:
             self._lane.flush()
-        self._error = self._error or Cancelled("the call is over")
 
     def on_event(self, event: Event) -> None:
         """What happened to the call's stream."""
