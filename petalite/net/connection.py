@@ -57,10 +57,11 @@ from petalite.net.states import (
 )
 from petalite.net.streams import PRIORITIES, Incoming, Priority, Segment, Stream
 
-_OPEN = FrameType.OPEN
 # A frame's header with type, flags and aux as one number, in which a MESSAGE has nothing but FIN and aux.
 _HEADER, _FIN, _NOT_MESSAGE = Struct(">III"), FIN << 16, ~(FIN << 16 | 0xFFFF)
-_MESSAGE, _HEAD, _BLOCK = FrameType.MESSAGE << 24, FrameType.HEAD << 24, FrameType.BLOCK << 24
+_OPEN, _MESSAGE, _HEAD, _BLOCK = (
+    kind << 24 for kind in (FrameType.OPEN, FrameType.MESSAGE, FrameType.HEAD, FrameType.BLOCK)
+)
 
 MAX_OPENED = 0x7FFF_FFFF  # that one end opens in a connection's life: ids have 32 bits
 _EXPRESS_CONTROL = 64  # control frames that fit into a record in front of a small message
@@ -116,7 +117,7 @@ class Connection:
     @property
     def can_open(self) -> bool:
         """Whether `open_stream` would succeed now."""
-        return not self.exhausted and self._opened - self._ended < self._theirs.streams
+        return self._opened - self._ended < self._theirs.streams and not self.exhausted
 
     @property
     def exhausted(self) -> bool:
@@ -128,7 +129,7 @@ class Connection:
             raise LocalProtocolError("no stream can be opened now; look at can_open first")
         self._opened += 1
         stream = self._new_stream(2 * self._opened - self._parity, priority)
-        self._control.send(_OPEN, stream.id, aux=priority)
+        self._control.send(_HEADER.pack(_OPEN | priority, stream.id, 0))
         return stream
 
     def _new_stream(self, stream_id: int, priority: Priority) -> Stream:
@@ -145,12 +146,12 @@ class Connection:
     def goaway(self, code: int, reason: str) -> None:
         """Take no more streams from the peer and open none; those that are open go on."""
         self._step("goaway")
-        self._control.send(FrameType.GOAWAY, payload=frames.encode_reason(code, reason))
+        self._control.send(frames.encode(FrameType.GOAWAY, payload=frames.encode_reason(code, reason)))
 
     def close(self, code: int, reason: str) -> None:
         """End everything; the peer hears why."""
         if self.state is not CLOSED:
-            self._control.send(FrameType.CLOSE, payload=frames.encode_reason(code, reason))
+            self._control.send(frames.encode(FrameType.CLOSE, payload=frames.encode_reason(code, reason)))
         self._step("close")
 
     def _step(self, step: str) -> None:
@@ -169,7 +170,7 @@ class Connection:
         self.now = now
         if self._ping is None:
             self._ping = U64.pack(int(now * 1e6))
-            self._control.send(FrameType.PING, payload=self._ping)
+            self._control.send(frames.encode(FrameType.PING, payload=self._ping))
 
     # -- writing -----------------------------------------------------------------------------------
 
@@ -183,13 +184,14 @@ class Connection:
         """Queue a message, whose buffers the caller leaves alone until they are sent; `fin`: the last one."""
         if stream.send is not SENDING:
             raise LocalProtocolError(f"write on the sending half of {stream!r}")
-        size = sum(map(len, buffers))
-        stream.queued += len(header) + size
-        if size < BLOCK_BYTES:
-            stream.outbox.append((_MESSAGE | len(header), (header, *buffers), len(header) + size))
+        size = len(header) + sum(map(len, buffers))
+        if size - len(header) < BLOCK_BYTES:
+            stream.outbox.append((_MESSAGE | len(header), (header, *buffers), size))
         else:
-            stream.outbox.append((_HEAD, (U64.pack(size), header), 8 + len(header)))
+            stream.outbox.append((_HEAD, (U64.pack(size - len(header)), header), U64.size + len(header)))
             stream.outbox.extend((_BLOCK, (buffer,), len(buffer)) for buffer in buffers if len(buffer))
+            size += U64.size
+        stream.queued += size
         if fin:
             stream.step_send(FINISH)
         self._turns.offer(stream)
@@ -233,13 +235,13 @@ class Connection:
         stream.priority = priority
         self._turns.offer(stream)
         if not self._is_theirs(stream.id) and stream.id in self.streams:
-            self._control.send(FrameType.PRIORITY, stream.id, aux=priority)
+            self._control.send(frames.encode(FrameType.PRIORITY, stream.id, aux=priority))
 
     def reset(self, stream: Stream, code: int) -> None:
         """Give up sending; what was queued is dropped. No effect once the last byte is sent."""
         if stream.send < SENT:
             self._give_up(stream)
-            self._control.send(FrameType.RESET_STREAM, stream.id, U32.pack(code))
+            self._control.send(frames.encode(FrameType.RESET_STREAM, stream.id, U32.pack(code)))
 
     def _give_up(self, stream: Stream) -> None:
         self._turns.leave(stream)
@@ -315,7 +317,7 @@ class Connection:
         """Read no more: what waits and what still comes is dropped, and the peer is told."""
         if stream.receive is RECEIVING:
             stream.step_receive(Step.STOP)
-            self._control.send(FrameType.STOP_SENDING, stream.id, U32.pack(code))
+            self._control.send(frames.encode(FrameType.STOP_SENDING, stream.id, U32.pack(code)))
         self._drop_unread(stream)
 
     def _drop_unread(self, stream: Stream) -> None:

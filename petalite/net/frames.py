@@ -78,6 +78,8 @@ RULES = MappingProxyType(
     }
 )
 
+_IGNORABLE = FrameRule(0, MAX_DATA_BYTES, True)
+
 
 def encode(kind: FrameType, stream: int = 0, payload: bytes = b"", flags: int = 0, aux: int = 0) -> bytes:
     """A whole frame."""
@@ -99,12 +101,12 @@ def check(kind: int, flags: int, aux: int, stream: int, length: int) -> bool:
     rule = RULES.get(kind)  # type: ignore[call-overload]  # an int finds its IntEnum
     if rule is None and kind < FIRST_IGNORABLE:
         raise RemoteProtocolError(f"frame type {kind:#04x} is unknown, and below 0x40 may not be skipped")
-    most = MAX_DATA_BYTES if rule is None else rule.high
-    if length > most:
-        raise FrameTooLarge(f"a frame of type {kind:#04x} claims {length} bytes; the most is {most}")
+    low, high, on_stream, allowed, aux_high = rule or _IGNORABLE
+    if length > high:
+        raise FrameTooLarge(f"a frame of type {kind:#04x} claims {length} bytes; the most is {high}")
     if rule is None:
         return False
-    if length < rule.low or flags & ~rule.flags or aux > rule.aux_high or (stream != 0) is not rule.on_stream:
+    if length < low or flags & ~allowed or aux > aux_high or (stream != 0) is not on_stream:
         raise RemoteProtocolError(
             f"{FrameType(kind).name} cannot have flags {flags:#x}, aux {aux}, stream {stream}, {length} bytes"
         )

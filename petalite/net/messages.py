@@ -14,7 +14,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from types import MappingProxyType
 from typing import Any, TypeAlias
 
 import msgpack
@@ -36,9 +35,7 @@ _INTEGERS, _TEXT = frozenset((int,)), frozenset((str,))
 # Its C buffer is reused; it is only used under the GIL, with no callbacks.
 _packer = msgpack.Packer(autoreset=True)
 
-# A header's first element, and the types of what follows the sizes; what follows that is of a later version.
-MESSAGE, REQUEST, FAILURE = 0, 1, 2
-_ENDS = MappingProxyType({MESSAGE: (), REQUEST: (str, int), FAILURE: (int, str)})
+MESSAGE, REQUEST, FAILURE = 0, 1, 2  # a header's first element
 
 
 @dataclass(slots=True)  # not frozen: that is slower, and there is one for every message
@@ -86,47 +83,45 @@ def _flat(buffer: Buffer) -> memoryview:
     return view.cast("B")
 
 
-def decode_header(data: bytes | bytearray | memoryview) -> Header:
+def decode_header(data: bytes) -> Header:
     """A header whose shape is as stated above. Raises BadMessage."""
     try:
         header: Header = _unpack(data)
-        kind, body, sizes = header[:3]
-    except (ValueError, msgpack.UnpackException, RecursionError, TypeError) as error:
+        kind, body, sizes = header[0], header[1], header[2]
+    except (ValueError, msgpack.UnpackException, RecursionError, TypeError, LookupError) as error:
         raise BadMessage(
             f"a message header is not [kind, body, sizes, …] in valid msgpack: {error}"
         ) from error
-    if type(kind) is not int or kind not in _ENDS or type(body) is not dict or type(sizes) is not list:
-        raise BadMessage("a message header begins with a kind that is known, a map and a list")
+    if type(header) is not list or type(kind) is not int or type(body) is not dict or type(sizes) is not list:
+        raise BadMessage("a message header begins with a number, a map and a list")
     if sizes and (len(sizes) > MAX_BUFFERS or not _INTEGERS.issuperset(map(type, sizes)) or min(sizes) < 0):
         raise BadMessage(f"a message has at most {MAX_BUFFERS} buffers, of whole sizes")
-    # A map that claims more entries than it has keys has one twice. The body's claim is in the third byte, as
-    # everybody writes it; inner maps are rare. Where that does not settle it, all is read again, more slowly.
-    plain = data[2] ^ 0x80 == len(body) and data[1] == kind and data[0] & 0xF0 == 0x90
-    if _has_maps(body.values(), MAX_DEPTH) or not plain or not _TEXT.issuperset(map(type, body)):
-        _unpack_unique(data)
-    if kind != MESSAGE and tuple(map(type, header[3:5])) != _ENDS[kind]:
-        raise BadMessage(f"a message header of kind {kind} goes on with {_ENDS[kind]}")
-    if kind == REQUEST and not (
-        0 < len(header[3]) <= MAX_METHOD_LENGTH and 0 <= header[4] <= MAX_DEADLINE_MS
-    ):
-        raise BadMessage(f"a method has 1 to {MAX_METHOD_LENGTH} characters, a deadline less than 2^31 ms")
+    _check_depth(body.values(), MAX_DEPTH)
+    if kind == REQUEST:
+        if tuple(map(type, header[3:5])) != (str, int):
+            raise BadMessage("a request goes on with a method's name and a deadline in ms")
+        if not 0 < len(header[3]) <= MAX_METHOD_LENGTH or not 0 <= header[4] <= MAX_DEADLINE_MS:
+            raise BadMessage(
+                f"a method has 1 to {MAX_METHOD_LENGTH} characters, a deadline less than 2^31 ms"
+            )
+    elif kind != MESSAGE and (kind != FAILURE or tuple(map(type, header[3:5])) != (int, str)):
+        raise BadMessage(
+            "a header is a message's, a request's, or a failure's, which goes on with a code and text"
+        )
     return header
 
 
-def _has_maps(items: Iterable[Any], depth: int) -> bool:
-    """Whether a map is among them or in them. Raises BadMessage for what is nested too deep."""
+def _check_depth(items: Iterable[Any], depth: int) -> None:
+    """Raises BadMessage for what is nested deeper."""
     if _SCALARS.issuperset(map(type, items)):
-        return False
+        return
     if not depth:
         raise BadMessage(f"a message body is nested more than {MAX_DEPTH} levels deep")
-    found = False
     for item in items:
         if type(item) is dict:
-            found = True
-            _has_maps(item.values(), depth - 1)
+            _check_depth(item.values(), depth - 1)
         elif type(item) is list:
-            found |= _has_maps(item, depth - 1)
-    return found
+            _check_depth(item, depth - 1)
 
 
 def _unique(pairs: list[tuple[Any, Any]]) -> dict[str, Any]:
@@ -142,12 +137,12 @@ def _no_extension(code: int, _data: bytes) -> None:
 
 _unpack = partial(
     msgpack.unpackb,
+    object_pairs_hook=_unique,
     max_array_len=MAX_ENTRIES,
     max_map_len=MAX_ENTRIES,
     max_ext_len=0,
     ext_hook=_no_extension,
 )
-_unpack_unique = partial(_unpack, object_pairs_hook=_unique)
 
 
 def body_bytes(sizes: Sequence[int]) -> int:

@@ -34,8 +34,8 @@ class ControlQueue:
         self._pongs = 0
         self.waiting = 0
 
-    def send(self, kind: FrameType, stream: int = 0, payload: bytes = b"", aux: int = 0) -> None:
-        self._frames.append(frames.encode(kind, stream, payload, aux=aux))
+    def send(self, frame: bytes) -> None:
+        self._frames.append(frame)
         self.waiting += 1
 
     def grant(self, kind: FrameType, stream: int, limit: int) -> None:
@@ -48,12 +48,12 @@ class ControlQueue:
         self._pongs += kind is FrameType.PONG
         if self._pongs > MAX_PONGS or len(self._frames) >= MAX_PROVOKED:
             raise Flood(f"{len(self._frames)} control frames wait to be read by the peer")
-        self.send(kind, stream, payload)
+        self.send(frames.encode(kind, stream, payload))
 
     def take(self) -> list[Segment]:
         """The frames for the next record."""
         for (kind, stream), limit in self._grants.items():
-            self.send(kind, stream, U64.pack(limit))
+            self.send(frames.encode(kind, stream, U64.pack(limit)))
         self._grants.clear()
         self._pongs = 0
         taken, self._frames = self._frames[:MAX_CONTROL], self._frames[MAX_CONTROL:]
