@@ -387,7 +387,7 @@ class Connection:
                 raise RemoteProtocolError("a record ends inside a frame header, or goes on behind a BLOCK")
             head, stream_id, length = _HEADER.unpack_from(plain, position)
             position = begin + length
-            if position <= end and head & _NOT_MESSAGE == 0 != stream_id:
+            if head & _NOT_MESSAGE == 0 != stream_id and length <= MAX_DATA_BYTES and position <= end:
                 self._on_message(stream_id, head, plain[begin:position])
                 continue
             kind = head >> 24

@@ -192,6 +192,9 @@ class Link:
                 self.lane_lost(lane, ConnectionLost(reason), guilty=False)
             else:
                 self.memory.release(lane.connection.give_back())
+                for stream in lane.connection.streams.values():
+                    if stream.owner is not None:
+                        stream.owner.watch_deadline()
         traffic = sum(lane.connection.sent + lane.connection.received for lane in self.lanes)
         if self.error is not None or self.calls or traffic != self._traffic:
             self._used_at, self._traffic = now, traffic

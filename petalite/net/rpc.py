@@ -46,6 +46,7 @@ Body: TypeAlias = Mapping[str, Any] | None
 Reply: TypeAlias = Message | Mapping[str, Any] | None
 Handler: TypeAlias = Callable[..., Awaitable[Reply]]
 
+NEAR_S = 2.5  # a deadline less far away has a timer
 REQUEST_TIMEOUT_S = 30.0  # from a stream's opening to the whole of its first message
 
 
@@ -79,7 +80,7 @@ class Call:
     # fmt: off
     __slots__ = (
         "_begun", "_body", "_deadline", "_error", "_header", "_lane", "_link", "_methods", "_senders",
-        "_served", "_timer", "_waiter", "method", "request", "stream", "task",
+        "_served", "_timeout_s", "_timer", "_waiter", "method", "request", "stream", "task",
     )
     # fmt: on
     request: Message  # the server's end: the call's first message
@@ -104,7 +105,8 @@ class Call:
         self._error: PetaliteError | None = None
         self._waiter: asyncio.Future[None] | None = None  # of whom receives
         self._senders: list[asyncio.Future[None]] | None = None  # of those whose messages are not all sent
-        self._deadline: float | None = None
+        self._timeout_s: float | None = None
+        self._deadline: float | None = None  # on the loop's clock
         self._timer: asyncio.TimerHandle | None = None
         stream.owner = self
 
@@ -190,11 +192,19 @@ class Call:
         """Let the call fail in so many seconds."""
         if self._timer is not None:
             self._timer.cancel()
-            self._timer = self._deadline = None
+            self._timer = None
+        self._timeout_s, self._deadline = timeout_s, None
         if timeout_s is not None:
+            self._deadline = self._link.loop.time() + timeout_s
+            if timeout_s < NEAR_S:
+                self.watch_deadline()
+
+    def watch_deadline(self) -> None:
+        """Set the timer, if the deadline is near. A link asks every second, so most calls never need one."""
+        if self._deadline is not None and self._timer is None:
             loop = self._link.loop
-            self._deadline = loop.time() + timeout_s
-            self._timer = loop.call_at(self._deadline, self._expire, timeout_s)
+            if self._deadline - loop.time() < NEAR_S:
+                self._timer = loop.call_at(self._deadline, self._expire)
 
     def end(self, *, keep_queued: bool = False) -> None:
         """Nobody uses this end any more: what is still open is cut off, and what waits to be sent with it."""
@@ -335,8 +345,8 @@ class Call:
                 self.cancel()
             raise
 
-    def _expire(self, timeout_s: float) -> None:
-        text = f"{self.method!r} at {self.peer.short()} took longer than {timeout_s:.3g} s"
+    def _expire(self) -> None:
+        text = f"{self.method!r} at {self.peer.short()} took longer than {self._timeout_s:.3g} s"
         self._fail(DeadlineExceeded(text), ErrorCode.DEADLINE)
 
     def _fail(self, error: PetaliteError, tell: ErrorCode | None = None) -> None:

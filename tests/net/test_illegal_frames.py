@@ -98,6 +98,9 @@ OPEN_1 = frames.encode(FrameType.OPEN, 1, aux=2)
             id="frame too long, before its stream",
         ),
         pytest.param(
+            OPEN_1 + message(1, MAX_DATA_BYTES + 1), FrameTooLarge, id="frame too long, in its record"
+        ),
+        pytest.param(
             OPEN_1 + message(1, 8192) + message(1, 1), FlowControlViolation, id="a message past the credit"
         ),
         pytest.param(OPEN_1 + message(1, 1) * 33, FlowControlViolation, id="small messages past the credit"),
