@@ -64,6 +64,7 @@ _OPEN, _MESSAGE, _HEAD, _BLOCK = (
 )
 
 MAX_OPENED = 0x7FFF_FFFF  # that one end opens in a connection's life: ids have 32 bits
+_FRAME_OVERHEAD_BYTES = 64  # at most: its header, and that of the record which a BLOCK ends, and its own
 _EXPRESS_CONTROL = 64  # control frames that fit into a record in front of a small message
 _ALLOWANCE_STEP_BYTES = 1024 * 1024
 _GIVEN_UP_PER_S, _GIVEN_UP_BURST = 200.0, 1000.0  # streams that the peer opens and gives up unanswered
@@ -266,7 +267,7 @@ class Connection:
                 cost = size if kind == _BLOCK or not size else max(size, MESSAGE_COST)
                 stream.sent += cost
                 self.sent += cost
-                turn -= HEADER_BYTES + size
+                turn -= size + _FRAME_OVERHEAD_BYTES
                 last = not stream.outbox
                 flags = _FIN if last and stream.send is FINISHING else 0
                 if kind == _BLOCK:

@@ -15,6 +15,9 @@ from petalite.net import frames
 from petalite.net.connection import Connection
 from petalite.net.credit import Window, Windows
 from petalite.net.frames import MAX_DATA_BYTES, MESSAGE_COST, U32, U64, FrameType
+from petalite.net.lane import BATCH_BYTES
+from petalite.net.pool import SEND_BYTES
+from petalite.net.records import OVERHEAD_BYTES
 from petalite.net.states import RECEIVE_STEPS, SEND_STEPS, STATE_STEPS, Event, Receive, Send, State, Step
 from petalite.net.streams import Priority, Stream
 
@@ -61,6 +64,21 @@ def test_large_buffers_have_records_of_their_own_and_small_ones_do_not() -> None
     assert all(record.obj is tensor.obj for record in own)
     rest = [len(record) for record in records if not isinstance(record, memoryview)]
     assert rest == [12 + 8 + 4 + 16, 2, 16, 16, 12 + 8]
+
+
+@pytest.mark.parametrize("sizes", [[1] * 63 + [32_768], [15, 32_768], [MAX_DATA_BYTES - 1], [32_700]])
+def test_a_batch_fits_the_buffer_that_it_is_sealed_into(sizes: list[int]) -> None:
+    """However it is made up: of crumbs with records of their own, or of frames that just miss their turn's
+    end.
+    """
+    huge = Windows(1 << 30, 1 << 30, 256)
+    core = Connection(True, huge, huge)
+    for _ in range(200):
+        stream = core.open_stream(Priority.NORMAL)
+        for _ in range(8):
+            core.write(stream, bytes(100), [bytes(size) for size in sizes])
+    while records := core.next_records(BATCH_BYTES):
+        assert sum(len(record) + OVERHEAD_BYTES for record in records) <= SEND_BYTES
 
 
 def test_buffers_are_opened_into_their_readers_memory() -> None:
