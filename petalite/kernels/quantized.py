@@ -29,6 +29,7 @@ from torch.nn.functional import embedding, pad
 
 FINE_COLUMNS = 64
 DIGIT = 254  # the second digit counts in 254ths of the first: both run from -127 to 127
+INT8_BLOCK = 64  # inputs that share a step
 NF4_BLOCK = 64
 NF4_FACTORS = (1.0, 0.93, 0.86, -1.0, -0.93, -0.86)  # of a block's largest value: the scales that are tried
 _NF4_STEPS = 2047  # how finely values are told apart, either side of zero: a table of as many fits a cache
@@ -240,6 +241,13 @@ FORMATS: Mapping[str, type[Int8Weight] | type[Nf4Weight]] = {
     Int8Weight.NAME: Int8Weight,
     Nf4Weight.NAME: Nf4Weight,
 }
+
+
+def column_order(fine_columns: Tensor, n_columns: int) -> Tensor:
+    """(K,) int64: the outlier columns, then the others, each ascending."""
+    others = torch.ones(n_columns, dtype=torch.bool, device=fine_columns.device)
+    others[fine_columns] = False
+    return torch.cat((fine_columns, others.nonzero().squeeze(1)))
 
 
 def _n_fine(n_columns: int) -> int:

@@ -1,9 +1,10 @@
-"""Products with int8 weights on a GPU, in Triton: the exact sums of `kernels.int8` in two launches.
+"""Products with int8 weights on a GPU, in Triton, in two launches; to the bit those of the native kernels.
 
-The first takes a token apart into two digits; the second multiplies both with the codes, which are read
-once, on the integer units. Sums are whole numbers, and the few float operations after them are those of the
-other kernels, none fused that they do not fuse; so a token has the same bits here too. Imports triton, so
-it is loaded by `kernels.linear` where a GPU is.
+The first makes digits of each token: two of the inputs that meet outlier columns, which all have one step,
+and one of the others, in blocks of 64 with a step each. The second multiplies them with the codes on the
+integer units. A block's sum is a whole number; blocks are added in order, in float32, as on a CPU
+(native/digits.h, native/scalar.cc), so neither kernel nor neighbours change a bit. Imports triton, so it is
+loaded by `kernels.linear` where a GPU is.
 """
 
 from __future__ import annotations
@@ -12,105 +13,155 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch.nn.functional import pad
 
 from petalite.kernels.frozen import FrozenLinear
-from petalite.kernels.quantized import DIGIT, Int8Weight
+from petalite.kernels.quantized import DIGIT, Int8Weight, column_order
 
-_DIGIT = tl.constexpr(float(DIGIT))
-_SMALLEST = tl.constexpr(1e-30)  # keeps a token of zeros from dividing by zero
+BLOCK = 64  # columns; the outlier columns are at most as many
+
+_BLOCK = tl.constexpr(BLOCK)
+_DIGIT = tl.constexpr(DIGIT)
+_SMALLEST = tl.constexpr(1e-30)  # keeps zeros from dividing by zero
+_MULTIPLES = tl.constexpr(128.0)  # a block's step is 1 to as many units
 _ROUNDS = tl.constexpr(12582912.0)  # 1.5 · 2²³: what it is added to is rounded, a half to even
 
 
 @triton.jit
-def _digits(x, columns, digits, token_steps, to_low, n_in, n_given, n_fine, IN: tl.constexpr):
-    """x (T, n_given) → digits (2, T, K + C) int8, high ones and low ones; token_steps (T,). `to_low`: T · (K
-    + C).
+def _inputs(x, columns, at, n_places, n_given):
+    column = tl.load(columns + at, mask=at < n_places, other=n_given)
+    return tl.load(x + column, mask=column < n_given, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def _magnitude(values):
+    """Its bits, of which the largest is NaN where there is one, as it need not be of floats."""
+    return values.to(tl.int32, bitcast=True) & 0x7FFFFFFF
+
+
+@triton.jit
+def _step(bits):
+    """One digit's worth where the largest magnitude has these bits."""
+    step = bits.to(tl.float32, bitcast=True) * (1 / 127)
+    return tl.maximum(step, _SMALLEST, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
+def _rounded(scaled):
+    """A digit in float32; 0 where the input or its step is not finite, which is left to the factor to say."""
+    return tl.where(scaled == scaled, (scaled + _ROUNDS) - _ROUNDS, 0.0)
+
+
+@triton.jit
+def _outliers(x, columns, digits, factors, n_given):
+    column = tl.arange(0, _BLOCK)
+    values = _inputs(x, columns, column, _BLOCK, n_given)
+    step = _step(tl.max(_magnitude(values)))
+    scaled = values * tl.div_rn(1.0, step)
+    high = _rounded(scaled)
+    tl.store(digits + column, high.to(tl.int8))
+    tl.store(digits + _BLOCK + column, _rounded((scaled - high) * _DIGIT).to(tl.int8))
+    tl.store(factors, tl.div_rn(step, _DIGIT))
+
+
+@triton.jit
+def _others(x, columns, digits, factors, n_tokens, n_given, n_blocks, BLOCKS: tl.constexpr):
+    n_columns = n_blocks * _BLOCK
+    largest = tl.zeros((BLOCKS * _BLOCK,), dtype=tl.int32)
+    for start in range(0, n_columns, BLOCKS * _BLOCK):
+        at = start + tl.arange(0, BLOCKS * _BLOCK)
+        largest = tl.maximum(largest, _magnitude(_inputs(x, columns, at, n_columns, n_given)))
+    unit = _step(tl.max(largest)) * (1 / _MULTIPLES)
+    for start in range(0, n_blocks, BLOCKS):
+        block = start + tl.arange(0, BLOCKS)
+        at = block[:, None] * _BLOCK + tl.arange(0, _BLOCK)[None, :]
+        values = _inputs(x, columns, at, n_columns, n_given)
+        of_block = tl.max(_magnitude(values), 1).to(tl.float32, bitcast=True)
+        factor = tl.clamp(tl.ceil(tl.div_rn(of_block, unit * 127)), 1.0, _MULTIPLES) * unit
+        digit = _rounded(values * tl.div_rn(1.0, factor)[:, None])
+        tl.store(digits + at, digit.to(tl.int8), mask=at < n_columns)
+        tl.store(factors + block * n_tokens, factor, mask=block < n_blocks)
+
+
+@triton.jit
+def _digits(x, columns, digits, factors, n_given, n_blocks, BLOCKS: tl.constexpr):
+    """x (T, n_given), columns (64 · (1 + B)) → digits (T, 64 · (2 + B)) int8: high and low ones of outliers,
+    those of the other blocks; factors (1 + B, T), by which sums of digits are in the scale of x.
     """
-    token = tl.program_id(0).to(tl.int64)
-    largest = tl.zeros((IN,), dtype=tl.float32)
-    for start in range(0, n_given, IN):
-        at = start + tl.arange(0, IN)
-        values = tl.load(x + token * n_given + at, mask=at < n_given, other=0.0).to(tl.float32)
-        largest = tl.maximum(largest, tl.abs(values))
-    step = tl.max(largest, 0) * (1 / 127) + _SMALLEST
-    tl.store(token_steps + token, step)
-    width = n_in + n_fine
-    high_row = digits + token * width
-    low_row = high_row + to_low
-    for start in range(0, n_in, IN):
-        at = start + tl.arange(0, IN)
-        values = tl.load(x + token * n_given + at, mask=at < n_given, other=0.0).to(tl.float32)
-        scaled = tl.div_rn(values, tl.full((IN,), 1.0, tl.float32) * step)
-        high = (scaled + _ROUNDS) - _ROUNDS
-        low = ((scaled - high) * _DIGIT + _ROUNDS) - _ROUNDS
-        tl.store(high_row + at, high.to(tl.int8), mask=at < n_in)
-        tl.store(low_row + at, low.to(tl.int8), mask=at < n_in)
-    for start in range(0, n_fine, IN):
-        at = start + tl.arange(0, IN)
-        column = tl.load(columns + at, mask=at < n_fine, other=0)
-        here = (at < n_fine) & (column < n_given)
-        values = tl.load(x + token * n_given + column, mask=here, other=0.0).to(tl.float32)
-        scaled = tl.div_rn(values, tl.full((IN,), 1.0, tl.float32) * step)
-        high = (scaled + _ROUNDS) - _ROUNDS
-        tl.store(high_row + n_in + at, (high * 0).to(tl.int8), mask=at < n_fine)
-        tl.store(low_row + n_in + at, high.to(tl.int8), mask=at < n_fine)
+    token, n_tokens = tl.program_id(0).to(tl.int64), tl.num_programs(0)
+    x += token * n_given
+    digits += token * (n_blocks + 2) * _BLOCK
+    factors += token
+    _outliers(x, columns, digits, factors, n_given)
+    columns, digits, factors = columns + _BLOCK, digits + 2 * _BLOCK, factors + n_tokens
+    _others(x, columns, digits, factors, n_tokens, n_given, n_blocks, BLOCKS)
 
 
 @triton.jit
 def _product(
     digits,
+    factors,
     codes,
-    steps,
-    token_steps,
+    scales,
     bias,
     y,
-    to_low,
     n_tokens,
     n_out,
-    width,
+    n_blocks,
     HAS_BIAS: tl.constexpr,
     TOKENS: tl.constexpr,
     OUT: tl.constexpr,
-    IN: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
-    """digits (2, T, W) int8, codes (N, W) int8 → y (T, N)."""
+    """digits and factors as above, codes (N, 64 · (2 + B)) int8: coarse and fine ones of outlier columns,
+    those of the others → y (T, N).
+    """
     out = tl.program_id(0) * OUT + tl.arange(0, OUT)
     token = tl.program_id(1) * TOKENS + tl.arange(0, TOKENS)
-    weight = codes + out[None, :].to(tl.int64) * width
-    row = digits + token[:, None].to(tl.int64) * width
-    coarse = tl.zeros((TOKENS, OUT), dtype=tl.int32)
-    fine = tl.zeros((TOKENS, OUT), dtype=tl.int32)
-    for start in range(0, width, IN):
-        at = start + tl.arange(0, IN)
-        here = (token[:, None] < n_tokens) & (at[None, :] < width)
-        high = tl.load(row + at[None, :], mask=here, other=0)
-        low = tl.load(row + to_low + at[None, :], mask=here, other=0)
-        some = tl.load(weight + at[:, None], mask=(out[None, :] < n_out) & (at[:, None] < width), other=0)
-        coarse = tl.dot(high, some, acc=coarse, out_dtype=tl.int32)
-        fine = tl.dot(low, some, acc=fine, out_dtype=tl.int32)
-    step = tl.load(steps + out, mask=out < n_out, other=0.0)[None, :]
-    token_step = tl.load(token_steps + token, mask=token < n_tokens, other=0.0)[:, None]
-    result = tl.fma(
-        coarse.to(tl.float32) * step, tl.full((TOKENS, OUT), _DIGIT, tl.float32), fine.to(tl.float32) * step
-    )
-    result *= token_step
+    here, there = (token < n_tokens)[:, None], (out < n_out)[None, :]
+    width, column = (n_blocks + 2) * _BLOCK, tl.arange(0, _BLOCK)
+    digits += token[:, None].to(tl.int64) * width + column[None, :]
+    codes += out[None, :].to(tl.int64) * width + column[:, None]
+    factors += token[:, None]
+
+    high = tl.load(digits, mask=here, other=0)
+    low = tl.load(digits + _BLOCK, mask=here, other=0)
+    coarse = tl.load(codes, mask=there, other=0)
+    fine = tl.load(codes + _BLOCK, mask=there, other=0)
+    whole = tl.dot(high, coarse, out_dtype=tl.int32) * _DIGIT
+    whole = tl.dot(low, coarse, acc=whole, out_dtype=tl.int32)
+    whole = tl.dot(high, fine, acc=whole, out_dtype=tl.int32)
+    sums = whole.to(tl.float32) * tl.load(factors, mask=here, other=0.0)
+    # With a number of stages of its own, a loop asks for factors ahead, too, not only for what is multiplied.
+    for block in tl.range(1, n_blocks + 1, num_stages=STAGES):
+        digit = tl.load(digits + (block + 1) * _BLOCK, mask=here, other=0)
+        code = tl.load(codes + (block + 1) * _BLOCK, mask=there, other=0)
+        factor = tl.load(factors + block * n_tokens, mask=here, other=0.0)
+        whole = tl.dot(digit, code, out_dtype=tl.int32)
+        sums = tl.fma(whole.to(tl.float32), factor, sums)
+    sums *= tl.load(scales + out, mask=out < n_out, other=0.0)[None, :]
     if HAS_BIAS:
-        result += tl.load(bias + out, mask=out < n_out, other=0.0).to(tl.float32)[None, :]
+        sums += tl.load(bias + out, mask=out < n_out, other=0.0).to(tl.float32)[None, :]
     place = y + token[:, None].to(tl.int64) * n_out + out[None, :]
-    tl.store(place, result.to(y.dtype.element_ty), mask=(token[:, None] < n_tokens) & (out[None, :] < n_out))
+    tl.store(place, sums.to(y.dtype.element_ty), mask=here & there)
 
 
 class TritonInt8(FrozenLinear):
     """x (T, K or less) → (T, N) in the dtype of x."""
 
     def __init__(self, weight: Int8Weight, bias: Tensor | None) -> None:
-        self._n_in = weight.shape[1]
-        self._columns = weight.fine_columns
+        self._n_in, self._n_fine = weight.shape[1], len(weight.fine_columns)
+        assert self._n_fine <= BLOCK
+        order = column_order(weight.fine_columns, self._n_in)
+        codes = weight.codes.index_select(1, order)
+        parts = (codes[:, : self._n_fine], weight.fine_codes, codes[:, self._n_fine :])
+        self._codes = torch.cat([_filled(part, 0) for part in parts], dim=1)
+        columns = order.int().tensor_split((self._n_fine,))
+        self._columns = torch.cat([_filled(part, self._n_in) for part in columns])  # which has no input
         self._scales = weight.scales
-        self._codes = torch.cat((weight.codes, weight.fine_codes), dim=1)
-        self._steps = weight.scales / DIGIT
         self._bias = bias
-        self.nbytes = weight.nbytes + (bias.nbytes if bias is not None else 0)
+        held = (self._codes, self._columns, self._scales, bias)
+        self.nbytes = sum(part.nbytes for part in held if part is not None)
 
     def product(self, x: Tensor) -> Tensor:
         x = x.contiguous()
@@ -118,27 +169,38 @@ class TritonInt8(FrozenLinear):
         y = x.new_empty(n_tokens, n_out)
         if not n_tokens:
             return y
-        digits = x.new_empty(2, n_tokens, width, dtype=torch.int8)
-        token_steps = x.new_empty(n_tokens, dtype=torch.float32)
-        to_low, sizes = n_tokens * width, (self._n_in, x.shape[1], len(self._columns))
+        n_blocks = width // BLOCK - 2
+        digits = x.new_empty(n_tokens, width, dtype=torch.int8)
+        factors = x.new_empty(1 + n_blocks, n_tokens, dtype=torch.float32)
         tokens = 16 if n_tokens <= 16 else 32 if n_tokens <= 32 else 64
-        out, some = (32, 128) if tokens == 16 else (64, 64)
+        out, stages = (32, 5) if tokens == 16 else (64, 3)  # the smaller a step, the more are on their way
         grid = (triton.cdiv(n_out, out), triton.cdiv(n_tokens, tokens))
-        bias = self._steps if self._bias is None else self._bias
+        bias = self._scales if self._bias is None else self._bias
         with torch.cuda.device_of(x):
             _digits[(n_tokens,)](
-                *(x, self._columns, digits, token_steps, to_low, *sizes), IN=1024, enable_fp_fusion=False
+                *(x, self._columns, digits, factors, x.shape[1], n_blocks), BLOCKS=16, enable_fp_fusion=False
             )
             _product[grid](
-                *(digits, self._codes, self._steps, token_steps, bias, y, to_low, n_tokens, n_out, width),
+                *(digits, factors, self._codes, self._scales, bias, y, n_tokens, n_out, n_blocks),
                 HAS_BIAS=self._bias is not None,
                 TOKENS=tokens,
                 OUT=out,
-                IN=some,
+                STAGES=stages,
                 enable_fp_fusion=False,
             )
         return y
 
     def dense(self) -> Tensor:
-        coarse, fine = self._codes[:, : self._n_in], self._codes[:, self._n_in :]
-        return Int8Weight(coarse, self._scales, self._columns, fine).dense()
+        coarse, fine, others = self._codes.tensor_split((BLOCK, 2 * BLOCK), dim=1)
+        n_fine, n_others = self._n_fine, self._n_in - self._n_fine
+        ordered = torch.cat((coarse[:, :n_fine], others[:, :n_others]), dim=1)
+        order = torch.cat((self._columns[:n_fine], self._columns[BLOCK : BLOCK + n_others])).long()
+        codes = torch.empty_like(ordered)
+        codes[:, order] = ordered
+        return Int8Weight(codes, self._scales, order[:n_fine], fine[:, :n_fine]).dense()
+
+
+def _filled(part: Tensor, value: int) -> Tensor:
+    """To whole blocks along the last axis, to one where there is nothing."""
+    n = part.shape[-1]
+    return pad(part, (0, max(BLOCK - n, -n % BLOCK)), value=value)

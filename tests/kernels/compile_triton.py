@@ -15,18 +15,19 @@ from petalite.kernels import triton_int8, triton_nf4, triton_q8
 
 POINTERS = {
     **dict.fromkeys(("digits", "codes"), "*i8"),
-    **dict.fromkeys(("steps", "token_steps", "scales", "levels", "table", "out"), "*fp32"),
+    **dict.fromkeys(("factors", "scales", "levels", "table", "out"), "*fp32"),
     **dict.fromkeys(("packed", "nearest"), "*u8"),
     **dict.fromkeys(("x", "y", "bias", "hidden"), "*bf16"),
     "columns": "*i64",
 }
+INT8 = {"columns": "*i32"}
 Q8 = {"codes": "*u8", "scales": "*fp16"}
 WIDE = dict.fromkeys(("x", "y", "bias"), "*fp32")
 FEW, MANY = {"TOKENS": 16, "OUT": 32}, {"TOKENS": 32, "OUT": 64}
 KERNELS: list[tuple[Any, str, dict[str, Any], dict[str, str]]] = [
-    (triton_int8._digits, "int8", {"IN": 1024}, {}),
-    (triton_int8._product, "few", {"HAS_BIAS": True, "IN": 128, **FEW}, {}),
-    (triton_int8._product, "many", {"HAS_BIAS": True, "IN": 64, "TOKENS": 64, "OUT": 64}, {}),
+    (triton_int8._digits, "int8", {"BLOCKS": 16}, INT8),
+    (triton_int8._product, "few", {"HAS_BIAS": True, "STAGES": 5, **FEW}, {}),
+    (triton_int8._product, "many", {"HAS_BIAS": True, "STAGES": 3, "TOKENS": 64, "OUT": 64}, {}),
     (triton_nf4._product, "tf32", {"HAS_BIAS": True, "PRECISION": "tf32", **FEW}, {}),
     (triton_nf4._product, "ieee", {"HAS_BIAS": False, "PRECISION": "ieee", **MANY}, WIDE),
     (triton_q8._encode, "q8", {"BLOCKS": 16}, Q8),

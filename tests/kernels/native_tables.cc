@@ -4,6 +4,7 @@
 #include <cmath>
 #include <cstdio>
 #include <cstring>
+#include <numeric>
 #include <random>
 #include <vector>
 
@@ -39,6 +40,16 @@ std::vector<uint8_t> panels_of(const Linear& linear) {
     return bytes;
 }
 
+// `n_fine` of the columns, then the others, each ascending.
+std::vector<int32_t> columns_of(int32_t n_in, int32_t n_fine) {
+    std::vector<int32_t> columns(static_cast<size_t>(n_in));
+    std::iota(columns.begin(), columns.end(), 0);
+    std::shuffle(columns.begin(), columns.end(), random_bits);
+    std::sort(columns.begin(), columns.begin() + n_fine);
+    std::sort(columns.begin() + n_fine, columns.end());
+    return columns;
+}
+
 std::vector<float> product(int table, Team* team, const Linear& linear, const std::vector<float>& x, int64_t rows) {
     petalite_table_choose(table);
     std::vector<float> y(size_t(rows * linear.n_out));
@@ -68,14 +79,18 @@ int main() {
     for (int round = 0; round < 60; ++round) {
         Team* team = petalite_team_new(1 + round % 3);
         const int64_t rows = 1 + random_bits() % 20;
-        const int32_t n_out = 1 + random_bits() % 70, n_in = 8 + random_bits() % 300;
+        const int32_t n_out = 1 + random_bits() % 70, n_in = 8 + random_bits() % 693;
         std::vector<float> x(size_t(rows * n_in)), scale(size_t(n_out + kPanelRows)), bias(static_cast<size_t>(n_out));
         for (auto* values : {&x, &scale, &bias})
             for (float& value : *values) value = normal(random_bits);
-        const std::vector<int32_t> columns = {0, 3, n_in / 2, n_in - 1};
+        for (float& value : x) value *= std::exp(2 * normal(random_bits));  // blocks have steps of their own
         for (int f = 0; f < 5; ++f) {
-            const bool fine = f >= int(Format::INT8);
-            Linear linear{Format(f), n_out, n_in, fine ? 4 : 0, nullptr, scale.data(), columns.data(), bias.data()};
+            const bool digits = f >= int(Format::INT8);
+            const int32_t most = !digits ? 0 : std::min(n_in, f == int(Format::INT8) ? 64 : 200);
+            const int32_t n_fine = round % 4 == 0 ? 0 : round % 4 == 1 ? most : int32_t(random_bits() % (most + 1));
+            const std::vector<int32_t> columns = columns_of(n_in, n_fine);
+            if (digits && round % 5 == 0) x[random_bits() % x.size()] = INFINITY;  // all that its token gives is NaN
+            Linear linear{Format(f), n_out, n_in, n_fine, nullptr, scale.data(), columns.data(), bias.data()};
             const std::vector<uint8_t> panels = panels_of(linear);
             linear.weight = panels.data();
             const std::vector<float> expected = product(scalar, team, linear, x, rows);

@@ -58,11 +58,16 @@ def awkward(n_rows: int, n_columns: int, seed: int = 0) -> Tensor:
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("n_tokens", [1, 2, 7, 12, 13, 21])
-def test_int8_is_that_of_torch_to_the_bit(table: str, shape: tuple[int, int], n_tokens: int) -> None:
+def test_int8_is_that_of_torch_but_for_the_last_sums(
+    table: str, shape: tuple[int, int], n_tokens: int
+) -> None:
+    """Sums of blocks are added in float32 here, in whole numbers there."""
     weight = Int8Weight.quantize(weights(*shape))
     bias = torch.randn(shape[0])
     x = awkward(n_tokens, shape[1])
-    assert torch.equal(NativeLinear(weight, bias)(x), ExactInt8(weight, bias)(x))
+    terms = x.abs() @ weight.dense().abs().t() + bias.abs()
+    off = (NativeLinear(weight, bias)(x) - ExactInt8(weight, bias)(x)).abs()
+    assert bool((off <= 5e-7 * terms + 1e-35).all())
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)

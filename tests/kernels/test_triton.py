@@ -12,9 +12,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from petalite.kernels import dynamic8, linear
-from petalite.kernels.int8 import ExactInt8
-from petalite.kernels.quantized import FORMATS, Int8Weight, Nf4Weight
+from petalite.kernels import dynamic8, linear, native
+from petalite.kernels.native.linears import NativeLinear
+from petalite.kernels.quantized import FORMATS, Int8Weight, Nf4Weight, column_order
+from tests.kernels.int8_meaning import int8_meaning
 
 pytest.importorskip("triton")
 from petalite.kernels import triton_q8
@@ -54,23 +55,56 @@ def on(device: torch.device, weight: Int8Weight | Nf4Weight) -> Int8Weight | Nf4
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("n_tokens", [1, 5, 34])
-def test_int8_has_the_bits_of_the_cpu(device: torch.device, shape: tuple[int, int], n_tokens: int) -> None:
-    """Against float64's exact sums on the CPU; also of bfloat16, of fewer inputs than columns, and a bias."""
+@pytest.mark.parametrize(
+    ("dtype", "missing", "most", "rounding"),
+    [
+        (torch.float32, 0, 1e9, 0.0),
+        (torch.float16, 1, 1e2, 2**-11),
+        (torch.bfloat16, 0, 1e9, 2**-7),  # which the interpreter cuts off
+    ],
+    ids=str,
+)
+def test_int8_is_what_it_is_defined_as(
+    device: torch.device,
+    shape: tuple[int, int],
+    n_tokens: int,
+    dtype: torch.dtype,
+    missing: int,
+    most: float,
+    rounding: float,
+) -> None:
+    """With and without a bias; of fewer inputs than columns; of 16 bits, to what the result is rounded to."""
     made, bias = Int8Weight.quantize(weights(shape)), torch.randn(shape[0])
-    for given, dtype in (
-        (shape[1], torch.float32),
-        (shape[1] - 1, torch.float16),
-        (shape[1], torch.bfloat16),
-    ):
-        x = awkward(n_tokens, shape[1])[:, :given].clamp(-6e4, 6e4).to(dtype)
-        for some in (None, bias):
-            found = TritonInt8(on(device, made), None if some is None else some.to(device))(x.to(device))
-            expected = ExactInt8(made, some)(x)
-            assert found.dtype == dtype
-            if dtype == torch.bfloat16 and device.type == "cpu":  # which the interpreter cuts off, not rounds
-                torch.testing.assert_close(found, expected, rtol=2**-7, atol=0)
-            else:
-                assert torch.equal(found.cpu(), expected)
+    x = awkward(n_tokens, shape[1])[:, : shape[1] - missing].clamp(-most, most).to(dtype)
+    product, terms = int8_meaning(made, x)
+    for some in (None, bias):
+        found = TritonInt8(on(device, made), None if some is None else some.to(device))(x.to(device))
+        assert found.dtype == dtype
+        expected, size = (product, terms) if some is None else (product + some, terms + some.abs())
+        off = (found.cpu().double() - expected).abs()
+        smallest = torch.finfo(dtype).smallest_normal * rounding
+        assert bool((off <= 2e-6 * size + rounding * expected.abs() + smallest).all())
+
+
+@pytest.mark.skipif(native.library() is None, reason="no native kernels are built, or torch's are forced")
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_int8_has_the_bits_of_the_native_kernels(device: torch.device, shape: tuple[int, int]) -> None:
+    made, bias, x = Int8Weight.quantize(weights(shape)), torch.randn(shape[0]), awkward(21, shape[1])
+    found = TritonInt8(on(device, made), bias.to(device))(x.to(device))
+    assert torch.equal(found.cpu(), NativeLinear(made, bias)(x))
+
+
+@pytest.mark.filterwarnings("ignore:(invalid value|overflow):RuntimeWarning")  # of the interpreter's numpy
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+def test_int8_of_a_token_that_is_not_finite_is_not(device: torch.device, value: float) -> None:
+    weight = Int8Weight.quantize(weights((48, 200)))
+    made, x = TritonInt8(on(device, weight), None), torch.randn(4, 200)
+    before = made(x.to(device))
+    outlier, other = column_order(weight.fine_columns, 200)[[0, -1]]
+    x[1, outlier], x[2, other] = value, value
+    after = made(x.to(device))
+    assert not torch.isfinite(after[1:3]).any()
+    assert torch.equal(before[::3], after[::3])
 
 
 def test_int8_alone_and_batched(device: torch.device) -> None:
@@ -105,7 +139,9 @@ def test_nf4_is_near_its_meaning(
 def test_weights_come_back_out_and_gradients_pass(device: torch.device, kind: type) -> None:
     made = {TritonInt8: Int8Weight, TritonNf4: Nf4Weight}[kind].quantize(weights((33, 200)))
     kernel = kind(on(device, made), None)
-    assert torch.equal(kernel.dense().cpu(), made.dense()) and kernel.nbytes == made.nbytes
+    assert torch.equal(kernel.dense().cpu(), made.dense())
+    # int8: 25 outlier columns' two codes and 175 others', in whole blocks; scales; columns in int32.
+    assert kernel.nbytes == (33 * 5 * 64 + 33 * 4 + 4 * 64 * 4 if kind is TritonInt8 else made.nbytes)
     x = torch.randn(3, 200, device=device, requires_grad=True)
     kernel(x).sum().backward()
     assert x.grad is not None

@@ -2,13 +2,11 @@
 #if defined(__x86_64__)
 #include <immintrin.h>
 
-#include <cmath>
 #include <cstring>
 
-#include "digits.h"
 #include "kernels.h"
+#include "prepare.h"
 #include "target.h"
-#include "tile.h"
 
 PETALITE_TARGET_BEGIN("avx2,fma,f16c")
 
@@ -50,77 +48,42 @@ inline __m256i every(int32_t word) { return _mm256_set1_epi32(word); }
 
 // -- digits --------------------------------------------------------------------------------------------------
 
-inline __m256 load_some(const float* x, int64_t n) {
-    if (n >= 8) return _mm256_loadu_ps(x);
-    const __m256i mask = _mm256_cmpgt_epi32(every(int32_t(n < 0 ? 0 : n)), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
-    return _mm256_maskload_ps(x, mask);
-}
-
-inline __m256i largest_of(__m256i largest, __m256 x) {
-    return _mm256_max_epu32(largest, _mm256_and_si256(_mm256_castps_si256(x), every(0x7fffffff)));
-}
-
-inline uint32_t reduce_max(__m256i values) {
-    uint32_t each[8], largest = 0;
-    std::memcpy(each, &values, 32);
-    for (uint32_t value : each) largest = largest < value ? value : largest;
-    return largest;
-}
-
-// 8 inputs into 2 words of each digit: high and low at out, then at out + stride.
-inline void put_digits(__m256 x, __m256 step, int32_t* out, int64_t stride, int64_t n_words) {
-    const __m256 scaled = _mm256_div_ps(x, step);
-    const __m256 high = _mm256_round_ps(scaled, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-    const __m256 rest = _mm256_mul_ps(_mm256_sub_ps(scaled, high), _mm256_set1_ps(kDigit));
-    const __m256i words = _mm256_packs_epi32(_mm256_cvtps_epi32(high), _mm256_cvtps_epi32(rest));
-    const __m256i packed = _mm256_packs_epi16(words, words);
-    const int64_t pairs[2] = {_mm256_extract_epi64(packed, 0), _mm256_extract_epi64(packed, 2)};
-    for (int64_t i = 0; i < n_words; ++i) std::memcpy(out + i * stride, &pairs[i], 8);
-}
-
-// Codes are taken as they are, without 128 added, so `offset` is not needed.
-void prepare_int8(const Linear& linear, const float* x, int64_t x_stride, int n_tokens, void* memory) {
-    const Int8Tile tile(linear, memory, n_tokens);
-    std::memset(tile.fine, 0, size_t(tile.n_fine) * n_tokens * 4);
-    for (int t = 0; t < n_tokens; ++t, x += x_stride) {
+struct Avx2 {
+    static uint32_t largest(const float* x) {
         __m256i largest = _mm256_setzero_si256();
-        for (int64_t k = 0; k < linear.n_in; k += 8) largest = largest_of(largest, load_some(x + k, linear.n_in - k));
-        const float step = tile.step[t] = step_of(reduce_max(largest));
-        for (int64_t k = 0; k < tile.n_columns; k += 2) {
-            const __m256 values = std::isnan(step) ? _mm256_setzero_ps() : load_some(x + k * 4, linear.n_in - k * 4);
-            put_digits(values, _mm256_set1_ps(std::isnan(step) ? 1.0f : step), tile.columns + (k * n_tokens + t) * 2,
-                       n_tokens * 2, tile.n_columns - k < 2 ? 1 : 2);
-        }
-        const int8_t* digits = reinterpret_cast<const int8_t*>(tile.columns);
-        int8_t* fine = reinterpret_cast<int8_t*>(tile.fine);
-        for (int64_t c = 0; c < linear.n_fine; ++c) {
-            const int64_t k = linear.fine_columns[c];
-            fine[(c / 4 * n_tokens + t) * 4 + c % 4] = digits[(k / 4 * n_tokens + t) * 8 + k % 4];
-        }
+        for (int i = 0; i < 64; i += 8)
+            largest = _mm256_max_epu32(largest, _mm256_and_si256(bytes_at(x + i), every(0x7fffffff)));
+        uint32_t each[8], result = 0;
+        std::memcpy(each, &largest, 32);
+        for (uint32_t value : each) result = result < value ? value : result;
+        return result;
     }
-}
 
-void prepare_nf4(const Linear& linear, const float* x, int64_t x_stride, int n_tokens, void* memory) {
-    int32_t* block = static_cast<int32_t*>(memory);
-    for (int64_t b = 0; b < Nf4Tile::blocks(linear); ++b, block += Nf4Tile::kWords * n_tokens) {
-        float* factor = reinterpret_cast<float*>(block + 33 * n_tokens);
-        for (int t = 0; t < n_tokens; ++t) {
-            __m256 values[8];
-            __m256i largest = _mm256_setzero_si256();
-            const Nf4Inputs inputs(linear, x + t * x_stride, b);
-            for (int i = 0; i < 8; ++i) {
-                values[i] = load_some(inputs.values + i * 8, inputs.n - i * 8);
-                largest = largest_of(largest, values[i]);
-            }
-            const float step = step_of(reduce_max(largest));
-            for (int i = 0; i < 8; ++i)
-                put_digits(std::isnan(step) ? _mm256_setzero_ps() : values[i],
-                           _mm256_set1_ps(std::isnan(step) ? 1.0f : step), block + (i * 2 * n_tokens + t) * 2,
-                           n_tokens * 2, 2);
-            factor[t] = step * kNf4Unit;
+    // Codes are taken as they are, without 128 added: nothing asks for sums of digits.
+    static int32_t one_digit(const float* x, float inverse, int32_t* out, int64_t stride, int n_words) {
+        for (int i = 0; i < n_words; i += 2) {
+            const __m256 scaled = _mm256_mul_ps(_mm256_loadu_ps(x + i * 4), _mm256_set1_ps(inverse));
+            const __m256i words = _mm256_packs_epi32(_mm256_cvtps_epi32(scaled), _mm256_setzero_si256());
+            const __m256i digits = _mm256_packs_epi16(words, words);
+            out[i * stride] = _mm256_extract_epi32(digits, 0);
+            if (i + 1 < n_words) out[(i + 1) * stride] = _mm256_extract_epi32(digits, 4);
         }
+        return 0;
     }
-}
+
+    static DigitSums two_digits(const float* x, float inverse, int32_t* out, int64_t stride, int n_words) {
+        for (int i = 0; i < n_words; i += 2) {
+            const __m256 scaled = _mm256_mul_ps(_mm256_loadu_ps(x + i * 4), _mm256_set1_ps(inverse));
+            const __m256 high = _mm256_round_ps(scaled, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+            const __m256 rest = _mm256_mul_ps(_mm256_sub_ps(scaled, high), _mm256_set1_ps(kDigit));
+            const __m256i words = _mm256_packs_epi32(_mm256_cvtps_epi32(high), _mm256_cvtps_epi32(rest));
+            const __m256i packed = _mm256_packs_epi16(words, words);
+            const int64_t pairs[2] = {_mm256_extract_epi64(packed, 0), _mm256_extract_epi64(packed, 2)};
+            for (int w = 0; w < 2 && i + w < n_words; ++w) std::memcpy(out + (i + w) * stride, &pairs[w], 8);
+        }
+        return {0, 0};
+    }
+};
 
 // -- whole numbers -------------------------------------------------------------------------------------------
 
@@ -133,44 +96,60 @@ inline __m256i dot(__m256i sum, __m256i sizes, __m256i codes, __m256i digits) {
 
 // T tokens of the tile from `from` on, V halves of panels.
 template <int T, int V>
-void int8_halves(const Linear& linear, const Int8Tile& tile, int n_tokens, int from, int64_t half, bool once,
-            float* sums) {
+void int8_halves(const Linear& linear, const Int8Tile& tile, int from, int64_t half, bool once, float* sums) {
     const Halves halves(linear, half);
+    const int n_tokens = tile.n_tokens;
+    const auto codes_at = [&](int v, int64_t step) {
+        const uint8_t* at = halves.at(v, step * 64, 64);
+        prefetch(at, once);
+        return _mm256_xor_si256(bytes_at(at), _mm256_set1_epi8(int8_t(0x80)));
+    };
+    __m256 total[V][T];
     __m256i high[V][T], low[V][T];
     for (int v = 0; v < V; ++v)
         for (int t = 0; t < T; ++t) high[v][t] = low[v][t] = _mm256_setzero_si256();
-    const int32_t* digits = tile.columns + from * 2;
-    for (int64_t k = 0; k < tile.n_columns; ++k, digits += n_tokens * 2) {
+    const int32_t* digits = tile.fine() + from * 2;
+    for (int64_t k = 0; k < tile.n_fine; ++k, digits += n_tokens * 2) {
         for (int v = 0; v < V; ++v) {
-            const uint8_t* at = halves.at(v, k * 64, 64);
-            const __m256i codes = _mm256_xor_si256(bytes_at(at), _mm256_set1_epi8(int8_t(0x80)));
-            const __m256i sizes = _mm256_abs_epi8(codes);
-            prefetch(at, once);
+            const __m256i codes = codes_at(v, k * 2), sizes = _mm256_abs_epi8(codes);
+            const __m256i fine = codes_at(v, k * 2 + 1), fine_sizes = _mm256_abs_epi8(fine);
             for (int t = 0; t < T; ++t) {
-                high[v][t] = dot(high[v][t], sizes, codes, every(digits[t * 2]));
+                const __m256i of_high = every(digits[t * 2]);
+                high[v][t] = dot(high[v][t], sizes, codes, of_high);
                 low[v][t] = dot(low[v][t], sizes, codes, every(digits[t * 2 + 1]));
+                low[v][t] = dot(low[v][t], fine_sizes, fine, of_high);
             }
         }
     }
-    digits = tile.fine + from;
-    for (int64_t c = 0; c < tile.n_fine; ++c, digits += n_tokens) {
-        for (int v = 0; v < V; ++v) {
-            const __m256i codes = _mm256_xor_si256(bytes_at(halves.at(v, (tile.n_columns + c) * 64, 64)),
-                                                   _mm256_set1_epi8(int8_t(0x80)));
-            const __m256i sizes = _mm256_abs_epi8(codes);
-            for (int t = 0; t < T; ++t) low[v][t] = dot(low[v][t], sizes, codes, every(digits[t]));
+    for (int v = 0; v < V; ++v) {
+        for (int t = 0; t < T; ++t) {
+            const __m256i whole = _mm256_add_epi32(_mm256_mullo_epi32(high[v][t], every(254)), low[v][t]);
+            total[v][t] = _mm256_mul_ps(_mm256_cvtepi32_ps(whole), _mm256_set1_ps(tile.fine_factor()[from + t]));
         }
+    }
+    int64_t step = tile.n_fine * 2;
+    for (int64_t b = 0; b < tile.blocks(); ++b) {
+        __m256i whole[V][T];
+        for (int v = 0; v < V; ++v)
+            for (int t = 0; t < T; ++t) whole[v][t] = _mm256_setzero_si256();
+        digits = tile.block(b) + from;
+        for (int64_t k = 0; k < tile.steps(b); ++k, ++step, digits += n_tokens) {
+            for (int v = 0; v < V; ++v) {
+                const __m256i codes = codes_at(v, step), sizes = _mm256_abs_epi8(codes);
+                for (int t = 0; t < T; ++t) whole[v][t] = dot(whole[v][t], sizes, codes, every(digits[t]));
+            }
+        }
+        const float* factor = tile.factor(b) + from;
+        for (int v = 0; v < V; ++v)
+            for (int t = 0; t < T; ++t)
+                total[v][t] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(whole[v][t]), _mm256_set1_ps(factor[t]), total[v][t]);
     }
     for (int v = 0; v < V; ++v) {
         const __m256 scale = _mm256_loadu_ps(linear.scale + (half + v) * 8);
-        for (int t = 0; t < T; ++t) {
-            const __m256 coarse = _mm256_mul_ps(_mm256_cvtepi32_ps(high[v][t]), scale);
-            const __m256 exact = _mm256_mul_ps(_mm256_cvtepi32_ps(low[v][t]), scale);
-            const __m256 whole = _mm256_fmadd_ps(coarse, _mm256_set1_ps(kDigit), exact);
-            const int64_t which = half % 2 + v;
+        const int64_t which = half % 2 + v;
+        for (int t = 0; t < T; ++t)
             _mm256_storeu_ps(sums + (which / 2 * n_tokens + from + t) * kPanelRows + which % 2 * 8,
-                             _mm256_mul_ps(whole, _mm256_set1_ps(tile.step[from + t])));
-        }
+                             _mm256_mul_ps(total[v][t], scale));
     }
 }
 
@@ -302,8 +281,8 @@ size_t tile_bytes(const Linear& linear, int n_tokens) {
 }
 
 void prepare(const Linear& linear, const float* x, int64_t x_stride, int n_tokens, void* tile) {
-    const auto run = linear.format == Format::INT8  ? prepare_int8
-                     : linear.format == Format::NF4 ? prepare_nf4
+    const auto run = linear.format == Format::INT8  ? prepare_int8<Avx2>
+                     : linear.format == Format::NF4 ? prepare_nf4<Avx2>
                                                     : prepare_float;
     run(linear, x, x_stride, n_tokens, tile);
 }
@@ -316,7 +295,7 @@ void halves_of(const Linear& linear, const void* tile, int n_tokens, int from, i
         case Format::BF16: return float_halves<Format::BF16, T, V>(linear, tile, n_tokens, from, half, once, sums);
         case Format::F16: return float_halves<Format::F16, T, V>(linear, tile, n_tokens, from, half, once, sums);
         case Format::INT8:
-            return int8_halves<T, V>(linear, Int8Tile(linear, tile, n_tokens), n_tokens, from, half, once, sums);
+            return int8_halves<T, V>(linear, Int8Tile(linear, tile, n_tokens), from, half, once, sums);
         case Format::NF4: return nf4_halves<T, V>(linear, tile, n_tokens, from, half, once, sums);
     }
 }

@@ -2,13 +2,11 @@
 #if defined(__x86_64__)
 #include <immintrin.h>
 
-#include <cmath>
 #include <cstring>
 
-#include "digits.h"
 #include "kernels.h"
+#include "prepare.h"
 #include "target.h"
-#include "tile.h"
 
 PETALITE_TARGET_BEGIN("avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx512vbmi,avx512bf16,fma")
 
@@ -42,119 +40,105 @@ inline __m512i dot(__m512i sum, __m512i codes, const int32_t& digits) {
     return sum;
 }
 
-// -- int8 ----------------------------------------------------------------------------------------------------
-
-inline __m512i largest_of(__m512i largest, __m512 x) {
-    return _mm512_max_epu32(largest, _mm512_and_si512(_mm512_castps_si512(x), every(0x7fffffff)));
-}
-
 inline __m512 load_some(const float* x, int64_t n) {
     return n >= 16 ? _mm512_loadu_ps(x) : _mm512_maskz_loadu_ps(__mmask16((1u << n) - 1), x);
 }
 
-struct Sums {
-    __m512i high, low;
+// -- digits --------------------------------------------------------------------------------------------------
+
+struct Avx512 {
+    static uint32_t largest(const float* x) {
+        __m512i largest = _mm512_setzero_si512();
+        for (int i = 0; i < 64; i += 16) {
+            const __m512i bits = _mm512_and_si512(_mm512_loadu_si512(x + i), every(0x7fffffff));
+            largest = _mm512_max_epu32(largest, bits);
+        }
+        return _mm512_reduce_max_epu32(largest);
+    }
+
+    static int32_t one_digit(const float* x, float inverse, int32_t* out, int64_t stride, int n_words) {
+        __m512i sum = _mm512_setzero_si512();
+        for (int i = 0; i < n_words; i += 4) {
+            const __m512i digits = _mm512_cvtps_epi32(_mm512_mul_ps(_mm512_loadu_ps(x + i * 4), _mm512_set1_ps(inverse)));
+            sum = _mm512_add_epi32(sum, digits);
+            int32_t words[4];
+            _mm_storeu_si128(reinterpret_cast<__m128i*>(words), _mm512_cvtepi32_epi8(digits));
+            for (int w = 0; w < 4 && i + w < n_words; ++w) out[(i + w) * stride] = words[w];
+        }
+        return _mm512_reduce_add_epi32(sum);
+    }
+
+    static DigitSums two_digits(const float* x, float inverse, int32_t* out, int64_t stride, int n_words) {
+        __m512i high_sum = _mm512_setzero_si512(), low_sum = high_sum;
+        for (int i = 0; i < n_words; i += 4) {
+            const __m512 scaled = _mm512_mul_ps(_mm512_loadu_ps(x + i * 4), _mm512_set1_ps(inverse));
+            const __m512 high = _mm512_roundscale_ps(scaled, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+            const __m512 rest = _mm512_mul_ps(_mm512_sub_ps(scaled, high), _mm512_set1_ps(kDigit));
+            const __m512i highs = _mm512_cvtps_epi32(high), lows = _mm512_cvtps_epi32(rest);
+            high_sum = _mm512_add_epi32(high_sum, highs);
+            low_sum = _mm512_add_epi32(low_sum, lows);
+            const __m128i a = _mm512_cvtepi32_epi8(highs), b = _mm512_cvtepi32_epi8(lows);
+            const __m128i pairs[2] = {_mm_unpacklo_epi32(a, b), _mm_unpackhi_epi32(a, b)};
+            for (int w = 0; w < 4 && i + w < n_words; ++w)
+                std::memcpy(out + (i + w) * stride, reinterpret_cast<const char*>(pairs) + w * 8, 8);
+        }
+        return {_mm512_reduce_add_epi32(high_sum), _mm512_reduce_add_epi32(low_sum)};
+    }
 };
 
-// 16 inputs into 4 words of each digit, at out[i · stride] and beside it.
-inline void put_digits(__m512 x, __m512 step, int32_t* out, int64_t stride, int64_t n_words, Sums& sums) {
-    const __m512 scaled = _mm512_div_ps(x, step);
-    const __m512 high = _mm512_roundscale_ps(scaled, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-    const __m512 rest = _mm512_mul_ps(_mm512_sub_ps(scaled, high), _mm512_set1_ps(kDigit));
-    const __m512i highs = _mm512_cvtps_epi32(high), lows = _mm512_cvtps_epi32(rest);
-    sums.high = _mm512_add_epi32(sums.high, highs);
-    sums.low = _mm512_add_epi32(sums.low, lows);
-    const __m128i a = _mm512_cvtepi32_epi8(highs), b = _mm512_cvtepi32_epi8(lows);
-    const __m128i pairs[2] = {_mm_unpacklo_epi32(a, b), _mm_unpackhi_epi32(a, b)};
-    for (int64_t i = 0; i < n_words; ++i)
-        std::memcpy(out + i * stride, reinterpret_cast<const char*>(pairs) + i * 8, 8);
-}
+// -- int8 ----------------------------------------------------------------------------------------------------
 
-void prepare_int8(const Linear& linear, const float* x, int64_t x_stride, int n_tokens, void* memory) {
-    const Int8Tile tile(linear, memory, n_tokens);
-    std::memset(tile.fine, 0, size_t(tile.n_fine) * n_tokens * 4);
-    for (int t = 0; t < n_tokens; ++t, x += x_stride) {
-        __m512i largest = _mm512_setzero_si512();
-        for (int64_t k = 0; k < linear.n_in; k += 16) largest = largest_of(largest, load_some(x + k, linear.n_in - k));
-        const float step = tile.step[t] = step_of(_mm512_reduce_max_epu32(largest));
-        Sums sums{_mm512_setzero_si512(), _mm512_setzero_si512()};
-        for (int64_t k = 0; k < tile.n_columns; k += 4) {
-            const __m512 values = std::isnan(step) ? _mm512_setzero_ps() : load_some(x + k * 4, linear.n_in - k * 4);
-            const int64_t n_words = tile.n_columns - k < 4 ? tile.n_columns - k : 4;
-            put_digits(values, _mm512_set1_ps(std::isnan(step) ? 1.0f : step), tile.columns + (k * n_tokens + t) * 2,
-                       n_tokens * 2, n_words, sums);
+// Of the outlier columns, which have two digits and fine codes.
+template <int T>
+inline const uint8_t* add_outliers(const Int8Tile& tile, const uint8_t* weight, bool once, __m512* total) {
+    __m512i high[T], low[T];  // in registers only where every loop over them is unrolled
+#pragma GCC unroll 12
+    for (int t = 0; t < T; ++t) high[t] = _mm512_setzero_si512(), low[t] = every(tile.fine_start()[t]);
+    const int32_t* digits = tile.fine();
+    for (int64_t k = 0; k < tile.n_fine; ++k, weight += 128, digits += T * 2) {
+        const __m512i codes = line(weight), fine_codes = line(weight + 64);
+        prefetch<Format::INT8, T>(weight, once), prefetch<Format::INT8, T>(weight + 64, once);
+#pragma GCC unroll 12
+        for (int t = 0; t < T; ++t) {
+            high[t] = dot(high[t], codes, digits[t * 2]);
+            low[t] = dot(dot(low[t], codes, digits[t * 2 + 1]), fine_codes, digits[t * 2]);
         }
-        int32_t low_sum = _mm512_reduce_add_epi32(sums.low);
-        const int8_t* digits = reinterpret_cast<const int8_t*>(tile.columns);
-        int8_t* fine = reinterpret_cast<int8_t*>(tile.fine);
-        for (int64_t c = 0; c < linear.n_fine; ++c) {
-            const int64_t k = linear.fine_columns[c];
-            const int8_t high = digits[(k / 4 * n_tokens + t) * 8 + k % 4];
-            fine[(c / 4 * n_tokens + t) * 4 + c % 4] = high;
-            low_sum += high;
-        }
-        tile.offset[t * 2] = _mm512_reduce_add_epi32(sums.high) * 128;
-        tile.offset[t * 2 + 1] = low_sum * 128;
     }
+#pragma GCC unroll 12
+    for (int t = 0; t < T; ++t) {
+        const __m512i most = _mm512_sub_epi32(_mm512_slli_epi32(high[t], 8), _mm512_slli_epi32(high[t], 1));
+        const __m512 whole = _mm512_cvtepi32_ps(_mm512_add_epi32(most, low[t]));  // 254 · high + low
+        total[t] = _mm512_mul_ps(whole, _mm512_set1_ps(tile.fine_factor()[t]));
+    }
+    return weight;
 }
 
 template <int T>
 void int8_panel(const Linear& linear, const Int8Tile& tile, int64_t panel, bool once, float* sums) {
-    const uint8_t* weight = linear.weight + panel * panel_bytes(linear);
-    __m512i high[T], low[T];  // in registers only where every loop over them is unrolled
+    __m512 total[T];
+    const uint8_t* weight = add_outliers<T>(tile, linear.weight + panel * panel_bytes(linear), once, total);
+    for (int64_t b = 0; b < tile.blocks(); ++b) {
+        const int32_t *digits = tile.block(b), *start = tile.start(b);
+        __m512i whole[T];
 #pragma GCC unroll 12
-    for (int t = 0; t < T; ++t) high[t] = every(-tile.offset[t * 2]), low[t] = every(-tile.offset[t * 2 + 1]);
-    const int32_t* digits = tile.columns;
-    for (int64_t k = 0; k < tile.n_columns; ++k, weight += 64, digits += T * 2) {
-        const __m512i codes = line(weight);
-        prefetch<Format::INT8, T>(weight, once);
+        for (int t = 0; t < T; ++t) whole[t] = every(start[t]);
+        for (; digits < start; digits += T, weight += 64) {
+            const __m512i codes = line(weight);
+            prefetch<Format::INT8, T>(weight, once);
 #pragma GCC unroll 12
-        for (int t = 0; t < T; ++t) {
-            high[t] = dot(high[t], codes, digits[t * 2]);
-            low[t] = dot(low[t], codes, digits[t * 2 + 1]);
+            for (int t = 0; t < T; ++t) whole[t] = dot(whole[t], codes, digits[t]);
         }
-    }
-    digits = tile.fine;
-    for (int64_t c = 0; c < tile.n_fine; ++c, weight += 64, digits += T)
+        const float* factor = tile.factor(b);
 #pragma GCC unroll 12
-        for (int t = 0; t < T; ++t) low[t] = dot(low[t], line(weight), digits[t]);
+        for (int t = 0; t < T; ++t)
+            total[t] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(whole[t]), _mm512_set1_ps(factor[t]), total[t]);
+    }
     const __m512 scale = _mm512_loadu_ps(linear.scale + panel * kPanelRows);
 #pragma GCC unroll 12
-    for (int t = 0; t < T; ++t, sums += kPanelRows) {
-        const __m512 coarse = _mm512_mul_ps(_mm512_cvtepi32_ps(high[t]), scale);
-        const __m512 exact = _mm512_mul_ps(_mm512_cvtepi32_ps(low[t]), scale);
-        const __m512 whole = _mm512_fmadd_ps(coarse, _mm512_set1_ps(kDigit), exact);
-        _mm512_storeu_ps(sums, _mm512_mul_ps(whole, _mm512_set1_ps(tile.step[t])));
-    }
+    for (int t = 0; t < T; ++t, sums += kPanelRows) _mm512_storeu_ps(sums, _mm512_mul_ps(total[t], scale));
 }
 
 // -- nf4 -----------------------------------------------------------------------------------------------------
-
-void prepare_nf4(const Linear& linear, const float* x, int64_t x_stride, int n_tokens, void* memory) {
-    int32_t* block = static_cast<int32_t*>(memory);
-    for (int64_t b = 0; b < Nf4Tile::blocks(linear); ++b, block += Nf4Tile::kWords * n_tokens) {
-        int32_t* offset = block + 32 * n_tokens;
-        float* factor = reinterpret_cast<float*>(offset + n_tokens);
-        for (int t = 0; t < n_tokens; ++t) {
-            __m512 values[4];
-            __m512i largest = _mm512_setzero_si512();
-            const Nf4Inputs inputs(linear, x + t * x_stride, b);
-            for (int i = 0; i < 4; ++i) {
-                const int64_t left = inputs.n - i * 16;
-                values[i] = load_some(inputs.values + i * 16, left < 0 ? 0 : left);
-                largest = largest_of(largest, values[i]);
-            }
-            const float step = step_of(_mm512_reduce_max_epu32(largest));
-            Sums sums{_mm512_setzero_si512(), _mm512_setzero_si512()};
-            for (int i = 0; i < 4; ++i)
-                put_digits(std::isnan(step) ? _mm512_setzero_ps() : values[i],
-                           _mm512_set1_ps(std::isnan(step) ? 1.0f : step), block + (i * 4 * n_tokens + t) * 2,
-                           n_tokens * 2, 4, sums);
-            offset[t] = 128 * (254 * _mm512_reduce_add_epi32(sums.high) + _mm512_reduce_add_epi32(sums.low));
-            factor[t] = step * kNf4Unit;
-        }
-    }
-}
 
 // The levels with 128 added, four times over: a look-up takes six bits, of which two are another code's.
 inline __m512i nf4_levels() {
@@ -190,8 +174,8 @@ void nf4_panel(const Linear& linear, const void* tile, int64_t panel, bool once,
                 codes = _mm512_srli_epi16(codes, 4);
             }
         }
-        const int32_t* offset = block + 32 * T;
-        const float* factor = reinterpret_cast<const float*>(offset + T);
+        const int32_t* start = block + 32 * T;
+        const float* factor = reinterpret_cast<const float*>(start + T);
         const __m512 scale = _mm512_loadu_ps(weight + 512);
         for (int t = 0; t < T; ++t) {
             __m512i highs = high[0][t], lows = low[0][t];
@@ -199,9 +183,9 @@ void nf4_panel(const Linear& linear, const void* tile, int64_t panel, bool once,
                 highs = _mm512_add_epi32(highs, high[kChains - 1][t]);
                 lows = _mm512_add_epi32(lows, low[kChains - 1][t]);
             }
-            // 254 · high + low − offset
+            // 254 · high + low + start
             const __m512i most = _mm512_sub_epi32(_mm512_slli_epi32(highs, 8), _mm512_slli_epi32(highs, 1));
-            const __m512i whole = _mm512_sub_epi32(_mm512_add_epi32(most, lows), every(offset[t]));
+            const __m512i whole = _mm512_add_epi32(_mm512_add_epi32(most, lows), every(start[t]));
             const __m512 unit = _mm512_mul_ps(scale, _mm512_set1_ps(factor[t]));
             total[t] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(whole), unit, total[t]);
         }
@@ -293,8 +277,8 @@ size_t tile_bytes(const Linear& linear, int n_tokens) {
 }
 
 void prepare(const Linear& linear, const float* x, int64_t x_stride, int n_tokens, void* tile) {
-    const auto run = linear.format == Format::INT8   ? prepare_int8
-                     : linear.format == Format::NF4  ? prepare_nf4
+    const auto run = linear.format == Format::INT8   ? prepare_int8<Avx512>
+                     : linear.format == Format::NF4  ? prepare_nf4<Avx512>
                      : linear.format == Format::BF16 ? prepare_bf16
                                                      : prepare_float;
     run(linear, x, x_stride, n_tokens, tile);

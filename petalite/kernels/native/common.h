@@ -4,11 +4,11 @@
 // product reads one stream from end to end; 64 bytes are one step of it, whatever the instruction set:
 //   F32   16 rows × 1 input             BF16  16 rows × 2 inputs (row r: inputs 2i, 2i + 1)
 //   F16   16 rows × 2 inputs: the 16 values of input 2i, then those of 2i + 1
-//   INT8  16 rows × 4 inputs, a byte each, code + 128. After the inputs the fine codes of the outlier columns,
-//         in the same order as `fine_columns`.
+//   INT8  16 rows × 4 inputs, a byte each, code + 128. Inputs in the order of `columns`: first the outlier columns (64 at most),
+//         filled up to whole steps, after each step its fine codes; then the others.
 //   NF4   16 rows × 8 inputs: row r's byte c holds the code of input 8i + c (lower half) and of 8i + 4 + c. After
 //         each 64 inputs, the 16 rows' scales of that block as float32: 576 bytes a block. After the inputs the
-//         outlier columns' second codes, in the order of `fine_columns`, filled up to whole blocks too.
+//         outlier columns' second codes, in the order of `columns`, filled up to whole blocks too.
 // Inputs are filled up with zeros to whole steps, for NF4 to whole blocks. See quantized.py for what codes mean.
 #pragma once
 
@@ -27,11 +27,11 @@ enum class Format : int32_t { F32 = 0, BF16 = 1, F16 = 2, INT8 = 3, NF4 = 4 };
 struct Linear {
     Format format;
     int32_t n_out, n_in;
-    int32_t n_fine;               // INT8, NF4: outlier columns with a second digit
-    const uint8_t* weight;        // panels, `panel_bytes` each
-    const float* scale;           // INT8: of each row, divided by 254; filled up to whole panels. Else null
-    const int32_t* fine_columns;  // INT8, NF4: (n_fine), ascending, each < n_in. Else null
-    const float* bias;            // (n_out), or null
+    int32_t n_fine;          // INT8, NF4: outlier columns with a second digit
+    const uint8_t* weight;   // panels, `panel_bytes` each
+    const float* scale;      // INT8: of each row, filled up to whole panels. Else null
+    const int32_t* columns;  // INT8: (n_in), the outlier columns, then the others. NF4: (n_fine). Each < n_in. Else null
+    const float* bias;       // (n_out), or null
 };
 
 inline int64_t round_up(int64_t value, int64_t step) { return (value + step - 1) / step * step; }
@@ -43,7 +43,7 @@ inline int64_t panel_bytes(Format format, int64_t n_in, int64_t n_fine) {
         case Format::F32: return n_in * 64;
         case Format::BF16:
         case Format::F16: return (n_in + 1) / 2 * 64;
-        case Format::INT8: return ((n_in + 3) / 4 + (n_fine + 3) / 4) * 64;
+        case Format::INT8: return ((n_fine + 3) / 4 * 2 + (n_in - n_fine + 3) / 4) * 64;
         case Format::NF4: return (round_up(n_in, kNf4Block) + round_up(n_fine, kNf4Block)) / kNf4Block * kNf4BlockBytes;
     }
     return 0;

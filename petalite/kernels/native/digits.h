@@ -1,4 +1,4 @@
-// Activations in two int8 digits: what every instruction set must give, in scalar code.
+// Activations in int8 digits: what every instruction set must give, in scalar code.
 #pragma once
 
 #include <cmath>
@@ -7,7 +7,7 @@
 
 namespace petalite {
 
-constexpr float kSmallest = 1e-30f;  // keeps zeros from dividing by zero; as in kernels/int8.py
+constexpr float kSmallest = 1e-30f;  // step: keeps zeros from dividing by zero; as in kernels/int8.py
 constexpr float kDigit = 254.0f;
 constexpr float kNf4Unit = 1 / (124.11f * 254);  // what a product of a level and both digits of an input counts in
 
@@ -27,17 +27,22 @@ inline float step_of(uint32_t largest_bits) {
     if (largest_bits > 0x7f7fffffu) return NAN;
     float largest;
     std::memcpy(&largest, &largest_bits, 4);
-    return std::fma(largest, 1.0f / 127, kSmallest);
+    const float step = largest * (1.0f / 127);
+    return step > kSmallest ? step : kSmallest;
 }
 
-struct Digits {
-    int8_t high, low;
-};
+// INT8: the inputs but for outlier columns have one digit each, in blocks of 64. A block's step is a whole number of
+// units, of which the largest of all these inputs takes kMultiples: so sums of all blocks are whole numbers of units.
+constexpr float kMultiples = 128.0f;
 
-inline Digits digits_of(float x, float step) {
-    if (std::isnan(step)) return {0, 0};
-    const float scaled = x / step, high = std::nearbyint(scaled);
-    return {int8_t(high), int8_t(std::nearbyint((scaled - high) * kDigit))};
+inline float unit_of(uint32_t largest_bits) { return step_of(largest_bits) / kMultiples; }
+
+// How many units a block's step is, when its largest magnitude has these bits. 1 where `unit` is NaN.
+inline float multiple_of(uint32_t largest_bits, float unit) {
+    float largest;
+    std::memcpy(&largest, &largest_bits, 4);
+    const float found = std::ceil(largest / (unit * 127));
+    return found >= 1 ? (found <= kMultiples ? found : kMultiples) : 1.0f;
 }
 
 }  // namespace petalite

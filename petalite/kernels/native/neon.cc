@@ -2,13 +2,9 @@
 #if defined(__aarch64__)
 #include <arm_neon.h>
 
-#include <cmath>
-#include <cstring>
-
-#include "digits.h"
 #include "kernels.h"
+#include "prepare.h"
 #include "target.h"
-#include "tile.h"
 
 #if defined(__clang__)
 PETALITE_TARGET_BEGIN("dotprod")
@@ -31,64 +27,34 @@ inline void prefetch(const uint8_t* at) { __builtin_prefetch(at + 1024); }
 
 // -- digits --------------------------------------------------------------------------------------------------
 
-// 4 inputs into a word of each digit, the high one first.
-inline void put_digits(float32x4_t x, float step, int32_t* out) {
-    const float32x4_t scaled = vdivq_f32(x, vdupq_n_f32(step)), high = vrndnq_f32(scaled);
-    const float32x4_t rest = vmulq_f32(vsubq_f32(scaled, high), vdupq_n_f32(kDigit));
-    const int16x8_t both = vcombine_s16(vmovn_s32(vcvtnq_s32_f32(high)), vmovn_s32(vcvtnq_s32_f32(rest)));
-    vst1_s8(reinterpret_cast<int8_t*>(out), vmovn_s16(both));
-}
-
-inline float32x4_t load_some(const float* x, int64_t n) {
-    if (n >= 4) return vld1q_f32(x);
-    float some[4] = {0, 0, 0, 0};
-    for (int64_t i = 0; i < n; ++i) some[i] = x[i];
-    return vld1q_f32(some);
-}
-
-uint32_t largest_bits(const float* x, int64_t n) {
-    uint32x4_t largest = vdupq_n_u32(0);
-    for (int64_t k = 0; k < n; k += 4)
-        largest = vmaxq_u32(largest, vandq_u32(vreinterpretq_u32_f32(load_some(x + k, n - k)), vdupq_n_u32(0x7fffffff)));
-    return vmaxvq_u32(largest);
-}
-
-// Codes are taken as they are, without 128 added, so `offset` is not needed.
-void prepare_int8(const Linear& linear, const float* x, int64_t x_stride, int n_tokens, void* memory) {
-    const Int8Tile tile(linear, memory, n_tokens);
-    std::memset(tile.fine, 0, size_t(tile.n_fine) * n_tokens * 4);
-    for (int t = 0; t < n_tokens; ++t, x += x_stride) {
-        const float step = tile.step[t] = step_of(largest_bits(x, linear.n_in));
-        const bool finite = !std::isnan(step);
-        for (int64_t k = 0; k < tile.n_columns; ++k) {
-            const float32x4_t values = finite ? load_some(x + k * 4, linear.n_in - k * 4) : vdupq_n_f32(0);
-            put_digits(values, finite ? step : 1.0f, tile.columns + (k * n_tokens + t) * 2);
-        }
-        const int8_t* digits = reinterpret_cast<const int8_t*>(tile.columns);
-        int8_t* fine = reinterpret_cast<int8_t*>(tile.fine);
-        for (int64_t c = 0; c < linear.n_fine; ++c) {
-            const int64_t k = linear.fine_columns[c];
-            fine[(c / 4 * n_tokens + t) * 4 + c % 4] = digits[(k / 4 * n_tokens + t) * 8 + k % 4];
-        }
+struct Neon {
+    static uint32_t largest(const float* x) {
+        uint32x4_t largest = vdupq_n_u32(0);
+        for (int i = 0; i < 64; i += 4)
+            largest = vmaxq_u32(largest, vreinterpretq_u32_f32(vabsq_f32(vld1q_f32(x + i))));
+        return vmaxvq_u32(largest);
     }
-}
 
-void prepare_nf4(const Linear& linear, const float* x, int64_t x_stride, int n_tokens, void* memory) {
-    int32_t* block = static_cast<int32_t*>(memory);
-    for (int64_t b = 0; b < Nf4Tile::blocks(linear); ++b, block += Nf4Tile::kWords * n_tokens) {
-        float* factor = reinterpret_cast<float*>(block + 33 * n_tokens);
-        for (int t = 0; t < n_tokens; ++t) {
-            const Nf4Inputs inputs(linear, x + t * x_stride, b);
-            const float step = step_of(largest_bits(inputs.values, inputs.n));
-            const bool finite = !std::isnan(step);
-            for (int i = 0; i < 16; ++i) {
-                const float32x4_t values = finite ? load_some(inputs.values + i * 4, inputs.n - i * 4) : vdupq_n_f32(0);
-                put_digits(values, finite ? step : 1.0f, block + (i * n_tokens + t) * 2);
-            }
-            factor[t] = step * kNf4Unit;
+    // Codes are taken as they are, without 128 added: nothing asks for sums of digits.
+    static int32_t one_digit(const float* x, float inverse, int32_t* out, int64_t stride, int n_words) {
+        for (int i = 0; i < n_words; ++i) {
+            const int16x4_t digits = vmovn_s32(vcvtnq_s32_f32(vmulq_n_f32(vld1q_f32(x + i * 4), inverse)));
+            const int8x8_t twice = vmovn_s16(vcombine_s16(digits, digits));
+            vst1_lane_s32(out + i * stride, vreinterpret_s32_s8(twice), 0);
         }
+        return 0;
     }
-}
+
+    static DigitSums two_digits(const float* x, float inverse, int32_t* out, int64_t stride, int n_words) {
+        for (int i = 0; i < n_words; ++i) {
+            const float32x4_t scaled = vmulq_n_f32(vld1q_f32(x + i * 4), inverse), high = vrndnq_f32(scaled);
+            const float32x4_t rest = vmulq_n_f32(vsubq_f32(scaled, high), kDigit);
+            const int16x8_t both = vcombine_s16(vmovn_s32(vcvtnq_s32_f32(high)), vmovn_s32(vcvtnq_s32_f32(rest)));
+            vst1_s32(out + i * stride, vreinterpret_s32_s8(vmovn_s16(both)));
+        }
+        return {0, 0};
+    }
+};
 
 // -- whole numbers -------------------------------------------------------------------------------------------
 
@@ -97,35 +63,50 @@ inline int8x16_t codes_at(const uint8_t* at) { return vreinterpretq_s8_u8(veorq_
 
 // T tokens of the tile from `from` on, all 16 rows of a panel.
 template <int T>
-void int8_panel(const Linear& linear, const Int8Tile& tile, int n_tokens, int from, int64_t panel, float* sums) {
+void int8_panel(const Linear& linear, const Int8Tile& tile, int from, int64_t panel, float* sums) {
     const uint8_t* weight = linear.weight + panel * panel_bytes(linear);
+    const int n_tokens = tile.n_tokens;
+    float32x4_t total[kQuarters][T];
     int32x4_t high[kQuarters][T], low[kQuarters][T];
     for (int q = 0; q < kQuarters; ++q)
         for (int t = 0; t < T; ++t) high[q][t] = low[q][t] = vdupq_n_s32(0);
-    const int32_t* digits = tile.columns + from * 2;
-    for (int64_t k = 0; k < tile.n_columns; ++k, weight += 64, digits += n_tokens * 2) {
-        prefetch(weight);
+    const int32_t* digits = tile.fine() + from * 2;
+    for (int64_t k = 0; k < tile.n_fine; ++k, weight += 128, digits += n_tokens * 2) {
+        prefetch(weight), prefetch(weight + 64);
         for (int q = 0; q < kQuarters; ++q) {
-            const int8x16_t codes = codes_at(weight + q * 16);
+            const int8x16_t codes = codes_at(weight + q * 16), fine_codes = codes_at(weight + 64 + q * 16);
             for (int t = 0; t < T; ++t) {
-                high[q][t] = vdotq_s32(high[q][t], codes, every(digits[t * 2]));
-                low[q][t] = vdotq_s32(low[q][t], codes, every(digits[t * 2 + 1]));
+                const int8x16_t of_high = every(digits[t * 2]), of_low = every(digits[t * 2 + 1]);
+                high[q][t] = vdotq_s32(high[q][t], codes, of_high);
+                low[q][t] = vdotq_s32(vdotq_s32(low[q][t], codes, of_low), fine_codes, of_high);
             }
         }
     }
-    digits = tile.fine + from;
-    for (int64_t c = 0; c < tile.n_fine; ++c, weight += 64, digits += n_tokens)
+    for (int q = 0; q < kQuarters; ++q) {
+        for (int t = 0; t < T; ++t) {
+            const int32x4_t whole = vmlaq_n_s32(low[q][t], high[q][t], 254);
+            total[q][t] = vmulq_n_f32(vcvtq_f32_s32(whole), tile.fine_factor()[from + t]);
+        }
+    }
+    for (int64_t b = 0; b < tile.blocks(); ++b) {
+        int32x4_t whole[kQuarters][T];
         for (int q = 0; q < kQuarters; ++q)
-            for (int t = 0; t < T; ++t)
-                low[q][t] = vdotq_s32(low[q][t], codes_at(weight + q * 16), every(digits[t]));
+            for (int t = 0; t < T; ++t) whole[q][t] = vdupq_n_s32(0);
+        digits = tile.block(b) + from;
+        for (int64_t k = 0; k < tile.steps(b); ++k, weight += 64, digits += n_tokens) {
+            prefetch(weight);
+            for (int q = 0; q < kQuarters; ++q) {
+                const int8x16_t codes = codes_at(weight + q * 16);
+                for (int t = 0; t < T; ++t) whole[q][t] = vdotq_s32(whole[q][t], codes, every(digits[t]));
+            }
+        }
+        const float* factor = tile.factor(b) + from;
+        for (int q = 0; q < kQuarters; ++q)
+            for (int t = 0; t < T; ++t) total[q][t] = vfmaq_n_f32(total[q][t], vcvtq_f32_s32(whole[q][t]), factor[t]);
+    }
     for (int q = 0; q < kQuarters; ++q) {
         const float32x4_t scale = vld1q_f32(linear.scale + panel * kPanelRows + q * 4);
-        for (int t = 0; t < T; ++t) {
-            const float32x4_t coarse = vmulq_f32(vcvtq_f32_s32(high[q][t]), scale);
-            const float32x4_t exact = vmulq_f32(vcvtq_f32_s32(low[q][t]), scale);
-            const float32x4_t whole = vfmaq_f32(exact, coarse, vdupq_n_f32(kDigit));
-            vst1q_f32(sums + (from + t) * kPanelRows + q * 4, vmulq_f32(whole, vdupq_n_f32(tile.step[from + t])));
-        }
+        for (int t = 0; t < T; ++t) vst1q_f32(sums + (from + t) * kPanelRows + q * 4, vmulq_f32(total[q][t], scale));
     }
 }
 
@@ -241,8 +222,8 @@ size_t tile_bytes(const Linear& linear, int n_tokens) {
 }
 
 void prepare(const Linear& linear, const float* x, int64_t x_stride, int n_tokens, void* tile) {
-    const auto run = linear.format == Format::INT8  ? prepare_int8
-                     : linear.format == Format::NF4 ? prepare_nf4
+    const auto run = linear.format == Format::INT8  ? prepare_int8<Neon>
+                     : linear.format == Format::NF4 ? prepare_nf4<Neon>
                                                     : prepare_float;
     run(linear, x, x_stride, n_tokens, tile);
 }
@@ -253,8 +234,7 @@ void panel_of(const Linear& linear, const void* tile, int n_tokens, int from, in
         case Format::F32: return float_panel<Format::F32, T>(linear, tile, n_tokens, from, panel, sums);
         case Format::BF16: return float_panel<Format::BF16, T>(linear, tile, n_tokens, from, panel, sums);
         case Format::F16: return float_panel<Format::F16, T>(linear, tile, n_tokens, from, panel, sums);
-        case Format::INT8:
-            return int8_panel<T>(linear, Int8Tile(linear, tile, n_tokens), n_tokens, from, panel, sums);
+        case Format::INT8: return int8_panel<T>(linear, Int8Tile(linear, tile, n_tokens), from, panel, sums);
         case Format::NF4: return nf4_panel<T>(linear, tile, n_tokens, from, panel, sums);
     }
 }

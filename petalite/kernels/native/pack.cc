@@ -104,23 +104,17 @@ constexpr uint32_t kCodeFlip = 0x80808080u;  // adds 128 to four int8 codes
 
 using namespace petalite;
 
-// codes (n_out, n_in) int8 and fine codes (n_out, n_fine) int8, contiguous → panels.
-PETALITE_API void petalite_pack_int8(const int8_t* codes, const int8_t* fine, int64_t n_out, int64_t n_in,
-                                     int64_t n_fine, uint8_t* panels) {
-    const int64_t size = panel_bytes(Format::INT8, n_in, n_fine), n_steps = (n_in + 3) / 4;
-    pack_words(codes, n_out, n_in, panels, size, kCodeFlip);
-    pack_words(fine, n_out, n_fine, panels + n_steps * 64, size, kCodeFlip);
+// codes (n_out, n_columns) int8 in the order of the panels, contiguous → panels.
+PETALITE_API void petalite_pack_int8(const int8_t* codes, int64_t n_out, int64_t n_columns, uint8_t* panels) {
+    pack_words(codes, n_out, n_columns, panels, (n_columns + 3) / 4 * 64, kCodeFlip);
 }
 
-PETALITE_API void petalite_unpack_int8(const uint8_t* panels, int64_t n_out, int64_t n_in, int64_t n_fine,
-                                       int8_t* codes, int8_t* fine) {
-    const int64_t size = panel_bytes(Format::INT8, n_in, n_fine), n_steps = (n_in + 3) / 4;
+PETALITE_API void petalite_unpack_int8(const uint8_t* panels, int64_t n_out, int64_t n_columns, int8_t* codes) {
+    const int64_t size = (n_columns + 3) / 4 * 64;
     over_panels(n_out, [&](int64_t panel, int r, int64_t row) {
-        if (row >= n_out) return;
         const uint8_t* in = panels + panel * size + r * 4;
-        for (int64_t k = 0; k < n_in; ++k) codes[row * n_in + k] = int8_t(in[k / 4 * 64 + k % 4] - 128);
-        for (int64_t c = 0; c < n_fine; ++c)
-            fine[row * n_fine + c] = int8_t(in[(n_steps + c / 4) * 64 + c % 4] - 128);
+        for (int64_t k = 0; row < n_out && k < n_columns; ++k)
+            codes[row * n_columns + k] = int8_t(in[k / 4 * 64 + k % 4] - 128);
     });
 }
 

@@ -14,10 +14,11 @@ from enum import IntEnum
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from petalite.errors import InvalidArgument
 from petalite.kernels.native import Library
-from petalite.kernels.quantized import DIGIT, NF4_BLOCK, Int8Weight, Nf4Weight
+from petalite.kernels.quantized import FINE_COLUMNS, NF4_BLOCK, Int8Weight, Nf4Weight, column_order
 
 PANEL_ROWS = 16
 _NF4_BLOCK_BYTES = PANEL_ROWS * (NF4_BLOCK // 2 + 4)
@@ -47,7 +48,7 @@ class LinearStruct(ctypes.Structure):
         ("n_fine", ctypes.c_int32),
         ("weight", ctypes.c_void_p),
         ("scale", ctypes.c_void_p),
-        ("fine_columns", ctypes.c_void_p),
+        ("columns", ctypes.c_void_p),
         ("bias", ctypes.c_void_p),
     )
 
@@ -59,35 +60,44 @@ class PackedWeight:
     format: Format
     shape: tuple[int, int]  # K is filled up to whole blocks for nf4, as in `Nf4Weight`
     panels: Tensor  # (ceil(N / 16), bytes of a panel) uint8
-    scales: Tensor | None = None  # int8: (N,) float32
-    steps: Tensor | None = None  # int8: the scales / 254, filled up to whole panels
-    fine_columns: Tensor | None = None  # int8 and nf4: (C,) int32
+    n_fine: int = 0  # int8 and nf4: outlier columns
+    columns: Tensor | None = None  # int8: (K,) int32, outlier columns, then the others; nf4: (C,) int32
+    scales: Tensor | None = None  # int8: (N filled up to whole panels,) float32
 
     @property
     def nbytes(self) -> int:
-        parts = (self.panels, self.scales, self.steps, self.fine_columns)
+        parts = (self.panels, self.columns, self.scales)
         return sum(part.nbytes for part in parts if part is not None)
+
+    @property
+    def fine_columns(self) -> Tensor:
+        """(C,) int32."""
+        assert self.columns is not None
+        return self.columns[: self.n_fine]
 
     def tensors(self) -> dict[str, Tensor]:
         """Its parts by name, as they are kept in a file."""
-        found = {"panels": self.panels, "fine_columns": self.fine_columns, "scales": self.scales}
-        return {name: part for name, part in found.items() if part is not None}
+        found = {"panels": self.panels}
+        if self.columns is not None:
+            found["fine_columns"] = self.fine_columns
+        if self.scales is not None:
+            found["scales"] = self.scales[: self.shape[0]]
+        return found
 
     def struct(self, bias: Tensor | None = None, n_in: int | None = None) -> LinearStruct:
         """What C++ sees; `bias` (N,) float32 or None. Valid while this and the bias live. `n_in`: inputs
         that there are, where blocks were filled up.
         """
-        n_fine = 0 if self.fine_columns is None else len(self.fine_columns)
         if bias is not None:
             _check("a bias", bias, torch.float32, (self.shape[0],))
         if n_in is not None and not self.shape[1] - NF4_BLOCK < n_in <= self.shape[1]:
             raise InvalidArgument(f"a weight of {self.shape[1]} inputs cannot serve {n_in}")
         return LinearStruct(
             self.format,
-            *(self.shape[0], n_in or self.shape[1], n_fine),
+            *(self.shape[0], n_in or self.shape[1], self.n_fine),
             self.panels.data_ptr(),
-            None if self.steps is None else self.steps.data_ptr(),
-            None if self.fine_columns is None else self.fine_columns.data_ptr(),
+            None if self.scales is None else self.scales.data_ptr(),
+            None if self.columns is None else self.columns.data_ptr(),
             None if bias is None else bias.data_ptr(),
         )
 
@@ -145,14 +155,18 @@ def unpack(library: Library, packed: PackedWeight) -> Tensor | Int8Weight | Nf4W
     n_out, n_in = packed.shape
     source = packed.panels.data_ptr()
     if packed.format is Format.INT8:
-        assert packed.scales is not None and packed.fine_columns is not None
-        n_fine = len(packed.fine_columns)
-        codes = torch.empty(n_out, n_in, dtype=torch.int8)
-        fine = torch.empty(n_out, n_fine, dtype=torch.int8)
-        library.functions.petalite_unpack_int8(source, n_out, n_in, n_fine, codes.data_ptr(), fine.data_ptr())
-        return Int8Weight(codes, packed.scales, packed.fine_columns.long(), fine)
+        assert packed.scales is not None and packed.columns is not None
+        n_fine = packed.n_fine
+        n_steps = -(-n_fine // 4)
+        arranged = torch.empty(n_out, n_steps * 8 + n_in - n_fine, dtype=torch.int8)
+        library.functions.petalite_unpack_int8(source, n_out, arranged.shape[1], arranged.data_ptr())
+        outliers, others = arranged[:, : n_steps * 8], arranged[:, n_steps * 8 :]
+        steps = outliers.reshape(n_out, n_steps, 2, 4).transpose(1, 2).flatten(2)
+        first, fine = steps[..., :n_fine].unbind(1)
+        codes = others.new_empty(n_out, n_in)
+        codes[:, packed.columns.long()] = torch.cat((first, others), 1)
+        return Int8Weight(codes, packed.scales[:n_out], packed.fine_columns.long(), fine.contiguous())
     if packed.format is Format.NF4:
-        assert packed.fine_columns is not None
         n_blocks = packed.panels.shape[1] // _NF4_BLOCK_BYTES
         halves = torch.empty(n_out, n_blocks * NF4_BLOCK // 2, dtype=torch.uint8)
         block_scales = torch.empty(n_out, n_blocks)
@@ -165,11 +179,19 @@ def unpack(library: Library, packed: PackedWeight) -> Tensor | Int8Weight | Nf4W
     return dense
 
 
-def row_steps(scales: Tensor, n_panels: int) -> Tensor:
-    """The scales of int8 rows as products use them."""
-    steps = torch.zeros(n_panels * PANEL_ROWS)
-    torch.div(scales, DIGIT, out=steps[: len(scales)])
-    return steps
+def int8_packed(n_in: int, panels: Tensor, fine_columns: Tensor, scales: Tensor) -> PackedWeight:
+    """Of panels, (C,) int64 and (N,) float32."""
+    columns = column_order(fine_columns, n_in).to(torch.int32)
+    filled = pad(scales, (0, -len(scales) % PANEL_ROWS))
+    return PackedWeight(
+        Format.INT8, (len(scales), n_in), panels, len(fine_columns), columns, filled.contiguous()
+    )
+
+
+def nf4_packed(shape: tuple[int, int], panels: Tensor, fine_columns: Tensor) -> PackedWeight:
+    """Of panels and (C,) int64 or int32."""
+    columns = fine_columns.to(torch.int32).contiguous()
+    return PackedWeight(Format.NF4, shape, panels, len(columns), columns)
 
 
 def _pack_int8(library: Library, weight: Int8Weight) -> PackedWeight:
@@ -178,14 +200,15 @@ def _pack_int8(library: Library, weight: Int8Weight) -> PackedWeight:
     _check("int8 fine codes", weight.fine_codes, torch.int8, (n_out, n_fine))
     _check("int8 scales", weight.scales, torch.float32, (n_out,))
     check_columns(weight.fine_columns, n_fine, n_in)
+    if n_fine > FINE_COLUMNS:
+        raise InvalidArgument(f"found {n_fine} outlier columns; expected {FINE_COLUMNS} at most")
     panels = _panels(library, Format.INT8, n_out, n_in, n_fine)
-    codes, fine = weight.codes.contiguous(), weight.fine_codes.contiguous()
-    library.functions.petalite_pack_int8(
-        codes.data_ptr(), fine.data_ptr(), n_out, n_in, n_fine, panels.data_ptr()
-    )
-    columns = weight.fine_columns.to(torch.int32).contiguous()
-    steps = row_steps(weight.scales, len(panels))
-    return PackedWeight(Format.INT8, (n_out, n_in), panels, weight.scales, steps, columns)
+    codes = weight.codes.index_select(1, column_order(weight.fine_columns, n_in))
+    outliers = pad(torch.stack((codes[:, :n_fine], weight.fine_codes), 1), (0, -n_fine % 4))
+    steps = outliers.view(n_out, 2, -(-n_fine // 4), 4).transpose(1, 2).flatten(1)
+    arranged = torch.cat((steps, codes[:, n_fine:]), 1)
+    library.functions.petalite_pack_int8(arranged.data_ptr(), n_out, arranged.shape[1], panels.data_ptr())
+    return int8_packed(n_in, panels, weight.fine_columns, weight.scales)
 
 
 def _pack_nf4(library: Library, weight: Nf4Weight) -> PackedWeight:
@@ -200,15 +223,16 @@ def _pack_nf4(library: Library, weight: Nf4Weight) -> PackedWeight:
     library.functions.petalite_pack_nf4(
         packed.data_ptr(), scales.data_ptr(), n_out, n_blocks, panels.data_ptr()
     )
-    columns = weight.fine_columns.to(torch.int32).contiguous()
-    return PackedWeight(Format.NF4, (n_out, n_in), panels, fine_columns=columns)
+    return nf4_packed((n_out, n_in), panels, weight.fine_columns)
 
 
 def check_columns(columns: Tensor, n_fine: int, n_in: int) -> None:
     """Raises InvalidArgument unless (n_fine,) outlier columns are among `n_in` inputs."""
     _check("fine columns", columns, torch.int64, (n_fine,))
-    if n_fine and not 0 <= int(columns.min()) <= int(columns.max()) < n_in:
+    if n_fine and not 0 <= int(columns[0]) <= int(columns[-1]) < n_in:
         raise InvalidArgument(f"fine columns {columns.tolist()[:8]}… are not all below {n_in}")
+    if not bool((columns[1:] > columns[:-1]).all()):
+        raise InvalidArgument(f"fine columns {columns.tolist()[:8]}… do not ascend")
 
 
 def _panels(library: Library, format_: Format, n_out: int, n_in: int, n_fine: int = 0) -> Tensor:

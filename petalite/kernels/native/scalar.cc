@@ -1,8 +1,9 @@
 // The reference: every product in plain loops, in the order that the other instruction sets keep to.
-#include "digits.h"
+#include <algorithm>
+
 #include "half.h"
 #include "kernels.h"
-#include "tile.h"
+#include "prepare.h"
 
 #define PETALITE_ISA linear_scalar
 #include "simd.h"
@@ -19,38 +20,39 @@ T load(const uint8_t* from) {
     return value;
 }
 
-uint32_t largest_bits(const float* x, int64_t n) {
-    uint32_t largest = 0;
-    for (int64_t i = 0; i < n; ++i) largest = largest < magnitude_bits(x[i]) ? magnitude_bits(x[i]) : largest;
-    return largest;
-}
-
-int8_t* bytes_of(int32_t* words, int64_t word) { return reinterpret_cast<int8_t*>(words + word); }
-
 // -- whole numbers -------------------------------------------------------------------------------------------
 
-void prepare_int8(const Linear& linear, const float* x, int64_t x_stride, int n_tokens, void* memory) {
-    const Int8Tile tile(linear, memory, n_tokens);
-    std::memset(memory, 0, Int8Tile::bytes(linear, n_tokens));
-    for (int t = 0; t < n_tokens; ++t, x += x_stride) {
-        const float step = tile.step[t] = step_of(largest_bits(x, linear.n_in));
-        int32_t high_sum = 0, low_sum = 0;
-        for (int64_t k = 0; k < linear.n_in; ++k) {
-            const Digits digits = digits_of(x[k], step);
-            const int64_t word = (k / 4 * n_tokens + t) * 2;
-            bytes_of(tile.columns, word)[k % 4] = digits.high;
-            bytes_of(tile.columns, word + 1)[k % 4] = digits.low;
-            high_sum += digits.high, low_sum += digits.low;
-        }
-        for (int64_t c = 0; c < linear.n_fine; ++c) {
-            const int8_t high = digits_of(x[linear.fine_columns[c]], step).high;
-            bytes_of(tile.fine, c / 4 * n_tokens + t)[c % 4] = high;
-            low_sum += high;
-        }
-        tile.offset[t * 2] = high_sum * 128;
-        tile.offset[t * 2 + 1] = low_sum * 128;
+struct Scalar {
+    static uint32_t largest(const float* x) {
+        uint32_t largest = 0;
+        for (int i = 0; i < 64; ++i) largest = std::max(largest, magnitude_bits(x[i]));
+        return largest;
     }
-}
+
+    static int32_t one_digit(const float* x, float inverse, int32_t* out, int64_t stride, int n_words) {
+        int32_t sum = 0;
+        for (int i = 0; i < n_words; ++i) {
+            int8_t digits[4];
+            for (int c = 0; c < 4; ++c) sum += digits[c] = int8_t(std::nearbyint(x[i * 4 + c] * inverse));
+            std::memcpy(out + i * stride, digits, 4);
+        }
+        return sum;
+    }
+
+    static DigitSums two_digits(const float* x, float inverse, int32_t* out, int64_t stride, int n_words) {
+        DigitSums sums{0, 0};
+        for (int i = 0; i < n_words; ++i) {
+            int8_t digits[8];  // four high ones, four low ones
+            for (int c = 0; c < 4; ++c) {
+                const float scaled = x[i * 4 + c] * inverse, high = std::nearbyint(scaled);
+                sums.high += digits[c] = int8_t(high);
+                sums.low += digits[4 + c] = int8_t(std::nearbyint((scaled - high) * kDigit));
+            }
+            std::memcpy(out + i * stride, digits, 8);
+        }
+        return sums;
+    }
+};
 
 // Four codes with 128 added, times four digits. In uint32_t, which wraps as the instructions do.
 uint32_t dot4(const uint8_t* codes, int32_t digits) {
@@ -66,45 +68,24 @@ void multiply_int8(const Linear& linear, const void* memory, int n_tokens, int64
     const Int8Tile tile(linear, memory, n_tokens);
     for (int64_t panel = first; panel < first + n_panels; ++panel) {
         const uint8_t* weight = linear.weight + panel * panel_bytes(linear);
-        const uint8_t* fine = weight + tile.n_columns * 64;
+        const uint8_t* rest = weight + tile.n_fine * 128;
         for (int t = 0; t < n_tokens; ++t) {
             for (int r = 0; r < kPanelRows; ++r) {
-                uint32_t high = 0, low = 0;
-                for (int64_t k = 0; k < tile.n_columns; ++k) {
-                    const int32_t* digits = tile.columns + (k * n_tokens + t) * 2;
-                    high += dot4(weight + k * 64 + r * 4, digits[0]);
-                    low += dot4(weight + k * 64 + r * 4, digits[1]);
+                uint32_t high = 0, low = uint32_t(tile.fine_start()[t]);
+                for (int64_t k = 0; k < tile.n_fine; ++k) {
+                    const int32_t* digits = tile.fine() + (k * n_tokens + t) * 2;
+                    high += dot4(weight + k * 128 + r * 4, digits[0]);
+                    low += dot4(weight + k * 128 + r * 4, digits[1]) + dot4(weight + k * 128 + 64 + r * 4, digits[0]);
                 }
-                for (int64_t c = 0; c < tile.n_fine; ++c)
-                    low += dot4(fine + c * 64 + r * 4, tile.fine[c * n_tokens + t]);
-                const float scale = linear.scale[panel * kPanelRows + r];
-                const float coarse = float(int32_t(high - uint32_t(tile.offset[t * 2]))) * scale;
-                const float exact = float(int32_t(low - uint32_t(tile.offset[t * 2 + 1]))) * scale;
-                *sums++ = std::fma(coarse, kDigit, exact) * tile.step[t];
+                float sum = float(int32_t(254 * high + low)) * tile.fine_factor()[t];
+                for (int64_t b = 0; b < tile.blocks(); ++b) {
+                    uint32_t whole = uint32_t(tile.start(b)[t]);
+                    for (int64_t k = 0; k < tile.steps(b); ++k)
+                        whole += dot4(rest + (b * Int8Tile::kSteps + k) * 64 + r * 4, tile.block(b)[k * n_tokens + t]);
+                    sum = std::fma(float(int32_t(whole)), tile.factor(b)[t], sum);
+                }
+                *sums++ = sum * linear.scale[panel * kPanelRows + r];
             }
-        }
-    }
-}
-
-void prepare_nf4(const Linear& linear, const float* x, int64_t x_stride, int n_tokens, void* memory) {
-    std::memset(memory, 0, Nf4Tile::bytes(linear, n_tokens));
-    int32_t* block = static_cast<int32_t*>(memory);
-    for (int64_t b = 0; b < Nf4Tile::blocks(linear); ++b, block += Nf4Tile::kWords * n_tokens) {
-        int32_t* offset = block + 32 * n_tokens;
-        float* factor = reinterpret_cast<float*>(offset + n_tokens);
-        for (int t = 0; t < n_tokens; ++t) {
-            const Nf4Inputs inputs(linear, x + t * x_stride, b);
-            const float step = step_of(largest_bits(inputs.values, inputs.n));
-            int32_t high_sum = 0, low_sum = 0;
-            for (int64_t k = 0; k < inputs.n; ++k) {
-                const Digits digits = digits_of(inputs.values[k], step);
-                const int64_t word = (k / 4 * n_tokens + t) * 2;
-                bytes_of(block, word)[k % 4] = digits.high;
-                bytes_of(block, word + 1)[k % 4] = digits.low;
-                high_sum += digits.high, low_sum += digits.low;
-            }
-            offset[t] = 128 * (254 * high_sum + low_sum);
-            factor[t] = step * kNf4Unit;
         }
     }
 }
@@ -118,8 +99,8 @@ void multiply_nf4(const Linear& linear, const void* memory, int n_tokens, int64_
         for (int i = 0; i < n_tokens * kPanelRows; ++i) sums[i] = 0;
         const int32_t* block = static_cast<const int32_t*>(memory);
         for (int64_t b = 0; b < Nf4Tile::blocks(linear); ++b, weight += kNf4BlockBytes) {
-            const int32_t* offset = block + 32 * n_tokens;
-            const float* factor = reinterpret_cast<const float*>(offset + n_tokens);
+            const int32_t* start = block + 32 * n_tokens;
+            const float* factor = reinterpret_cast<const float*>(start + n_tokens);
             for (int t = 0; t < n_tokens; ++t) {
                 for (int r = 0; r < kPanelRows; ++r) {
                     uint32_t of_high = 0, of_low = 0;
@@ -134,7 +115,7 @@ void multiply_nf4(const Linear& linear, const void* memory, int n_tokens, int64_
                         of_low += dot4(values, digits[1]);
                     }
                     const float scale = load<float>(weight + 512 + r * 4) * factor[t];
-                    const int32_t whole = int32_t(of_high * 254 + of_low - uint32_t(offset[t]));
+                    const int32_t whole = int32_t(of_high * 254 + of_low + uint32_t(start[t]));
                     float& sum = sums[t * kPanelRows + r];
                     sum = std::fma(float(whole), scale, sum);
                 }
@@ -191,8 +172,8 @@ size_t tile_bytes(const Linear& linear, int n_tokens) {
 }
 
 void prepare(const Linear& linear, const float* x, int64_t x_stride, int n_tokens, void* tile) {
-    const auto run = linear.format == Format::INT8  ? prepare_int8
-                     : linear.format == Format::NF4 ? prepare_nf4
+    const auto run = linear.format == Format::INT8  ? prepare_int8<Scalar>
+                     : linear.format == Format::NF4 ? prepare_nf4<Scalar>
                                                     : prepare_float;
     run(linear, x, x_stride, n_tokens, tile);
 }

@@ -19,8 +19,9 @@ from petalite.kernels.native.packing import (
     Format,
     PackedWeight,
     check_columns,
+    int8_packed,
+    nf4_packed,
     pack,
-    row_steps,
 )
 from petalite.kernels.quantized import NF4_BLOCK, Int8Weight, QuantizedWeight
 
@@ -42,12 +43,11 @@ def shapes(library: Library, form: Form, n_out: int, n_in: int) -> Shapes:
 
 def packed_weight(form: Form, n_out: int, n_in: int, tensors: Mapping[str, Tensor]) -> PackedWeight:
     """The weight (n_out, n_in) of these tensors. Raises InvalidArgument for columns that it does not have."""
-    panels, columns = tensors["panels"], tensors["fine_columns"]
-    check_columns(columns.long(), len(columns), n_in)
-    if form is not Int8Weight:
-        return PackedWeight(Format.NF4, (n_out, n_in + -n_in % NF4_BLOCK), panels, fine_columns=columns)
-    steps = row_steps(tensors["scales"], len(panels))
-    return PackedWeight(Format.INT8, (n_out, n_in), panels, tensors["scales"], steps, columns)
+    panels, columns = tensors["panels"], tensors["fine_columns"].long()
+    check_columns(columns, len(columns), n_in)
+    if form is Int8Weight:
+        return int8_packed(n_in, panels, columns, tensors["scales"])
+    return nf4_packed((n_out, n_in + -n_in % NF4_BLOCK), panels, columns)
 
 
 def layout(library: Library, form: Form) -> str:
