@@ -124,8 +124,7 @@ class Session:
 
     async def steps(self, inputs: Sequence[StepInput]) -> list[torch.Tensor]:
         """Several steps, in order; while one server computes a step, the one before it computes the next."""
-        counts = self._check(inputs)
-        self._roll_back(inputs)
+        counts = self._begin(inputs)
         codec = self._chain.legs[0].kept.codec
         parts = [
             Part(
@@ -175,22 +174,12 @@ class Session:
                     raise failure.cause from failure
                 self._chain.blame(failure)
 
-    def _roll_back(self, inputs: Sequence[StepInput]) -> None:
-        seen: set[int] = set()
-        for one in inputs:
-            for _, target in one.forks:
-                self._chain.truncate(target, 0)  # hops differ about it until the step is through
-                seen.add(target)
-            for row, position, _ in one.rows:
-                if row not in seen:
-                    seen.add(row)
-                    self._chain.truncate(row, position)
-
-    def _check(self, inputs: Sequence[StepInput]) -> list[int]:
-        """The tokens of each."""
+    def _begin(self, inputs: Sequence[StepInput]) -> list[int]:
+        """Check the steps, and roll rows back to where they begin. Gives the tokens of each."""
         if not self._is_open:
             raise InvalidArgument("the session is not open; use it inside `async with`")
         lengths = self._check_forks(inputs) if any(one.forks for one in inputs) else {}
+        cuts = [(target, 0) for target in lengths]  # hops differ about those until the step is through
         counts = []
         for one in inputs:
             n_tokens = sum([n for _, _, n in one.rows])
@@ -201,9 +190,15 @@ class Session:
                     f"({n_tokens}, {self._hidden_size})"
                 )
             for row, position, n in one.rows:
-                length = lengths[row] if row in lengths else self._chain.length(row)
+                length = lengths.get(row)
+                if length is None:
+                    length = self._chain.length(row)
+                    if position < length:
+                        cuts.append((row, position))
                 self._check_row(row, position, n, length)
                 lengths[row] = position + n
+        for row, position in cuts:
+            self._chain.truncate(row, position)
         return counts
 
     def _check_forks(self, inputs: Sequence[StepInput]) -> dict[int, int]:

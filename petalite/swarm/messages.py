@@ -16,7 +16,7 @@ ignores steps of an epoch before the latest that it has seen.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from typing import Annotated, Any, ClassVar, NamedTuple, TypeAlias, TypeVar
@@ -133,14 +133,18 @@ class Step:
     def of(body: Mapping[str, Any]) -> Step:
         """Raises BadMessage."""
         get = body.get
-        codec, stop, output = get("codec"), get("stop"), get("output", ALL)
-        if not (type(codec) is type(output) is str and type(stop) is int and 0 <= stop <= MAX_BLOCKS):
-            raise BadMessage(f"a step in codec {_shown(codec)} to block {_shown(stop)}: {_shown(output)}")
+        codec, output = get("codec"), get("output", ALL)
+        if not type(codec) is type(output) is str:
+            raise BadMessage(f"a step in codec {_shown(codec)}, for output {_shown(output)}")
+        counts: tuple[Any, Any, Any] = get("stop"), get("number", 0), get("epoch", 0)
+        _check_counts("stop, number and epoch", counts, MAX_COUNT)
+        stop, number, epoch = counts
         flat, forks = get("forks"), tuple[tuple[int, int]]()
         if flat:
-            _check_counts("forks", flat, 2, MAX_ROWS, MAX_ROWS - 1)
+            _check_list("forks", flat, 2, MAX_ROWS)
+            _check_counts("forks", flat, MAX_ROWS - 1)
             forks = tuple(zip(flat[::2], flat[1::2], strict=True))
-        return Step(_rows(get("rows")), codec, stop, output, *_order(body), _hops(get("hops")), forks)
+        return Step(_rows(get("rows")), codec, stop, output, number, epoch, _hops(get("hops")), forks)
 
 
 @dataclass(slots=True)
@@ -167,10 +171,13 @@ class StepDone:
     @staticmethod
     def of(body: Mapping[str, Any]) -> StepDone:
         """Raises BadMessage."""
-        codec, hops = body.get("codec"), _hops(body.get("hops"))
+        get = body.get
+        codec, hops = get("codec"), _hops(get("hops"))
         if type(codec) is not str or not hops:
             raise BadMessage(f"an answer in codec {_shown(codec)} from {len(hops)} hops")
-        return StepDone(_rows(body.get("rows")), codec, *_order(body), hops)
+        counts: tuple[Any, Any] = get("number"), get("epoch")
+        _check_counts("number and epoch", counts, MAX_COUNT)
+        return StepDone(_rows(get("rows")), codec, *counts, hops)
 
 
 @dataclass(frozen=True, slots=True)
@@ -255,36 +262,32 @@ def read(known: Mapping[str, type[T]], body: Mapping[str, Any]) -> T:
 
 
 def _rows(flat: Any) -> Rows:
-    _check_counts("rows", flat, 3, MAX_ROWS, MAX_LENGTH)
-    return tuple(zip(flat[::3], flat[1::3], flat[2::3], strict=True))
+    _check_list("rows", flat, 3, MAX_ROWS)
+    _check_counts("rows", flat, MAX_LENGTH)
+    numbers = iter(flat)
+    return tuple(zip(numbers, numbers, numbers, strict=True))
 
 
 def _hops(flat: Any) -> tuple[HopReport, ...]:
     if not flat:
         return ()
-    if type(flat) is not list or len(flat) % 3 or not _NUMBERS.issuperset(map(type, flat)):
-        raise BadMessage(f"hops are triples of numbers in one list, found {_shown(flat)}")
-    if not (min(flat) >= 0 and sum(flat) <= MAX_COUNT):  # which NaN and Inf are not, wherever they stand
+    _check_list("hops", flat, 3, MAX_BLOCKS)
+    # Nor are NaN and Inf of such a sum, wherever they stand.
+    if not (_NUMBERS.issuperset(map(type, flat)) and min(flat) >= 0 and sum(flat) <= MAX_COUNT):
         raise BadMessage(f"hops have numbers of 0 to {MAX_COUNT}, found {_shown(flat)}")
-    return tuple(map(HopReport._make, zip(flat[::3], flat[1::3], flat[2::3], strict=True)))
+    numbers = iter(flat)
+    return tuple(map(HopReport._make, zip(numbers, numbers, numbers, strict=True)))
 
 
-def _order(body: Mapping[str, Any]) -> tuple[int, int]:
-    """Number and epoch."""
-    number, epoch = body.get("number", 0), body.get("epoch", 0)
-    if not (type(number) is type(epoch) is int and 0 <= number <= MAX_COUNT and 0 <= epoch <= MAX_COUNT):
-        raise BadMessage(f"a step has number {_shown(number)} and epoch {_shown(epoch)}")
-    return number, epoch
+def _check_list(what: str, flat: Any, each: int, most: int) -> None:
+    """Whether it is a list of 1 to `most` times `each`."""
+    if type(flat) is not list or len(flat) % each or not 0 < len(flat) <= most * each:
+        raise BadMessage(f"{what} are 1 to {most} times {each} in one list, found {_shown(flat)}")
 
 
-def _check_counts(what: str, flat: Any, each: int, most: int, high: int) -> None:
-    """Whether it is a list of 1 to `most` times `each` whole numbers of 0 to `high`."""
-    whole = type(flat) is list and _INTEGERS.issuperset(map(type, flat)) and not len(flat) % each
-    if not (whole and 0 < len(flat) <= most * each and min(flat) >= 0 and max(flat) <= high):
-        raise BadMessage(
-            f"{what} are a list of {each} to {most * each} whole numbers of 0 to {high}, {each} for each, "
-            f"found {_shown(flat)}"
-        )
+def _check_counts(what: str, numbers: Sequence[Any], high: int) -> None:
+    if not (_INTEGERS.issuperset(map(type, numbers)) and min(numbers) >= 0 and max(numbers) <= high):
+        raise BadMessage(f"{what} are whole numbers of 0 to {high}, found {_shown(numbers)}")
 
 
 def _shown(value: object) -> str:

@@ -79,7 +79,7 @@ def test_what_is_no_step_and_no_answer(body: dict[str, Any], wrong: dict[str, An
     [
         {"stop": -1},
         {"stop": None},
-        {"stop": 1025},
+        {"stop": 1.0},
         {"output": 1},
         {"forks": [0]},
         {"forks": [0, 256]},
