@@ -66,7 +66,9 @@ class HostNetwork:
         started_s = asyncio.get_running_loop().time()
         link = await self._link(contact.peer_id, timeout_s)
         left_s = max(0.0, timeout_s - (asyncio.get_running_loop().time() - started_s))
-        answer = await link.call(method, body, (), timeout_s=left_s, priority=Priority.INTERACTIVE)
+        answer = await self._host.call(
+            link.peer, method, body, timeout_s=left_s, priority=Priority.INTERACTIVE
+        )
         return answer.body
 
     async def dial(self, address: Multiaddr, *, timeout_s: float) -> PeerId:

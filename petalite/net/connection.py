@@ -1,12 +1,12 @@
-"""A connection's core: streams over one ordered, secret pipe, with credit, turns and an end.
+"""A connection's core: streams of messages over one ordered, secret pipe, with credit, turns and an end.
 
 Sans I/O: takes the plaintext of records and the time, gives events and the plaintext of the next records. It
-opens no socket, reads no clock and starts no task, and knows nothing of keys or of what the streams carry.
+opens no socket, reads no clock and starts no task, and knows nothing of keys or of what the messages say.
 
-Credit is an absolute offset per stream and one for the connection (RFC 9000 §4). A stream's is given when its
-reader reads. The connection's is given when bytes are read, or while no more than `allowance_bytes` of them
-wait: so a few readers who do not read stop their own senders and nobody else's, and memory has a bound all
-the same.
+Credit is an absolute offset per stream and one for the connection (RFC 9000 §4); a frame may be sent while
+there is any left, whole. A stream's is given when its reader reads. The connection's is given when bytes are
+read, or while no more than `allowance_bytes` of them wait: so a few readers who do not read stop their own
+senders and nobody else's, and memory has a bound all the same.
 """
 
 from __future__ import annotations
@@ -26,29 +26,45 @@ from petalite.errors import (
 )
 from petalite.net import frames
 from petalite.net.credit import Window, Windows
-from petalite.net.frames import BLOCK_BYTES, FIN, HEADER_BYTES, MAX_DATA_BYTES, U32, U64, FrameType
+from petalite.net.frames import (
+    BLOCK_BYTES,
+    FIN,
+    HEADER_BYTES,
+    MAX_DATA_BYTES,
+    MESSAGE_COST,
+    U32,
+    U64,
+    FrameType,
+)
 from petalite.net.limits import TokenBucket
-from petalite.net.records import MAX_PLAINTEXT_BYTES
-from petalite.net.scheduling import ControlQueue, Turns, gather
+from petalite.net.scheduling import Batch, ControlQueue, Turns
 from petalite.net.states import (
     CLOSED,
+    FIN_STEP,
+    FINISH,
+    FINISHING,
+    OPENED,
     READABLE,
     RECEIVED,
     RECEIVING,
     SENDING,
     SENT,
     STATE_STEPS,
+    TAKING,
     Event,
-    Send,
     State,
     Step,
 )
-from petalite.net.streams import NEVER, Priority, Stream
+from petalite.net.streams import PRIORITIES, Incoming, Priority, Segment, Stream
 
-# For DATA, which most frames are, type, flags and aux are one number: nothing in it but FIN.
-_DATA_HEADER, _FIN, _NOT_DATA = Struct(">III"), FIN << 16, ~(FIN << 16)
+# A frame's header with type, flags and aux as one number, in which a MESSAGE has nothing but FIN and aux.
+_HEADER, _FIN, _NOT_MESSAGE = Struct(">III"), FIN << 16, ~(FIN << 16 | 0xFFFF)
+_OPEN, _MESSAGE, _HEAD, _BLOCK = (
+    kind << 24 for kind in (FrameType.OPEN, FrameType.MESSAGE, FrameType.HEAD, FrameType.BLOCK)
+)
 
 MAX_OPENED = 0x7FFF_FFFF  # that one end opens in a connection's life: ids have 32 bits
+_FRAME_OVERHEAD_BYTES = 64  # at most: its header, and that of the record which a BLOCK ends, and its own
 _EXPRESS_CONTROL = 64  # control frames that fit into a record in front of a small message
 _ALLOWANCE_STEP_BYTES = 1024 * 1024
 _GIVEN_UP_PER_S, _GIVEN_UP_BURST = 200.0, 1000.0  # streams that the peer opens and gives up unanswered
@@ -93,6 +109,7 @@ class Connection:
         self._reserve_memory = reserve
         self._allowance = 0  # unread bytes for which credit is still given
         self.window = Window(ours.connection_bytes, ours.max_connection_bytes, now, self._reserve)
+        self._first_window = self._stream_window(now)  # of every stream, until it is given more
         self._block_bytes = self._block_flags = 0
         self._block_chunk: bytearray | None = None  # what it is opened into, if not its reader's memory
 
@@ -101,25 +118,28 @@ class Connection:
     @property
     def can_open(self) -> bool:
         """Whether `open_stream` would succeed now."""
-        return not self.exhausted and self._opened - self._ended < self._theirs.streams
+        return self._opened - self._ended < self._theirs.streams and not self.exhausted
 
     @property
     def exhausted(self) -> bool:
         """Whether no stream can ever be opened again: another connection has to take over."""
-        return self.state is not State.OPEN or self.peer_left or self._opened >= MAX_OPENED
+        return self.state is not TAKING or self.peer_left or self._opened >= MAX_OPENED
 
     def open_stream(self, priority: Priority) -> Stream:
         if not self.can_open:
             raise LocalProtocolError("no stream can be opened now; look at can_open first")
         self._opened += 1
         stream = self._new_stream(2 * self._opened - self._parity, priority)
-        self._control.send(FrameType.OPEN, stream.id, aux=priority)
+        self._control.send(_HEADER.pack(_OPEN | priority, stream.id, 0))
         return stream
 
     def _new_stream(self, stream_id: int, priority: Priority) -> Stream:
-        window = Window(self._ours.stream_bytes, self._ours.max_stream_bytes, self.now)
-        stream = self.streams[stream_id] = Stream(stream_id, priority, self._theirs.stream_bytes, window)
+        limit = self._theirs.stream_bytes
+        stream = self.streams[stream_id] = Stream(stream_id, priority, limit, self._first_window, self.now)
         return stream
+
+    def _stream_window(self, now: float) -> Window:
+        return Window(self._ours.stream_bytes, self._ours.max_stream_bytes, now)
 
     def _is_theirs(self, stream_id: int) -> bool:
         return stream_id & 1 != self._parity
@@ -127,12 +147,12 @@ class Connection:
     def goaway(self, code: int, reason: str) -> None:
         """Take no more streams from the peer and open none; those that are open go on."""
         self._step("goaway")
-        self._control.send(FrameType.GOAWAY, payload=frames.encode_reason(code, reason))
+        self._control.send(frames.encode(FrameType.GOAWAY, payload=frames.encode_reason(code, reason)))
 
     def close(self, code: int, reason: str) -> None:
         """End everything; the peer hears why."""
         if self.state is not CLOSED:
-            self._control.send(FrameType.CLOSE, payload=frames.encode_reason(code, reason))
+            self._control.send(frames.encode(FrameType.CLOSE, payload=frames.encode_reason(code, reason)))
         self._step("close")
 
     def _step(self, step: str) -> None:
@@ -151,7 +171,7 @@ class Connection:
         self.now = now
         if self._ping is None:
             self._ping = U64.pack(int(now * 1e6))
-            self._control.send(FrameType.PING, payload=self._ping)
+            self._control.send(frames.encode(FrameType.PING, payload=self._ping))
 
     # -- writing -----------------------------------------------------------------------------------
 
@@ -159,41 +179,53 @@ class Connection:
     def wants_write(self) -> bool:
         return self._control.waiting > 0 or self._turns.waiting > 0
 
-    def write(self, stream: Stream, segments: Sequence[bytes | memoryview], fin: bool = False) -> None:
-        """Queue bytes, which the caller leaves alone until they are sent; with `fin`, the last ones."""
+    def write(
+        self, stream: Stream, header: bytes, buffers: Sequence[Segment] = (), fin: bool = False
+    ) -> None:
+        """Queue a message, whose buffers the caller leaves alone until they are sent; `fin`: the last one."""
         if stream.send is not SENDING:
             raise LocalProtocolError(f"write on the sending half of {stream!r}")
-        for segment in segments:
-            if len(segment):
-                stream.outbox.append(segment)
-                stream.queued += len(segment)
+        size = len(header) + sum(map(len, buffers))
+        if size - len(header) < BLOCK_BYTES:
+            stream.outbox.append((_MESSAGE | len(header), (header, *buffers), size))
+        else:
+            stream.outbox.append((_HEAD, (U64.pack(size - len(header)), header), U64.size + len(header)))
+            stream.outbox.extend((_BLOCK, (buffer,), len(buffer)) for buffer in buffers if len(buffer))
+            size += U64.size
+        stream.queued += size
         if fin:
-            stream.step_send(Step.FINISH)
+            stream.step_send(FINISH)
         self._turns.offer(stream)
 
-    def express(self, stream: Stream, segments: Sequence[bytes | memoryview], fin: bool) -> bytes | None:
+    def finish(self, stream: Stream) -> None:
+        """Say that no message follows."""
+        stream.step_send(FINISH)
+        self._turns.offer(stream)
+
+    def express(self, stream: Stream, header: bytes, buffers: Sequence[Segment], fin: bool) -> bytes | None:
         """The record of a small message, if nothing else waits and it has credit; None: `write` it."""
-        size, control = sum(map(len, segments)), self._control
+        size, control = len(header) + sum(map(len, buffers)), self._control
         if (
             size >= BLOCK_BYTES
             or self._turns.waiting
-            or stream.queued
+            or stream.outbox
             or stream.send is not SENDING
-            or stream.sent + size > stream.send_limit
-            or self.sent + size > self.send_limit
+            or stream.sent >= stream.send_limit
+            or self.sent >= self.send_limit
             or control.waiting > _EXPRESS_CONTROL
             or self.state is CLOSED
         ):
             return None
-        stream.sent += size
-        self.sent += size
-        header = _DATA_HEADER.pack(_FIN if fin else 0, stream.id, size)
+        cost = size if size > MESSAGE_COST else MESSAGE_COST
+        stream.sent += cost
+        self.sent += cost
+        head = _HEADER.pack(_MESSAGE | (_FIN if fin else 0) | len(header), stream.id, size)
         if fin:
-            stream.step_send(Step.FINISH)
+            stream.step_send(FINISH)
             self._sent_all(stream)
         if control.waiting:
-            return b"".join((*control.take(), header, *segments))
-        return b"".join((header, *segments))
+            return b"".join((*control.take(), head, header, *buffers))
+        return b"".join((head, header, *buffers))
 
     def set_priority(self, stream: Stream, priority: Priority) -> None:
         """From the next frame on, here and (if we opened the stream) in the peer's answers."""
@@ -203,101 +235,111 @@ class Connection:
         self._turns.leave(stream)
         stream.priority = priority
         self._turns.offer(stream)
-        if not self._is_theirs(stream.id) and not stream.ended:
-            self._control.send(FrameType.PRIORITY, stream.id, aux=priority)
+        if not self._is_theirs(stream.id) and stream.id in self.streams:
+            self._control.send(frames.encode(FrameType.PRIORITY, stream.id, aux=priority))
 
     def reset(self, stream: Stream, code: int) -> None:
         """Give up sending; what was queued is dropped. No effect once the last byte is sent."""
         if stream.send < SENT:
             self._give_up(stream)
-            self._control.send(FrameType.RESET_STREAM, stream.id, U32.pack(code))
+            self._control.send(frames.encode(FrameType.RESET_STREAM, stream.id, U32.pack(code)))
 
     def _give_up(self, stream: Stream) -> None:
         self._turns.leave(stream)
-        stream.give_up_sending()
-        self._end_if_over(stream)
+        stream.outbox.clear()
+        stream.queued = 0
+        stream.step_send(Step.RESET)
+        if stream.receive >= RECEIVED:
+            self._end(stream)
 
-    def next_records(self, max_bytes: int) -> list[bytes | memoryview]:
+    def next_records(self, max_bytes: int) -> list[Segment]:
         """The plaintexts of the next records: all control frames, and data up to about `max_bytes`.
 
         Chosen only now, so that nothing urgent stands behind what was chosen long ago.
         """
-        records: list[bytes | memoryview] = []
-        small, left, turns = self._control.take(), max_bytes, self._turns  # `small`: of one record
-        small_bytes = sum(map(len, small))
-        if self._control.waiting or self.state is CLOSED:
-            left = 0
+        turns, batch = self._turns, Batch(self._control.take())
+        left = 0 if self._control.waiting or self.state is CLOSED else max_bytes
         while left > 0 and turns.waiting and self.sent < self.send_limit:
-            stream = turns.next()
-            room = min(MAX_DATA_BYTES, stream.send_limit - stream.sent, self.send_limit - self.sent)
-            pieces, size = gather(stream.outbox, room)
-            stream.sent += size
-            stream.queued -= size
-            self.sent += size
-            left -= HEADER_BYTES + size
-            flags = FIN if stream.send is Send.FINISHING and not stream.outbox else 0
-            if len(pieces) == 1 and size >= BLOCK_BYTES:
-                small.append(frames.encode(FrameType.BLOCK, stream.id, U32.pack(size), flags))
-                records += b"".join(small), pieces[0]
-                small, small_bytes = [], 0
-            else:
-                if small_bytes + HEADER_BYTES + size > MAX_PLAINTEXT_BYTES:
-                    records.append(b"".join(small))
-                    small, small_bytes = [], 0
-                small += _DATA_HEADER.pack(flags << 16, stream.id, size), *pieces
-                small_bytes += HEADER_BYTES + size
+            stream, turn = turns.next(), MAX_DATA_BYTES
+            while True:  # it was offered, so it has credit for the first
+                kind, segments, size = stream.next_frame(MAX_DATA_BYTES)
+                stream.queued -= size
+                cost = size if kind == _BLOCK or not size else max(size, MESSAGE_COST)
+                stream.sent += cost
+                self.sent += cost
+                turn -= size + _FRAME_OVERHEAD_BYTES
+                last = not stream.outbox
+                flags = _FIN if last and stream.send is FINISHING else 0
+                if kind == _BLOCK:
+                    batch.add_block(_HEADER.pack(kind | flags, stream.id, 4) + U32.pack(size), segments[0])
+                else:
+                    batch.add(_HEADER.pack(kind | flags, stream.id, size), segments, size)
+                if last or turn <= 0 or stream.sent >= stream.send_limit or self.sent >= self.send_limit:
+                    break
+            left -= MAX_DATA_BYTES - turn
             if stream.outbox:
                 turns.offer(stream)
             else:
                 self._sent_all(stream)
-        if small:
-            records.append(b"".join(small))
         if turns.waiting and self.sent >= self.send_limit:
             self.stalls += 1
-        return records
+        return batch.records()
 
     def _sent_all(self, stream: Stream) -> None:
         if stream.wants_drained:
             stream.wants_drained = False
             self.events.append((Event.DRAINED, stream))
-        if stream.send is Send.FINISHING:
-            stream.step_send(Step.FIN)
-            self._end_if_over(stream)
+        if stream.send is FINISHING:
+            stream.step_send(FIN_STEP)
+            if stream.receive >= RECEIVED:
+                self._end(stream)
 
     # -- reading -----------------------------------------------------------------------------------
 
-    def expect(self, stream: Stream, target: memoryview) -> bool:
-        """Have the next bytes put straight into `target`; whether it is already full.
+    def take(self, stream: Stream) -> Incoming | None:
+        """The next message: its header, and its buffers, or None and how many bytes of them to `expect`."""
+        if not stream.inbox:
+            return None
+        incoming = stream.inbox.popleft()
+        self._read(stream, incoming[3])
+        return incoming
+
+    def expect(self, stream: Stream, target: memoryview) -> None:
+        """Have the buffers of the message that was taken put straight into `target`, which has their size.
 
         Credit for all of it is given at once: the caller has set its memory aside.
         """
         stream.filled = stream.take_into(target)
         if stream.filled < len(target):
             stream.target = target
-        self.settle(stream)
-        return stream.target is None
+        self._read(stream, stream.filled)
 
     def stop(self, stream: Stream, code: int) -> None:
-        """Read no more: what is buffered and what still comes is dropped, and the peer is told."""
+        """Read no more: what waits and what still comes is dropped, and the peer is told."""
         if stream.receive is RECEIVING:
             stream.step_receive(Step.STOP)
-            self._control.send(FrameType.STOP_SENDING, stream.id, U32.pack(code))
-        stream.drop_unread()
-        self.settle(stream)
-        self._end_if_over(stream)
+            self._control.send(frames.encode(FrameType.STOP_SENDING, stream.id, U32.pack(code)))
+        self._drop_unread(stream)
 
-    def settle(self, stream: Stream) -> None:
-        """Count what was taken from the stream as read: that is credit for the peer."""
-        size, stream.taken = stream.taken, 0
-        stream.consumed += size
-        self.consumed += size
+    def _drop_unread(self, stream: Stream) -> None:
+        stream.inbox.clear()
+        stream.chunks.clear()
+        stream.target = None
+        self._read(stream, stream.received - stream.consumed)
+
+    def _read(self, stream: Stream, cost: int) -> None:
+        """Count so much as read: that is credit for the peer."""
+        stream.consumed += cost
+        self.consumed += cost
         if stream.receive is RECEIVING:
-            read = stream.consumed if stream.target is None else stream.consumed + stream.missing
+            read = stream.consumed
+            if stream.target is not None:
+                read += len(stream.target) - stream.filled
             if read >= stream.window.due_at:
+                if stream.window is self._first_window:
+                    stream.window = self._stream_window(stream.opened_at)
                 limit = stream.window.grant(read, self.now, self.rtt_s)
                 self._control.grant(FrameType.MAX_STREAM_DATA, stream.id, limit)
-        elif stream.receive is RECEIVED:
-            self._end_if_over(stream)
         if self.received >= self.window.due_at:
             self._grant_connection()
 
@@ -322,44 +364,17 @@ class Connection:
         self.reserved -= freed
         return freed
 
-    def _end_if_over(self, stream: Stream) -> None:
-        if stream.send < SENT or stream.receive < RECEIVED:
+    def _end(self, stream: Stream) -> None:
+        """Forget the stream, since nothing can come or go any more; some of it may still be unread."""
+        del self.streams[stream.id]
+        if self._is_theirs(stream.id):
+            self._peer_ended += 1
             return
-        if not stream.ended:
-            stream.ended = True
-            if self._is_theirs(stream.id):
-                self._peer_ended += 1
-            else:
-                if self._opened - self._ended == self._theirs.streams:
-                    self.events.append((Event.ROOM, None))
-                self._ended += 1
-        if not stream.buffered:
-            self.streams.pop(stream.id, None)
+        if self._opened - self._ended == self._theirs.streams:
+            self.events.append((Event.ROOM, None))
+        self._ended += 1
 
     # -- receiving ---------------------------------------------------------------------------------
-
-    def block_target(self, size: int) -> memoryview:
-        """Where to open the record that `block` announced: its reader's memory, or our own."""
-        stream = self.block
-        assert stream is not None
-        if size != self._block_bytes:
-            raise RemoteProtocolError(f"a record of {size} bytes behind a BLOCK of {self._block_bytes}")
-        if stream.target is not None and stream.missing >= size:
-            return stream.target[stream.filled : stream.filled + size]
-        self._block_chunk = bytearray(size)
-        return memoryview(self._block_chunk)
-
-    def block_received(self, now: float) -> None:
-        """What `block_target` gave is filled."""
-        self.now = now
-        stream, chunk = self.block, self._block_chunk
-        assert stream is not None
-        self.block = self._block_chunk = None
-        if chunk is None:
-            self._filled(stream, self._block_bytes)
-        else:
-            self._keep(stream, chunk)
-        self._came(stream, self._block_flags)
 
     def receive(self, plain: memoryview, now: float) -> None:
         """Take a record's plaintext. Raises RemoteProtocolError, after which only `close` makes sense."""
@@ -371,74 +386,109 @@ class Connection:
             begin = position + HEADER_BYTES
             if begin > end or self.block is not None:
                 raise RemoteProtocolError("a record ends inside a frame header, or goes on behind a BLOCK")
-            head, stream_id, length = _DATA_HEADER.unpack_from(plain, position)
+            head, stream_id, length = _HEADER.unpack_from(plain, position)
             position = begin + length
-            if position > end or head & _NOT_DATA or not stream_id:
-                kind, flags, aux = head >> 24, head >> 16 & 0xFF, head & 0xFFFF
-                handle = frames.check(kind, flags, aux, stream_id, length)
-                if position > end:
-                    raise RemoteProtocolError(f"a record ends inside a frame of type {kind:#04x}")
-                if handle:
-                    _HANDLERS[kind](self, stream_id, flags or aux, plain[begin:position])
+            if head & _NOT_MESSAGE == 0 != stream_id and length <= MAX_DATA_BYTES and position <= end:
+                self._on_message(stream_id, head, plain[begin:position])
                 continue
-            stream = self._charge(stream_id, length)
-            if length:
-                if stream.target is None and stream.receive is RECEIVING:
-                    stream.append(plain[begin:position])
-                else:
-                    self._keep(stream, plain[begin:position])
-            self._came(stream, head)
+            kind = head >> 24
+            handle = frames.check(kind, head >> 16 & 0xFF, head & 0xFFFF, stream_id, length)
+            if position > end:
+                raise RemoteProtocolError(f"a record ends inside a frame of type {kind:#04x}")
+            if handle:
+                _HANDLERS[kind](self, stream_id, head, plain[begin:position])
 
-    def _charge(self, stream_id: int, length: int) -> Stream:
-        """The stream that so many bytes came for, within their credit."""
+    def _charge(self, stream_id: int, cost: int) -> Stream:
+        """The stream that so much came for, while it had credit; the last frame may overdraw it."""
         stream = self.streams.get(stream_id)
         if stream is None or stream.receive >= RECEIVED:
-            raise RemoteProtocolError(f"bytes for stream {stream_id}, which is not open for them")
-        stream.received += length
-        self.received += length
-        if stream.received > stream.window.limit:
+            raise RemoteProtocolError(f"a message for stream {stream_id}, which is not open for it")
+        if stream.received >= stream.window.limit and cost:
             raise FlowControlViolation(
-                f"stream {stream_id} sent {stream.received} bytes; its credit was {stream.window.limit}"
+                f"stream {stream_id} went on beyond {stream.window.limit} bytes of credit"
             )
-        if self.received > self.window.limit:
-            raise FlowControlViolation(
-                f"{self.received} bytes on all streams; their credit was {self.window.limit}"
-            )
+        if self.received >= self.window.limit and cost:
+            raise FlowControlViolation(f"all streams went on beyond {self.window.limit} bytes of credit")
+        stream.received += cost
+        self.received += cost
         return stream
 
-    def _keep(self, stream: Stream, data: memoryview | bytearray) -> None:
-        """Hand on or keep what came, or drop it where nobody reads."""
+    def _on_message(self, stream_id: int, head: int, payload: memoryview) -> None:
+        """A MESSAGE or a HEAD."""
+        length, split = len(payload), head & 0xFFFF
+        cost = length if length > MESSAGE_COST else MESSAGE_COST if length else 0
+        stream = self._charge(stream_id, cost)
+        if stream.due or split > length or not (length or head & _FIN):
+            raise RemoteProtocolError(f"a message in a message, or one cut off: {stream!r}")
+        if head < _HEAD:
+            incoming: Incoming = bytes(payload[:split]), bytearray(payload[split:]), 0, cost
+        else:
+            (stream.due,) = U64.unpack_from(payload)
+            incoming = bytes(payload[8:]), None, stream.due, cost
         if stream.receive is not RECEIVING:
-            stream.taken += len(data)
-            self.settle(stream)
-            return
-        if stream.target is not None:
-            size = min(stream.missing, len(data))
-            stream.target[stream.filled : stream.filled + size] = data[:size]
-            self._filled(stream, size)
-            data = data[size:]
-        if len(data):
-            stream.append(data)
-
-    def _filled(self, stream: Stream, size: int) -> None:
-        stream.filled += size
-        stream.taken += size
-        self.settle(stream)
-        if not stream.missing:
-            stream.target = None
-            self.events.append((READABLE, stream))
-
-    def _came(self, stream: Stream, flags: int) -> None:
-        """Bytes came, with FIN or without."""
-        if flags:
-            stream.step_receive(Step.FIN)
-            self.events.append((READABLE, stream))
-            self._end_if_over(stream)
-        elif stream.buffered >= stream.need and stream.target is None:
-            stream.need = NEVER  # once is enough, until its reader says otherwise
-            self.events.append((READABLE, stream))
+            self._read(stream, cost)
+        elif length:
+            stream.inbox.append(incoming)
+            if len(stream.inbox) == 1:
+                self.events.append((READABLE, stream))
+        if head & _FIN:
+            self._on_fin(stream)
         if self.received >= self.window.due_at:
             self._grant_connection()
+
+    def _on_fin(self, stream: Stream) -> None:
+        if stream.due:
+            raise RemoteProtocolError(f"{stream!r} ends {stream.due} bytes before its message does")
+        stream.step_receive(FIN_STEP)
+        if not stream.inbox:
+            self.events.append((READABLE, stream))
+        if stream.send >= SENT:
+            self._end(stream)
+
+    def _on_block(self, stream_id: int, head: int, payload: memoryview) -> None:
+        (size,) = U32.unpack(payload)
+        if not 0 < size <= MAX_DATA_BYTES:
+            raise FrameTooLarge(f"a BLOCK of {size} bytes; it has 1 to {MAX_DATA_BYTES}")
+        self.block = stream = self._charge(stream_id, size)
+        stream.due -= size
+        if stream.due < 0:
+            raise RemoteProtocolError(f"{-stream.due} bytes that no message announced on {stream!r}")
+        self._block_bytes, self._block_flags = size, head
+
+    def block_target(self, size: int) -> memoryview:
+        """Where to open the record that `block` announced: its reader's memory, or our own."""
+        stream = self.block
+        assert stream is not None
+        if size != self._block_bytes:
+            raise RemoteProtocolError(f"a record of {size} bytes behind a BLOCK of {self._block_bytes}")
+        if stream.target is not None:
+            return stream.target[stream.filled : stream.filled + size]
+        self._block_chunk = bytearray(size)
+        return memoryview(self._block_chunk)
+
+    def block_received(self, now: float) -> None:
+        """What `block_target` gave is filled."""
+        self.now = now
+        stream, size, chunk = self.block, self._block_bytes, self._block_chunk
+        assert stream is not None
+        self.block = self._block_chunk = None
+        if chunk is not None and stream.target is not None:  # which came in the meantime
+            stream.target[stream.filled : stream.filled + size] = chunk
+        if stream.target is not None:
+            stream.filled += size
+            if stream.filled == len(stream.target):
+                stream.target = None
+                self.events.append((READABLE, stream))
+            self._read(stream, size)
+        elif stream.receive is not RECEIVING:
+            self._read(stream, size)
+        else:
+            assert chunk is not None
+            stream.append(chunk)
+            if self.received >= self.window.due_at:
+                self._grant_connection()
+        if self._block_flags & _FIN:
+            self._on_fin(stream)
 
     def _known(self, stream_id: int) -> Stream | None:
         """The stream, or None if it is over. Raises for one that never was."""
@@ -448,51 +498,44 @@ class Connection:
             raise RemoteProtocolError(f"a frame for stream {stream_id}, which was never opened")
         return stream
 
-    def _on_open(self, stream_id: int, aux: int, _payload: memoryview) -> None:
+    def _on_open(self, stream_id: int, head: int, _payload: memoryview) -> None:
         expected = 2 * self._peer_opened + 1 + self._parity
         if stream_id != expected or self.peer_left:
             raise RemoteProtocolError(f"OPEN of stream {stream_id}, not of {expected}, or behind GOAWAY")
         if self._peer_opened - self._peer_ended >= self._ours.streams:
             raise StreamLimitExceeded(f"more than {self._ours.streams} streams at once")
         self._peer_opened += 1
-        stream = self._new_stream(stream_id, Priority(aux))
-        if self.state is State.OPEN:
-            self.events.append((Event.OPENED, stream))
+        stream = self._new_stream(stream_id, PRIORITIES[head & 0xFFFF])
+        if self.state is TAKING:
+            self.events.append((OPENED, stream))
             return
         self._control.answer(FrameType.RESET_STREAM, stream_id, U32.pack(ErrorCode.SHUTDOWN))
         stream.step_send(Step.RESET)
         self.stop(stream, ErrorCode.SHUTDOWN)
 
-    def _on_block(self, stream_id: int, flags: int, payload: memoryview) -> None:
-        (size,) = U32.unpack(payload)
-        if not 0 < size <= MAX_DATA_BYTES:
-            raise FrameTooLarge(f"a BLOCK of {size} bytes; it has 1 to {MAX_DATA_BYTES}")
-        self.block = self._charge(stream_id, size)
-        self._block_bytes, self._block_flags = size, flags
-
-    def _on_max_stream_data(self, stream_id: int, _aux: int, payload: memoryview) -> None:
+    def _on_max_stream_data(self, stream_id: int, _head: int, payload: memoryview) -> None:
         stream = self._known(stream_id)
         (limit,) = U64.unpack(payload)
         if stream is not None and limit > stream.send_limit:
             stream.send_limit = limit
             self._turns.offer(stream)
 
-    def _on_max_data(self, _stream_id: int, _aux: int, payload: memoryview) -> None:
+    def _on_max_data(self, _stream_id: int, _head: int, payload: memoryview) -> None:
         self.send_limit = max(self.send_limit, U64.unpack(payload)[0])
 
-    def _on_reset(self, stream_id: int, _aux: int, payload: memoryview) -> None:
+    def _on_reset(self, stream_id: int, _head: int, payload: memoryview) -> None:
         stream = self._known(stream_id)
         if stream is None or stream.receive >= RECEIVED:
             raise RemoteProtocolError(f"RESET_STREAM on stream {stream_id}, whose sender had ended it")
         self._count_given_up(stream)
         (stream.reset_code,) = U32.unpack(payload)
         stream.step_receive(Step.RESET)
-        stream.drop_unread()
-        self.settle(stream)
+        self._drop_unread(stream)
         self.events.append((Event.RESET, stream))
-        self._end_if_over(stream)
+        if stream.send >= SENT:
+            self._end(stream)
 
-    def _on_stop(self, stream_id: int, _aux: int, payload: memoryview) -> None:
+    def _on_stop(self, stream_id: int, _head: int, payload: memoryview) -> None:
         stream = self._known(stream_id)
         if stream is None or stream.send >= SENT:
             return
@@ -507,34 +550,37 @@ class Connection:
         if self._is_theirs(stream.id) and stream.send is SENDING and not self._given_up.take(self.now):
             raise Flood(f"streams opened and given up faster than {_GIVEN_UP_PER_S:.0f} a second")
 
-    def _on_ping(self, _stream_id: int, _aux: int, payload: memoryview) -> None:
+    def _on_ping(self, _stream_id: int, _head: int, payload: memoryview) -> None:
         self._control.answer(FrameType.PONG, 0, bytes(payload))
 
-    def _on_pong(self, _stream_id: int, _aux: int, payload: memoryview) -> None:
+    def _on_pong(self, _stream_id: int, _head: int, payload: memoryview) -> None:
         if bytes(payload) == self._ping:
             self._ping = None
             sample_s = self.now - U64.unpack(payload)[0] / 1e6
             self.rtt_s += (max(0.0, sample_s) - self.rtt_s) / 8  # RFC 6298
 
-    def _on_close(self, _stream_id: int, _aux: int, payload: memoryview) -> None:
+    def _on_close(self, _stream_id: int, _head: int, payload: memoryview) -> None:
         self.close_code, self.close_reason = frames.decode_reason(payload)
         self._step("close")
 
-    def _on_goaway(self, _stream_id: int, _aux: int, payload: memoryview) -> None:
+    def _on_goaway(self, _stream_id: int, _head: int, payload: memoryview) -> None:
         self.close_code, self.close_reason = frames.decode_reason(payload)
         self.peer_left = True
         self.events.append((Event.ROOM, None))
 
-    def _on_priority(self, stream_id: int, aux: int, _payload: memoryview) -> None:
+    def _on_priority(self, stream_id: int, head: int, _payload: memoryview) -> None:
         if not self._is_theirs(stream_id):
             raise RemoteProtocolError(f"PRIORITY on stream {stream_id}, which the peer did not open")
         stream = self._known(stream_id)
         if stream is not None:
-            self.set_priority(stream, Priority(aux))
+            self.set_priority(stream, PRIORITIES[head & 0xFFFF])
 
 
 _HANDLERS = MappingProxyType(
     {
+        FrameType.MESSAGE: Connection._on_message,
+        FrameType.HEAD: Connection._on_message,
+        FrameType.BLOCK: Connection._on_block,
         FrameType.OPEN: Connection._on_open,
         FrameType.MAX_STREAM_DATA: Connection._on_max_stream_data,
         FrameType.RESET_STREAM: Connection._on_reset,
@@ -546,6 +592,5 @@ _HANDLERS = MappingProxyType(
         FrameType.PAD: lambda *_: None,
         FrameType.GOAWAY: Connection._on_goaway,
         FrameType.PRIORITY: Connection._on_priority,
-        FrameType.BLOCK: Connection._on_block,
     }
 )

@@ -2,9 +2,10 @@
 
     u8 type | u8 flags | u16 aux | u32 stream | u32 length | length bytes          big-endian
 
-Every frame lies whole in one record. Bytes of a stream come in DATA, or, when they are many, as the whole
-plaintext of a record that a BLOCK frame announced: so they are sealed from their sender's memory and opened
-into their reader's. Knows shapes and sizes; knows nothing of streams' states.
+Every frame lies whole in one record. A message comes in one MESSAGE, or, when its buffers are large, as a
+HEAD and then their bytes: in DATA, or as the whole plaintext of a record that a BLOCK frame announced, so
+that they are sealed from their sender's memory and opened into their reader's. Knows shapes and sizes;
+knows nothing of streams' states.
 """
 
 from __future__ import annotations
@@ -20,15 +21,19 @@ HEADER = Struct(">BBHII")
 HEADER_BYTES = HEADER.size
 U32, U64 = Struct(">I"), Struct(">Q")
 
-MAX_DATA_BYTES = 128 * 1024  # of a stream, in one DATA frame or one BLOCK
-BLOCK_BYTES = 32 * 1024  # bytes this many are sent as a BLOCK; to copy fewer is faster
+MAX_DATA_BYTES = 128 * 1024  # in one MESSAGE, or behind one BLOCK
+MAX_HEADER_BYTES = 0xFFFF  # of a message: aux holds it
+BLOCK_BYTES = 32 * 1024  # buffers of so many bytes are sent in BLOCKs; to copy fewer is faster
+MESSAGE_COST = (
+    256  # bytes of credit that a message takes at least: kept unread, it takes about as much memory
+)
 MAX_REASON_BYTES = 256
 FIN = 0x01
 FIRST_IGNORABLE = 0x40  # a type from here on may be skipped by who does not know it
 
 
 class FrameType(IntEnum):
-    DATA = 0x00  # stream bytes; FIN: the last of them
+    MESSAGE = 0x00  # a header of aux bytes, and its buffers; FIN: the stream's last; empty: only its end
     OPEN = 0x01  # a new stream; aux: the priority its opener asks for
     MAX_STREAM_DATA = 0x02  # u64: how many bytes of this stream may be sent in all
     RESET_STREAM = 0x03  # u32 code: no more bytes will come
@@ -40,7 +45,8 @@ class FrameType(IntEnum):
     PAD = 0x09  # nothing
     GOAWAY = 0x0A  # u32 code, text: open no more streams; those that are open go on
     PRIORITY = 0x0B  # aux: the priority the stream's opener now asks for
-    BLOCK = 0x0C  # u32: the next record is so many stream bytes; FIN: the last of them
+    BLOCK = 0x0C  # u32: the next record is so many of those bytes; FIN: the stream's last
+    HEAD = 0x0D  # u64, and a header: of a message whose buffers follow, so many bytes in all
 
 
 class FrameRule(NamedTuple):
@@ -55,7 +61,7 @@ class FrameRule(NamedTuple):
 
 RULES = MappingProxyType(
     {
-        FrameType.DATA: FrameRule(0, MAX_DATA_BYTES, True, flags=FIN),
+        FrameType.MESSAGE: FrameRule(0, MAX_DATA_BYTES, True, flags=FIN, aux_high=MAX_HEADER_BYTES),
         FrameType.OPEN: FrameRule(0, 0, True, aux_high=3),
         FrameType.MAX_STREAM_DATA: FrameRule(8, 8, True),
         FrameType.RESET_STREAM: FrameRule(4, 4, True),
@@ -68,8 +74,11 @@ RULES = MappingProxyType(
         FrameType.GOAWAY: FrameRule(4, 4 + MAX_REASON_BYTES, False),
         FrameType.PRIORITY: FrameRule(0, 0, True, aux_high=3),
         FrameType.BLOCK: FrameRule(4, 4, True, flags=FIN),
+        FrameType.HEAD: FrameRule(8, 8 + MAX_HEADER_BYTES, True),
     }
 )
+
+_IGNORABLE = FrameRule(0, MAX_DATA_BYTES, True)
 
 
 def encode(kind: FrameType, stream: int = 0, payload: bytes = b"", flags: int = 0, aux: int = 0) -> bytes:
@@ -92,12 +101,12 @@ def check(kind: int, flags: int, aux: int, stream: int, length: int) -> bool:
     rule = RULES.get(kind)  # type: ignore[call-overload]  # an int finds its IntEnum
     if rule is None and kind < FIRST_IGNORABLE:
         raise RemoteProtocolError(f"frame type {kind:#04x} is unknown, and below 0x40 may not be skipped")
-    most = MAX_DATA_BYTES if rule is None else rule.high
-    if length > most:
-        raise FrameTooLarge(f"a frame of type {kind:#04x} claims {length} bytes; the most is {most}")
+    low, high, on_stream, allowed, aux_high = rule or _IGNORABLE
+    if length > high:
+        raise FrameTooLarge(f"a frame of type {kind:#04x} claims {length} bytes; the most is {high}")
     if rule is None:
         return False
-    if length < rule.low or flags & ~rule.flags or aux > rule.aux_high or (stream != 0) is not rule.on_stream:
+    if length < low or flags & ~allowed or aux > aux_high or (stream != 0) is not on_stream:
         raise RemoteProtocolError(
             f"{FrameType(kind).name} cannot have flags {flags:#x}, aux {aux}, stream {stream}, {length} bytes"
         )

@@ -26,6 +26,7 @@ from petalite.errors import (
     Unreachable,
     code_of,
 )
+from petalite.net import messages
 from petalite.net.accepting import Acceptor, claimed_addresses
 from petalite.net.connection import Connection
 from petalite.net.credit import Windows
@@ -36,11 +37,11 @@ from petalite.net.journal import Journal
 from petalite.net.lane import Lane
 from petalite.net.limits import VIOLATION, Budget, Gate, Limits, prefix_of
 from petalite.net.link import MAX_LANES, Link, Timers
-from petalite.net.messages import Buffer, Message
+from petalite.net.messages import MAX_DEADLINE_MS, REQUEST, Buffer, Message
 from petalite.net.multiaddr import Multiaddr
 from petalite.net.pool import Scratch
 from petalite.net.rpc import Body, Call, Handler, Method, MethodPolicy
-from petalite.net.streams import Priority
+from petalite.net.streams import BULK, Priority
 
 logger = logging.getLogger(__name__)
 
@@ -85,7 +86,7 @@ class Host:
         self._lanes: set[Lane] = set()  # whose sockets are open; some only wait for the peer to hear the end
         self._dials: dict[PeerId, asyncio.Task[Link]] = {}
         self._tasks: set[asyncio.Task[Any]] = set()
-        self._handlers: set[asyncio.Task[Any]] = set()  # those of them that serve calls
+        self._handlers: set[asyncio.Task[None]] = set()  # those that serve calls
         self._scratch = Scratch()
         self._acceptor = Acceptor(self._gate, self.journal, self.spawn, self._handshake, self._welcome)
         self._ended_bytes = [0, 0]  # sent and received on lanes that are gone
@@ -143,8 +144,8 @@ class Host:
             raise InvalidArgument(f"{peer} does not say which peer is expected there: append /p2p/ID")
         if isinstance(peer, Multiaddr):
             self.book.add(peer_id, [peer])
-        link = self._links.get(peer_id)
-        if link is not None and link.usable:
+        link = self._usable_link(peer_id)
+        if link is not None:
             return link
         if peer_id == self.peer_id:
             raise Unreachable("a host does not dial itself")
@@ -299,8 +300,11 @@ class Host:
         priority: Priority = Priority.NORMAL,
     ) -> Message:
         """One request, one answer, dialling included. Raises what the peer raised, as its class."""
-        link, left_s = await self._link_for(peer, timeout_s)
-        return await link.call(method, body, buffers, timeout_s=left_s, priority=priority)
+        call = await self._begin(peer, method, body, buffers, timeout_s, priority, fin=True)
+        try:
+            return await call.receive() or Message()
+        finally:
+            call.end()
 
     async def open(
         self,
@@ -313,25 +317,43 @@ class Host:
         priority: Priority = Priority.NORMAL,
     ) -> Call:
         """A call that goes on: `async with await host.open(…) as call`, or its owner must `end` it."""
-        link, left_s = await self._link_for(peer, timeout_s)
-        call = await link.open(method, priority, left_s)
+        call = await self._begin(peer, method, body, buffers, timeout_s, priority, fin=False)
         try:
-            await call.begin(body, buffers)
+            await call.sent()
         except BaseException:
             call.end()
             raise
         return call
 
-    async def _link_for(self, peer: Peer, timeout_s: float | None) -> tuple[Link, float | None]:
-        """A link to open a call on, and what its finding left of the deadline."""
+    async def _begin(
+        self,
+        peer: Peer,
+        method: str,
+        body: Body,
+        buffers: Sequence[Buffer],
+        timeout_s: float | None,
+        priority: Priority,
+        fin: bool,
+    ) -> Call:
+        """Send a request to the peer, dialled if need be; with `fin`, as the only message."""
+        link = self._usable_link(peer)
+        if link is None:
+            began_at = monotonic()
+            link = await self.connect(peer, timeout_s=min(timeout_s or CONNECT_TIMEOUT_S, CONNECT_TIMEOUT_S))
+            timeout_s = None if timeout_s is None else max(0.0, timeout_s - (monotonic() - began_at))
+        lane = link.lanes[0]
+        if priority is BULK or link.error is not None or not lane.connection.can_open:
+            lane = await link.lane_for(priority, timeout_s)
+        deadline_ms = 0 if timeout_s is None else min(max(1, int(timeout_s * 1000)), MAX_DEADLINE_MS)
+        header, segments = messages.encode([REQUEST, body or {}, None, method, deadline_ms], buffers)
+        call = Call(link, lane, lane.connection.open_stream(priority), method)
+        call.set_deadline(timeout_s)
+        lane.write(call.stream, header, segments, fin)
+        return call
+
+    def _usable_link(self, peer: Peer) -> Link | None:
         link = self._links.get(peer.peer_id if isinstance(peer, Multiaddr) else peer)  # type: ignore[arg-type]
-        if link is not None and link.usable:
-            return link, timeout_s
-        if timeout_s is None:
-            return await self.connect(peer), None
-        started_at = monotonic()
-        link = await self.connect(peer, timeout_s=min(timeout_s, CONNECT_TIMEOUT_S))
-        return link, max(0.0, timeout_s - (monotonic() - started_at))
+        return link if link is not None and link.usable else None
 
     # -- what is known -----------------------------------------------------------------------------
 
@@ -381,19 +403,23 @@ class Host:
                 link.tick(now)
             self._scratch.trim(now)
 
-    def spawn(self, coroutine: Coroutine[Any, Any, T], serves: bool = False) -> asyncio.Task[T]:
-        """A task that ends with the host at the latest; `serves`: a call of a peer's."""
+    def handle(self, call: Call) -> None:
+        """Serve a peer's call."""
+        assert self._loop is not None
+        call.task = self._loop.create_task(call.serve())
+        self._handlers.add(call.task)
+        call.task.add_done_callback(self._handlers.discard)
+
+    def spawn(self, coroutine: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
+        """A task that ends with the host at the latest."""
         assert self._loop is not None
         task = self._loop.create_task(coroutine)
         self._tasks.add(task)
-        if serves:
-            self._handlers.add(task)
         task.add_done_callback(self._reap)
         return task
 
     def _reap(self, task: asyncio.Task[Any]) -> None:
         self._tasks.discard(task)
-        self._handlers.discard(task)
         error = None if task.cancelled() else task.exception()
         if error is not None and not isinstance(error, PetaliteError):
             logger.error("a task of the host failed", exc_info=error)
@@ -414,9 +440,10 @@ class Host:
             return
         self._closed = self._draining = True
         self._acceptor.close()
-        for task in self._tasks:
+        tasks = [*self._tasks, *self._handlers]
+        for task in tasks:
             task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await asyncio.gather(*tasks, return_exceptions=True)
         for link in list(self._all_links):
             link.close(ErrorCode.SHUTDOWN, "the host is closing")
         await asyncio.gather(*(lane.gone.wait() for lane in self._lanes))

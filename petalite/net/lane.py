@@ -22,7 +22,7 @@ from petalite.net.noise import TAG_BYTES
 from petalite.net.pool import RECEIVE_BYTES, Scratch
 from petalite.net.records import LENGTH, MAX_PLAINTEXT_BYTES, PREFIX_BYTES, Opener, Sealer
 from petalite.net.states import CLOSED, Event
-from petalite.net.streams import Stream
+from petalite.net.streams import Segment, Stream
 
 BATCH_BYTES = 128 * 1024
 BATCHES_PER_TURN = 4  # then the loop's other work has its turn
@@ -202,11 +202,13 @@ class Lane:
             except OSError as error:
                 self._lose(f"the connection broke: {error.strerror or error}")
 
-    def write(self, stream: Stream, segments: list[bytes | memoryview], fin: bool) -> None:
-        """Queue bytes and flush. A small message that nothing stands before skips the queue."""
-        record = None if self._blocked or self._fd < 0 else self.connection.express(stream, segments, fin)
+    def write(self, stream: Stream, header: bytes, buffers: Sequence[Segment], fin: bool) -> None:
+        """Queue a message and flush. A small one that nothing stands before skips the queue."""
+        record = None
+        if not self._blocked and self._fd >= 0:
+            record = self.connection.express(stream, header, buffers, fin)
         if record is None:
-            self.connection.write(stream, segments, fin)
+            self.connection.write(stream, header, buffers, fin)
             self.flush()
             return
         try:
@@ -236,7 +238,7 @@ class Lane:
             self._waits += 1
             self._loop.add_writer(self._fd, self._on_writable)
 
-    def _transmit(self, records: Sequence[bytes | memoryview]) -> bool:
+    def _transmit(self, records: Sequence[Segment]) -> bool:
         """Seal records and send them; whether the kernel took everything."""
         buffer, end = self._scratch.borrow(), 0
         for plain in records:

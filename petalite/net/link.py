@@ -9,7 +9,7 @@ host's matter.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Coroutine, Sequence
+from collections.abc import Coroutine
 from dataclasses import dataclass
 from time import monotonic
 from typing import Any, Protocol
@@ -20,11 +20,10 @@ from petalite.net.identity import PeerId
 from petalite.net.journal import Journal
 from petalite.net.lane import BULK_UNSENT_S, Lane
 from petalite.net.limits import Budget, TokenBucket
-from petalite.net.messages import Buffer, Message
 from petalite.net.multiaddr import Multiaddr
-from petalite.net.rpc import Body, Call, Method
-from petalite.net.states import Event
-from petalite.net.streams import Priority, Stream
+from petalite.net.rpc import Call, Method
+from petalite.net.states import OPENED, Event
+from petalite.net.streams import BULK, Priority, Stream
 
 MAX_LANES = 4
 _BULK_RETRY_S = 60.0  # after a bulk lane could not be opened
@@ -46,8 +45,11 @@ class LinkOwner(Protocol):
     journal: Journal
     methods: dict[str, Method]  # that the peer may call
 
-    def spawn(self, coroutine: Coroutine[Any, Any, None], serves: bool = False) -> asyncio.Task[None]:
-        """A task that ends with the host at the latest; `serves`: a call of the peer's."""
+    def spawn(self, coroutine: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+        """A task that ends with the host at the latest."""
+
+    def handle(self, call: Call) -> None:
+        """Serve a call of the peer's."""
 
     def on_lost(self, link: Link, error: PetaliteError, guilty: bool) -> None:
         """The link ended; said once, whoever brought it about."""
@@ -81,7 +83,7 @@ class Link:
         self.lanes: list[Lane] = []  # the interactive one first
         self._owner, self._timers = owner, timers
         self._changed = asyncio.Event()  # set when there may be room for a stream, or never again
-        self._last_call = monotonic()
+        self._used_at, self._traffic = monotonic(), 0  # bytes of messages, both ways
         self._bulk_dial: asyncio.Task[None] | None = None
         self._bulk_retry_at = 0.0
 
@@ -116,18 +118,9 @@ class Link:
 
     # -- calls -------------------------------------------------------------------------------------
 
-    async def open(self, method: str, priority: Priority, timeout_s: float | None) -> Call:
-        """A new call, once the peer has room for its stream. Nothing is sent yet but that it opens."""
-        lane = self.lanes[0] if priority is not Priority.BULK else await self._bulk_lane()
-        if not lane.connection.can_open or self.error is not None:
-            lane = await self._room(lane, timeout_s)
-        call = Call(self, lane, lane.connection.open_stream(priority), method)
-        self._last_call = monotonic()
-        call.set_deadline(timeout_s)
-        return call
-
-    async def _room(self, lane: Lane, timeout_s: float | None) -> Lane:
-        """This lane, or the interactive one, once a stream can be opened on it."""
+    async def lane_for(self, priority: Priority, timeout_s: float | None) -> Lane:
+        """Where to open a call of this class, once there is room for it."""
+        lane = self.lanes[0] if priority is not BULK else await self._bulk_lane()
         try:
             async with asyncio.timeout(timeout_s):
                 while self.error is None and not lane.connection.can_open:
@@ -143,23 +136,6 @@ class Link:
         if self.error is not None:
             raise self.error
         return lane
-
-    async def call(
-        self,
-        method: str,
-        body: Body = None,
-        buffers: Sequence[Buffer] = (),
-        *,
-        timeout_s: float | None,
-        priority: Priority = Priority.NORMAL,
-    ) -> Message:
-        """One request, one answer."""
-        call = await self.open(method, priority, timeout_s)
-        try:
-            await call.begin(body, buffers, fin=True)
-            return await call.receive() or Message()
-        finally:
-            call.end()
 
     async def _bulk_lane(self) -> Lane:
         """The lane for bulk; the interactive one where there can be no other."""
@@ -184,10 +160,8 @@ class Link:
         for event, stream in events:
             if stream is None:
                 self._changed.set()
-            elif event is Event.OPENED:
-                self._last_call = monotonic()
-                call = Call(self, lane, stream, methods=self._owner.methods)
-                call.task = self._owner.spawn(call.serve(), serves=True)
+            elif event is OPENED:
+                self._owner.handle(Call(self, lane, stream, methods=self._owner.methods))
             elif stream.owner is not None:
                 stream.owner.on_event(event)
 
@@ -218,9 +192,13 @@ class Link:
                 self.lane_lost(lane, ConnectionLost(reason), guilty=False)
             else:
                 self.memory.release(lane.connection.give_back())
-        if self.error is not None or self.calls:
-            self._last_call = now
-        unused_s = now - self._last_call
+                for stream in lane.connection.streams.values():
+                    if stream.owner is not None:
+                        stream.owner.watch_deadline()
+        traffic = sum(lane.connection.sent + lane.connection.received for lane in self.lanes)
+        if self.error is not None or self.calls or traffic != self._traffic:
+            self._used_at, self._traffic = now, traffic
+        unused_s = now - self._used_at
         if self.supplanted and unused_s > self._timers.supplanted_s:
             self.close(ErrorCode.SUPPLANTED, "another connection is used instead")
         elif self.outbound and unused_s > self._timers.idle_close_s:

@@ -10,8 +10,8 @@ import hmac
 from collections.abc import Callable
 from dataclasses import dataclass
 from hashlib import sha256
+from struct import Struct
 from types import MappingProxyType
-from typing import Literal
 
 from cryptography.exceptions import InvalidTag
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey, X25519PublicKey
@@ -31,19 +31,15 @@ class Suite:
     number: int  # as the prelude names it
     name: str  # as a Noise protocol name spells it
     aead: type[AESGCM] | type[ChaCha20Poly1305]
-    shift: int  # bits by which the counter stands higher in the nonce
-    order: Literal["big", "little"]  # of the nonce's bytes
-
-    def nonce(self, counter: int) -> bytes:
-        return (counter << self.shift).to_bytes(12, self.order)
+    nonce: Callable[[int], bytes]  # of a counter
 
     def rekeyed(self, key: bytes) -> bytes:
         """REKEY(k) of Noise §4.2."""
         return self.aead(key).encrypt(self.nonce(2**64 - 1), bytes(KEY_BYTES), None)[:KEY_BYTES]
 
 
-AES_GCM = Suite(1, "AESGCM", AESGCM, 0, "big")
-CHACHA_POLY = Suite(2, "ChaChaPoly", ChaCha20Poly1305, 32, "little")
+AES_GCM = Suite(1, "AESGCM", AESGCM, Struct(">4xQ").pack)
+CHACHA_POLY = Suite(2, "ChaChaPoly", ChaCha20Poly1305, Struct("<4xQ").pack)
 SUITES = MappingProxyType({suite.number: suite for suite in (AES_GCM, CHACHA_POLY)})
 
 # Message patterns (Noise §7.5 and §9); the initiator writes the even ones.

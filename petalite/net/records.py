@@ -25,13 +25,13 @@ REKEY_EVERY = 2**19  # records; at most 66 GiB under one key
 class _Direction:
     """One key and its counter. `rekey_every` is a parameter for tests alone."""
 
-    __slots__ = ("_aead", "_counter", "_key", "_order", "_rekey_at", "_rekey_every", "_shift", "_suite")
+    __slots__ = ("_aead", "_counter", "_key", "_nonce", "_rekey_at", "_rekey_every", "_suite")
 
     def __init__(self, suite: Suite, key: bytes, rekey_every: int = REKEY_EVERY) -> None:
         self._suite = suite
         self._key = key
         self._aead = suite.aead(key)
-        self._shift, self._order = suite.shift, suite.order
+        self._nonce = suite.nonce
         self._counter = 0
         self._rekey_every = self._rekey_at = rekey_every
 
@@ -51,8 +51,7 @@ class Sealer(_Direction):
         box_bytes = len(plaintext) + TAG_BYTES
         end = PREFIX_BYTES + box_bytes
         LENGTH.pack_into(out, 0, box_bytes)
-        nonce = (self._counter << self._shift).to_bytes(12, self._order)
-        self._aead.encrypt_into(nonce, plaintext, None, out[PREFIX_BYTES:end])
+        self._aead.encrypt_into(self._nonce(self._counter), plaintext, None, out[PREFIX_BYTES:end])
         self._counter += 1
         if self._counter == self._rekey_at:
             self._advance_key()
@@ -67,8 +66,7 @@ class Opener(_Direction):
     def open(self, box: memoryview, out: memoryview) -> None:
         """Open `box` into `out`, which is 16 bytes shorter and may be the same memory."""
         try:
-            nonce = (self._counter << self._shift).to_bytes(12, self._order)
-            self._aead.decrypt_into(nonce, box, None, out)
+            self._aead.decrypt_into(self._nonce(self._counter), box, None, out)
         except InvalidTag as error:
             raise RemoteProtocolError(f"record {self._counter} does not authenticate") from error
         self._counter += 1

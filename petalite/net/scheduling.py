@@ -1,19 +1,21 @@
 """What goes out next: control frames before data, and whose turn it is among the streams.
 
-Data is strict between the classes, in turn within one, and nobody is starved. A turn is one frame of at most
-128 KiB, into which a stream's small segments are gathered, so turns are about as fair in bytes as they are in
-number. Knows frames, outboxes and credit; knows no connection.
+Data is strict between the classes, in turn within one, and nobody is starved. A turn is frames of about 128
+KiB, so turns are as fair in bytes as they are in number. Knows frames, outboxes and credit; knows no
+connection.
 """
 
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Sequence
 
 from petalite.errors import Flood
 from petalite.net import frames
-from petalite.net.frames import BLOCK_BYTES, MAX_DATA_BYTES, U64, FrameType
-from petalite.net.states import Send
-from petalite.net.streams import Priority, Stream
+from petalite.net.frames import HEADER_BYTES, MAX_DATA_BYTES, U64, FrameType
+from petalite.net.records import MAX_PLAINTEXT_BYTES
+from petalite.net.states import FINISHING
+from petalite.net.streams import Priority, Segment, Stream
 
 MAX_PONGS = 8  # unsent
 MAX_PROVOKED = 1024  # unsent frames in front of one more that the peer makes us send
@@ -27,13 +29,13 @@ class ControlQueue:
     __slots__ = ("_frames", "_grants", "_pongs", "waiting")
 
     def __init__(self) -> None:
-        self._frames: list[bytes | memoryview] = []
+        self._frames: list[Segment] = []
         self._grants: dict[tuple[FrameType, int], int] = {}  # only the newest limit of each kind and stream
         self._pongs = 0
         self.waiting = 0
 
-    def send(self, kind: FrameType, stream: int = 0, payload: bytes = b"", aux: int = 0) -> None:
-        self._frames.append(frames.encode(kind, stream, payload, aux=aux))
+    def send(self, frame: bytes) -> None:
+        self._frames.append(frame)
         self.waiting += 1
 
     def grant(self, kind: FrameType, stream: int, limit: int) -> None:
@@ -46,12 +48,12 @@ class ControlQueue:
         self._pongs += kind is FrameType.PONG
         if self._pongs > MAX_PONGS or len(self._frames) >= MAX_PROVOKED:
             raise Flood(f"{len(self._frames)} control frames wait to be read by the peer")
-        self.send(kind, stream, payload)
+        self.send(frames.encode(kind, stream, payload))
 
-    def take(self) -> list[bytes | memoryview]:
+    def take(self) -> list[Segment]:
         """The frames for the next record."""
         for (kind, stream), limit in self._grants.items():
-            self.send(kind, stream, U64.pack(limit))
+            self.send(frames.encode(kind, stream, U64.pack(limit)))
         self._grants.clear()
         self._pongs = 0
         taken, self._frames = self._frames[:MAX_CONTROL], self._frames[MAX_CONTROL:]
@@ -71,7 +73,7 @@ class Turns:
         """Queue the stream if it can send and is not queued."""
         if stream.ready:
             return
-        if stream.sent < stream.send_limit if stream.outbox else stream.send is Send.FINISHING:
+        if stream.sent < stream.send_limit if stream.outbox else stream.send is FINISHING:
             stream.ready = True
             self.waiting += 1
             self._ready[stream.priority].append(stream)
@@ -100,22 +102,32 @@ class Turns:
         return stream
 
 
-def gather(outbox: deque[bytes | memoryview], room: int) -> tuple[list[bytes | memoryview], int]:
-    """Take the bytes of the next frame: a large segment alone, or as many small ones as fit."""
-    pieces: list[bytes | memoryview] = []
-    size = 0
-    while outbox and size < room:
-        segment = outbox[0]
-        if size and len(segment) >= BLOCK_BYTES:
-            break  # it has a record of its own
-        if len(segment) > room - size:
-            segment = memoryview(segment)
-            outbox[0] = segment[room - size :]
-            segment = segment[: room - size]
-        else:
-            outbox.popleft()
-        pieces.append(segment)
-        size += len(segment)
-        if len(segment) >= BLOCK_BYTES:
-            break
-    return pieces, size
+class Batch:
+    """The plaintexts of the next records: frames that are copied together, and blocks that are not."""
+
+    def __init__(self, control: list[Segment]) -> None:
+        self._records: list[Segment] = []
+        self._small, self._bytes = control, sum(map(len, control))  # of one record
+
+    def add(self, header: bytes, segments: Sequence[Segment], size: int) -> None:
+        """A frame."""
+        if self._bytes + HEADER_BYTES + size > MAX_PLAINTEXT_BYTES:
+            self._close_record()
+        self._small += header, *segments
+        self._bytes += HEADER_BYTES + size
+
+    def add_block(self, header: bytes, block: Segment) -> None:
+        """A BLOCK frame, which ends its record, and what it announces, which is the next."""
+        self.add(header, (), len(header) - HEADER_BYTES)
+        self._close_record()
+        self._records.append(block)
+
+    def _close_record(self) -> None:
+        self._records.append(b"".join(self._small))
+        self._small, self._bytes = [], 0
+
+    def records(self) -> list[Segment]:
+        """All of them."""
+        if self._small:
+            self._close_record()
+        return self._records

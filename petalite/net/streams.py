@@ -1,20 +1,29 @@
 """One stream of a connection: two halves with their legal transitions, what waits to be read and to be sent.
 
-Knows bytes and offsets of its own stream; the connection knows frames, credit and turns.
+Knows messages as a header and the bytes of its buffers; the connection knows frames, credit and turns.
 """
 
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Sequence
 from enum import IntEnum
-from typing import Any
+from typing import Any, TypeAlias
 
 from petalite.errors import LocalProtocolError
 from petalite.net.credit import Window
-from petalite.net.states import RECEIVE_STEPS, SEND_STEPS, Receive, Send, Step
+from petalite.net.frames import FrameType
+from petalite.net.states import RECEIVE_STEPS, RECEIVING, SEND_STEPS, SENDING, Step
 
-SMALL_CHUNK_BYTES = 4096  # received pieces below this are gathered: one-byte frames cost no more than bytes
-NEVER = 1 << 62  # more bytes than any stream has
+SMALL_CHUNK_BYTES = 4096  # received pieces below this are gathered: one-byte blocks cost no more than bytes
+
+Segment: TypeAlias = bytes | memoryview
+# A header, its buffers, or None and how many bytes of them follow, and the credit it took.
+Incoming: TypeAlias = tuple[bytes, bytearray | None, int, int]
+# Type and aux as they stand in a frame, the payload and its length.
+Outgoing: TypeAlias = tuple[int, Sequence[Segment], int]
+
+EMPTY: Outgoing = (FrameType.MESSAGE << 24, (), 0)
 
 
 class Priority(IntEnum):
@@ -26,41 +35,45 @@ class Priority(IntEnum):
     BULK = 3
 
 
+PRIORITIES, BULK = tuple(Priority), Priority.BULK
+
+
 class Stream:
     """State only; `Connection` acts on it. `owner` is whatever the layer above hangs on it."""
 
     # fmt: off
     __slots__ = (
-        "buffered", "chunks", "consumed", "ended", "filled", "highest", "id", "need", "outbox", "owner",
+        "chunks", "consumed", "due", "filled", "highest", "id", "inbox", "opened_at", "outbox", "owner",
         "priority", "queued", "ready", "receive", "received", "reset_code", "send", "send_limit", "sent",
-        "skip", "stop_code", "taken", "target", "wants_drained", "window",
+        "stop_code", "target", "wants_drained", "window",
     )
     # fmt: on
 
-    def __init__(self, stream_id: int, priority: Priority, send_limit: int, window: Window) -> None:
+    def __init__(
+        self, stream_id: int, priority: Priority, send_limit: int, window: Window, now: float = 0.0
+    ) -> None:
         self.id = stream_id
         self.priority = priority
         self.highest = Priority.CONTROL  # the class above which it is not sent, whatever the peer asks for
         self.owner: Any = None
-        self.ended = False  # nothing can come or go any more; some of it may still be unread
 
-        self.send = Send.OPEN
-        self.outbox: deque[bytes | memoryview] = deque()
-        self.queued = self.sent = 0  # bytes in the outbox; bytes that went out
-        self.send_limit = send_limit  # the peer's credit: `sent` may reach this
+        self.send = SENDING
+        self.outbox: deque[Outgoing] = deque()
+        self.queued = self.sent = 0  # bytes in the outbox; credit that was used
+        self.send_limit = send_limit  # the peer's credit: while `sent` is below it a frame may be sent
         self.ready = False  # whether it stands in a queue of the scheduler
         self.wants_drained = False  # whether to say so when the outbox is empty
         self.stop_code = self.reset_code = 0  # why the peer stopped reading, or gave up sending
 
-        self.receive = Receive.OPEN
-        self.chunks: deque[bytearray] = deque()
-        self.skip = 0  # bytes of the first chunk that are taken
-        self.buffered = self.taken = 0  # bytes in the chunks; bytes taken of which the connection knows not
-        self.need = 1  # how many buffered bytes are worth an event
-        self.target: memoryview | None = None  # where the reader wants the next bytes
+        self.receive = RECEIVING
+        self.inbox: deque[Incoming] = deque()  # messages that nobody has taken
+        self.due = 0  # bytes of buffers that are announced and have not come
+        self.chunks: deque[bytearray] = deque()  # those that have come and have no target
+        self.target: memoryview | None = None  # where the reader wants the next of them
         self.filled = 0  # of the target
-        self.received = self.consumed = 0  # bytes that came; of them read, or thrown away
-        self.window = window  # our credit: `received` may reach its limit
+        self.received = self.consumed = 0  # credit that was used, and what of it was read or thrown away
+        self.window = window  # our credit: `received` may pass its limit by less than a frame
+        self.opened_at = now
 
     def __repr__(self) -> str:
         return f"<Stream {self.id} send={self.send.name} receive={self.receive.name}>"
@@ -77,68 +90,32 @@ class Stream:
             raise LocalProtocolError(f"{step.name} on the receiving half of {self!r}")
         self.receive = after
 
-    @property
-    def missing(self) -> int:
-        """How many bytes of the target are still to come."""
-        return len(self.target) - self.filled if self.target is not None else 0
-
-    def append(self, data: memoryview | bytearray) -> None:
-        """Keep what came until it is read; a view is copied."""
-        chunks = self.chunks
-        self.buffered += len(data)
-        if chunks and len(chunks[-1]) < SMALL_CHUNK_BYTES:
-            try:
-                chunks[-1] += data
-                return
-            except BufferError:  # a part of it is in its reader's hands
-                pass
-        chunks.append(data if type(data) is bytearray else bytearray(data))
-
-    def front(self, size: int) -> memoryview:
-        """The first chunk's rest, which has `size` bytes at least, left where it is: they are buffered."""
-        chunks = self.chunks
-        while len(chunks[0]) - self.skip < size:
-            chunks[0] = chunks.popleft()[self.skip :] + chunks[0]
-            self.skip = 0
-        return memoryview(chunks[0])[self.skip :] if self.skip else memoryview(chunks[0])
-
-    def drop(self, size: int) -> None:
-        """Remove so many bytes of the first chunk."""
-        self.buffered -= size
-        self.taken += size
-        self.skip += size
-        if self.skip == len(self.chunks[0]):
-            self.chunks.popleft()
-            self.skip = 0
-
-    def take(self, size: int) -> memoryview:
-        """Remove the next `size` bytes, which are there; not copied where they lie in one piece."""
-        if size and len(self.chunks[0]) - self.skip >= size:
-            taken = self.front(size)[:size]
-            self.drop(size)
+    def append(self, chunk: bytearray) -> None:
+        """Keep bytes of buffers until they have a target."""
+        if self.chunks and len(self.chunks[-1]) < SMALL_CHUNK_BYTES:
+            self.chunks[-1] += chunk
         else:
-            taken = memoryview(bytearray(size))
-            self.take_into(taken)
-        return taken
+            self.chunks.append(chunk)
 
     def take_into(self, target: memoryview) -> int:
-        """Move what is buffered into the front of `target`; how many bytes that was."""
-        position, end = 0, min(len(target), self.buffered)
-        while position < end:
-            piece = self.take(min(len(self.chunks[0]) - self.skip, end - position))
-            target[position : position + len(piece)] = piece
-            position += len(piece)
-        return end
+        """Move what has come into the front of `target`; how many bytes that was."""
+        filled = 0
+        while self.chunks and filled < len(target):
+            chunk = self.chunks.popleft()
+            size = min(len(chunk), len(target) - filled)
+            target[filled : filled + size] = memoryview(chunk)[:size]
+            filled += size
+            if size < len(chunk):
+                self.chunks.appendleft(chunk[size:])
+        return filled
 
-    def drop_unread(self) -> None:
-        """Throw away what is buffered and the target."""
-        self.taken += self.buffered
-        self.chunks.clear()
-        self.buffered = self.skip = 0
-        self.target = None
-
-    def give_up_sending(self) -> None:
-        """What was not sent never will be."""
-        self.outbox.clear()
-        self.queued = 0
-        self.step_send(Step.RESET)
+    def next_frame(self, most: int) -> Outgoing:
+        """Take the next frame, of at most so many bytes of buffers; if there is none, an empty one."""
+        if not self.outbox:
+            return EMPTY
+        kind, segments, size = frame = self.outbox.popleft()
+        if size <= most:
+            return frame
+        view = memoryview(segments[0])  # buffers' bytes: nothing else is so long
+        self.outbox.appendleft((kind, (view[most:],), size - most))
+        return kind, (view[:most],), most

@@ -8,7 +8,7 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
 from petalite.net import Host, Identity
-from petalite.net.frames import HEADER, HEADER_BYTES, FrameType, decode_reason, encode
+from petalite.net.frames import HEADER, HEADER_BYTES, U32, U64, FrameType, decode_reason, encode
 from petalite.net.handshake import Handshake, Hello
 from petalite.net.records import LENGTH, OVERHEAD_BYTES
 
@@ -95,11 +95,11 @@ class Attacker:
                     return decode_reason(memoryview(payload))
         raise AssertionError("closed without a word")
 
-    async def failure_of(self, stream: int) -> bytes:
-        """The DATA that the host sends on this stream."""
+    async def answer_of(self, stream: int) -> bytes:
+        """The MESSAGE, or the code of the reset, that the host sends on this stream."""
         async with asyncio.timeout(10):
             async for kind, number, payload in self.frames():
-                if number == stream and kind in (FrameType.DATA, FrameType.RESET_STREAM):
+                if number == stream and kind in (FrameType.MESSAGE, FrameType.RESET_STREAM):
                     return payload
         raise AssertionError("closed")
 
@@ -122,5 +122,14 @@ def open_stream(stream: int) -> bytes:
     return encode(FrameType.OPEN, stream, aux=2)
 
 
-def data(stream: int, payload: bytes, fin: bool = False) -> bytes:
-    return encode(FrameType.DATA, stream, payload, flags=int(fin))
+def message(stream: int, header: bytes, body: bytes = b"", fin: bool = False) -> bytes:
+    return encode(FrameType.MESSAGE, stream, header + body, int(fin), len(header))
+
+
+def head(stream: int, header: bytes, size: int) -> bytes:
+    """Of a message whose buffers have so many bytes."""
+    return encode(FrameType.HEAD, stream, U64.pack(size) + header)
+
+
+def block(stream: int, size: int) -> bytes:
+    return encode(FrameType.BLOCK, stream, U32.pack(size))

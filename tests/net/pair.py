@@ -68,16 +68,45 @@ class Pair:
                     busy = True
 
 
-def read_all(end: End, stream: Stream) -> bytes:
-    """Everything that is buffered, read."""
-    return take(end.core, stream, stream.buffered)
+class Reader:
+    """Takes the messages of a stream as a call does: headers, and buffers into memory for them."""
+
+    def __init__(self, core: Connection, stream: Stream) -> None:
+        self._core, self._stream = core, stream
+        self._header = b""
+        self._target: bytearray | None = None
+        self.messages: list[tuple[bytes, bytes]] = []
+
+    def poll(self) -> list[tuple[bytes, bytes]]:
+        """All the messages that have come whole."""
+        while True:
+            if self._target is not None:
+                if self._stream.filled < len(self._target):
+                    return self.messages
+                self.messages.append((self._header, bytes(self._target)))
+                self._target = None
+            taken = self._core.take(self._stream)
+            if taken is None:
+                return self.messages
+            self._header, body, size, _ = taken
+            if body is not None:
+                self.messages.append((self._header, bytes(body)))
+            else:
+                self._target = bytearray(size)
+                self._core.expect(self._stream, memoryview(self._target))
 
 
-def take(core: Connection, stream: Stream, size: int) -> bytes:
-    """The next `size` bytes, which are buffered, read."""
-    taken = bytes(stream.take(size))
-    core.settle(stream)
-    return taken
+def read_all(end: End, stream: Stream) -> list[tuple[bytes, bytes]]:
+    """The messages that have come on the stream, each a header and its buffers' bytes."""
+    if stream.owner is None:
+        stream.owner = Reader(end.core, stream)
+    messages: list[tuple[bytes, bytes]] = stream.owner.poll()
+    return messages
+
+
+def unread(stream: Stream) -> int:
+    """How much credit is used by what nobody has read."""
+    return stream.received - stream.consumed
 
 
 def open_pair(windows: Windows | None = None) -> tuple[Pair, Stream, Stream]:

@@ -30,7 +30,7 @@ from petalite.net.limits import Limits
 from petalite.net.link import Timers
 from petalite.net.records import MAX_PLAINTEXT_BYTES
 
-from .hostile import HELLO, Attacker, attacker, data, dial, open_stream, read_to_end
+from .hostile import HELLO, Attacker, attacker, block, dial, head, message, open_stream, read_to_end
 from .hosts import Net, echo, eventually
 
 STREAMS = 1000
@@ -53,8 +53,8 @@ async def host(net: Net) -> AsyncIterator[Host]:
 
 
 def request(method: str, body: object = None, sizes: list[int] | None = None) -> bytes:
-    header = msgpack.packb([1, body or {}, sizes or [], method, 0])
-    return U32.pack(len(header)) + header
+    header: bytes = msgpack.packb([1, body or {}, sizes or [], method, 0])
+    return header
 
 
 # -- before and in the handshake -------------------------------------------------------------------
@@ -214,7 +214,7 @@ async def test_records_that_lie(host: Host, lie: str) -> None:
 async def test_a_record_cut_off_by_the_end_of_the_connection(host: Host) -> None:
     async with attacker(host) as enemy:
         await enemy.send(open_stream(1))
-        await enemy.send_raw(enemy.record(data(1, bytes(1000)))[:500])
+        await enemy.send_raw(enemy.record(message(1, bytes(1000)))[:500])
         await eventually(lambda: host.is_connected(enemy.identity.peer_id))
     await eventually(lambda: not host.is_connected(enemy.identity.peer_id))
 
@@ -253,7 +253,7 @@ async def test_bytes_behind_the_close_are_not_looked_at(host: Host) -> None:
         pytest.param(
             HEADER.pack(0, 0, 0, 1, 2**32 - 1),
             ErrorCode.FRAME_TOO_LARGE,
-            id="oversized DATA (py-libp2p GHSA-hmj8)",
+            id="oversized MESSAGE (py-libp2p GHSA-hmj8)",
         ),
         pytest.param(
             HEADER.pack(0x41, 0, 0, 0, 2**31), ErrorCode.FRAME_TOO_LARGE, id="oversized ignorable frame"
@@ -263,10 +263,18 @@ async def test_bytes_behind_the_close_are_not_looked_at(host: Host) -> None:
             ErrorCode.FRAME_TOO_LARGE,
             id="OPEN with an oversized first frame (rust-yamux CVE-2026-32314)",
         ),
-        pytest.param(data(1, b"x"), ErrorCode.PROTOCOL, id="DATA never opened"),
-        pytest.param(data(2, b"x"), ErrorCode.PROTOCOL, id="DATA of the other parity"),
+        pytest.param(message(1, b"x"), ErrorCode.PROTOCOL, id="MESSAGE never opened"),
+        pytest.param(message(2, b"x"), ErrorCode.PROTOCOL, id="MESSAGE of the other parity"),
         pytest.param(
-            open_stream(1) + data(1, b"", fin=True) + data(1, b"x"), ErrorCode.PROTOCOL, id="DATA after FIN"
+            open_stream(1) + message(1, b"", fin=True) + message(1, b"x"),
+            ErrorCode.PROTOCOL,
+            id="MESSAGE after FIN",
+        ),
+        pytest.param(open_stream(1) + block(1, 1), ErrorCode.PROTOCOL, id="BLOCK without HEAD"),
+        pytest.param(
+            open_stream(1) + head(1, b"x", 2**64 - 1) + message(1, b"x"),
+            ErrorCode.PROTOCOL,
+            id="MESSAGE in a message",
         ),
         pytest.param(
             b"".join(open_stream(2 * index + 1) for index in range(STREAMS + 1)),
@@ -295,20 +303,20 @@ async def test_frames_that_break_a_rule(host: Host, record: bytes, code: ErrorCo
         assert (await again.close_code())[0] == ErrorCode.BANNED
 
 
-async def test_one_byte_past_the_credit(host: Host) -> None:
-    """Of a stream that nobody reads: 256 KiB are taken, and the next byte is the end."""
+async def test_a_message_past_the_credit(host: Host) -> None:
+    """Of a stream that nobody reads: 256 KiB are taken, and the next message is the end."""
     host.serve("deaf", _deaf)
     async with attacker(host) as enemy:
-        await enemy.send(open_stream(1) + data(1, request("deaf")))
+        await enemy.send(open_stream(1) + message(1, request("deaf")))
         await eventually(lambda: bool(host._handlers))
-        left = 256 * 1024
         (link,) = [link for link in host._all_links if link.peer == enemy.identity.peer_id]
-        await eventually(lambda: link.lanes[0].connection.streams[1].consumed == len(request("deaf")))
-        left -= len(request("deaf"))
-        for size in [63 * 1024] * (left // (63 * 1024)) + [left % (63 * 1024)]:
-            await enemy.send(data(1, bytes(size)))
-        await eventually(lambda: link.lanes[0].connection.streams[1].received == 256 * 1024)
-        await enemy.send(data(1, b"x"))
+        stream = link.lanes[0].connection.streams[1]
+        await eventually(lambda: stream.consumed > 0)
+        while (left := 256 * 1024 - stream.received) > 0:
+            received = stream.received
+            await enemy.send(message(1, b"x", bytes(min(left, 64 * 1024) - 1)))
+            await eventually(lambda received=received: stream.received > received)  # type: ignore[misc]
+        await enemy.send(message(1, b"x"))
         assert (await enemy.close_code())[0] == ErrorCode.FLOW_CONTROL
 
 
@@ -328,7 +336,7 @@ async def test_ten_thousand_opens_and_resets(host: Host) -> None:
                     break
                 await enemy.send(
                     open_stream(stream)
-                    + data(stream, request("echo")[:10])
+                    + head(stream, request("echo", sizes=[1]), 1)
                     + encode(FrameType.RESET_STREAM, stream, U32.pack(7))
                     + encode(FrameType.STOP_SENDING, stream, U32.pack(7))
                 )
@@ -352,14 +360,14 @@ async def test_a_peer_that_provokes_answers_and_never_reads(host: Host) -> None:
         assert held < 8_000_000
 
 
-async def test_one_byte_frames_do_not_stop_the_loop(host: Host, net: Net) -> None:
+async def test_tiny_messages_do_not_stop_the_loop(host: Host, net: Net) -> None:
     """A megabyte of them: other peers are served between the turns."""
     host.serve("patient", _swallow)
     good = await net.host()
     await good.call(host.addresses[0], "echo", timeout_s=5)
     async with attacker(host) as enemy:
-        await enemy.send(open_stream(1) + data(1, request("patient")))
-        flood = asyncio.create_task(_flood(enemy, data(1, b"\0") * 4000, 20))
+        await enemy.send(open_stream(1) + message(1, request("patient")))
+        flood = asyncio.create_task(_flood(enemy, message(1, msgpack.packb([0, {}, []])) * 4000, 20))
         for _ in range(20):
             await good.call(host.peer_id, "echo", timeout_s=2)
         flood.cancel()
@@ -391,7 +399,7 @@ async def test_a_reader_that_never_reads(host: Host) -> None:
         before = resident_bytes()
         for index in range(STREAMS):
             stream = 2 * index + 1
-            await enemy.send(open_stream(stream) + data(stream, request("generous"), fin=True))
+            await enemy.send(open_stream(stream) + message(stream, request("generous"), fin=True))
         await eventually(lambda: len(host._handlers) == STREAMS)
         (link,) = [link for link in host._all_links if link.peer == enemy.identity.peer_id]
         assert link.lanes[0].connection.sent <= HELLO.connection_bytes
@@ -411,7 +419,7 @@ async def test_a_window_that_stays_shut(host: Host) -> None:
 
     host.serve("generous", generous)
     async with attacker(host) as enemy:
-        await enemy.send(open_stream(1) + data(1, request("generous"), fin=True))
+        await enemy.send(open_stream(1) + message(1, request("generous"), fin=True))
         await eventually(lambda: bool(host._handlers))
         assert not ended.is_set()
     async with asyncio.timeout(5):
@@ -429,7 +437,7 @@ async def test_everything_urgent_gains_nothing(host: Host) -> None:
     async with attacker(host) as enemy:
         await enemy.send(
             encode(FrameType.OPEN, 1, aux=0)
-            + data(1, request("which"), fin=True)
+            + message(1, request("which"), fin=True)
             + encode(FrameType.PRIORITY, 1, aux=0)
         )
         await eventually(lambda: bool(seen))
@@ -441,40 +449,63 @@ async def test_everything_urgent_gains_nothing(host: Host) -> None:
 
 def failed_with(payload: bytes) -> int:
     """The code in a failure's header."""
-    header = msgpack.unpackb(payload[4 : 4 + U32.unpack_from(payload)[0]])
+    header = msgpack.unpackb(payload)
     assert header[0] == 2
     code: int = header[3]
     return code
 
 
 @pytest.mark.parametrize(
-    ("raw", "code"),
+    ("frame", "code"),
     [
-        pytest.param(U32.pack(2**32 - 1), ErrorCode.BAD_MESSAGE, id="header of 4 GiB"),
-        pytest.param(U32.pack(5) + b"\xdd\xff\xff\xff\xff", ErrorCode.BAD_MESSAGE, id="array32 of 2^32-1"),
-        pytest.param(U32.pack(60_000) + b"\x91" * 60_000, ErrorCode.BAD_MESSAGE, id="depth bomb"),
-        pytest.param(U32.pack(60_000) + b"\x90" * 60_000, ErrorCode.BAD_MESSAGE, id="width bomb"),
-        pytest.param(request("nowhere"), ErrorCode.UNKNOWN_METHOD, id="unknown method"),
-        pytest.param(request("x" * 10_000), ErrorCode.BAD_MESSAGE, id="method of 10,000 characters"),
-        pytest.param(request("small", sizes=[1001]), ErrorCode.BAD_MESSAGE, id="beyond the method's limit"),
-        pytest.param(request("echo", sizes=[2**62, 2**62]), ErrorCode.BAD_MESSAGE, id="sizes that overflow"),
-        pytest.param(request("echo", sizes=[2**28]), None, id="a header, and then nothing"),
-        pytest.param(msgpack.packb([0, {}, []]), ErrorCode.BAD_MESSAGE, id="no length"),
+        pytest.param(message(1, b"\xdd\xff\xff\xff\xff"), ErrorCode.BAD_MESSAGE, id="array32 of 2^32-1"),
+        pytest.param(message(1, b"\x91" * 60_000), ErrorCode.BAD_MESSAGE, id="depth bomb"),
+        pytest.param(message(1, b"\x90" * 60_000), ErrorCode.BAD_MESSAGE, id="width bomb"),
+        pytest.param(message(1, b"", bytes(100)), ErrorCode.BAD_MESSAGE, id="no header"),
+        pytest.param(message(1, request("nowhere")), ErrorCode.UNKNOWN_METHOD, id="unknown method"),
+        pytest.param(
+            message(1, request("x" * 10_000)), ErrorCode.BAD_MESSAGE, id="method of 10,000 characters"
+        ),
+        pytest.param(
+            message(1, request("small", sizes=[1001]), bytes(1001)),
+            ErrorCode.BAD_MESSAGE,
+            id="beyond the method's limit",
+        ),
+        pytest.param(
+            head(1, request("small", sizes=[1001]), 1001),
+            ErrorCode.BAD_MESSAGE,
+            id="beyond the method's limit, announced",
+        ),
+        pytest.param(
+            head(1, request("echo", sizes=[2**62, 2**62]), 2**63),
+            ErrorCode.BAD_MESSAGE,
+            id="sizes that overflow",
+        ),
+        pytest.param(
+            head(1, request("echo", sizes=[5]), 2**20), ErrorCode.BAD_MESSAGE, id="more than its sizes say"
+        ),
+        pytest.param(
+            message(1, request("echo", sizes=[5]), b"four"),
+            ErrorCode.BAD_MESSAGE,
+            id="less than its sizes say",
+        ),
+        pytest.param(head(1, request("echo", sizes=[2**28]), 2**28), None, id="a header, and then nothing"),
+        pytest.param(message(1, msgpack.packb([0, {}, []])), ErrorCode.BAD_MESSAGE, id="no request"),
     ],
 )
-async def test_requests_that_lie(host: Host, raw: bytes, code: ErrorCode | None) -> None:
+async def test_requests_that_lie(host: Host, frame: bytes, code: ErrorCode | None) -> None:
     """The call ends with the code; the connection, and other calls on it, go on."""
     async with attacker(host) as enemy:
-        await enemy.send(open_stream(1) + data(1, raw))
+        await enemy.send(open_stream(1) + frame)
         if code is not None:
-            assert failed_with(await enemy.failure_of(1)) == code
+            assert failed_with(await enemy.answer_of(1)) == code
         else:
             await eventually(lambda: host._gate.memory.used >= 2**28)
             await enemy.send(encode(FrameType.RESET_STREAM, 1, U32.pack(7)))
             await eventually(lambda: host._gate.memory.used < 2**28)
-        await enemy.send(open_stream(3) + data(3, request("echo", {"still": 1}), fin=True))
-        answer = await enemy.failure_of(3)
-        assert msgpack.unpackb(answer[4:])[1] == {"still": 1}
+        await enemy.send(open_stream(3) + message(3, request("echo", {"still": 1}), fin=True))
+        answer = await enemy.answer_of(3)
+        assert msgpack.unpackb(answer)[1] == {"still": 1}
     assert not host._gate.reputation.ban_s(enemy.identity.peer_id, time.monotonic())
 
 
@@ -483,7 +514,8 @@ async def test_a_header_that_promises_memory_holds_none_of_it(host: Host) -> Non
     async with attacker(host) as enemy:
         before = resident_bytes()
         for index in range(15):
-            await enemy.send(open_stream(2 * index + 1) + data(2 * index + 1, request("echo", sizes=[2**26])))
+            stream = 2 * index + 1
+            await enemy.send(open_stream(stream) + head(stream, request("echo", sizes=[2**26]), 2**26))
         await eventually(lambda: host._gate.memory.used >= 15 * 2**26)
         assert resident_bytes() - before < 2**25
     await eventually(lambda: host._gate.memory.used < 2**26)
@@ -498,20 +530,21 @@ async def test_more_promises_than_the_peers_share(net: Net) -> None:
     host = await net.host(HostSettings(limits=limits), listen=True)
     host.serve("echo", echo)
     async with attacker(host) as enemy:
-        await enemy.send(open_stream(1) + data(1, request("echo", sizes=[2**27])))
-        await enemy.send(open_stream(3) + data(3, request("echo", sizes=[2**20])))
-        assert failed_with(await enemy.failure_of(3)) == ErrorCode.RESOURCE_LIMIT
+        await enemy.send(open_stream(1) + head(1, request("echo", sizes=[2**27]), 2**27))
+        await enemy.send(open_stream(3) + head(3, request("echo", sizes=[2**20]), 2**20))
+        assert failed_with(await enemy.answer_of(3)) == ErrorCode.RESOURCE_LIMIT
         async with attacker(host) as other:
-            await other.send(open_stream(1) + data(1, request("echo", sizes=[2**20]) + bytes(1000)))
+            await other.send(open_stream(1) + head(1, request("echo", sizes=[2**20]), 2**20))
             await eventually(lambda: host._gate.memory.used == 2**27 + 2**20)
 
 
-async def test_a_request_that_never_ends(host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("begun", [b"", head(1, request("echo", sizes=[9]), 9)], ids=["nothing", "its head"])
+async def test_a_request_that_never_ends(host: Host, monkeypatch: pytest.MonkeyPatch, begun: bytes) -> None:
     """A byte at a time, or none: given up at the request's deadline."""
     monkeypatch.setattr("petalite.net.rpc.REQUEST_TIMEOUT_S", 0.1)
     async with attacker(host) as enemy:
-        await enemy.send(open_stream(1) + data(1, request("echo")[:3]))
-        assert U32.unpack(await enemy.failure_of(1))[0] == ErrorCode.DEADLINE
+        await enemy.send(open_stream(1) + begun)
+        assert U32.unpack(await enemy.answer_of(1))[0] == ErrorCode.DEADLINE
     await eventually(lambda: not host._handlers)
 
 
@@ -537,6 +570,6 @@ async def test_unread_data_has_a_bound_however_many_streams_hold_it(net: Net) ->
         while not all(sender.done() for sender in senders):
             for link in host._links.values():
                 streams = link.lanes[0].connection.streams.values()
-                most = max(most, sum(stream.buffered for stream in streams))
+                most = max(most, sum(stream.received - stream.consumed for stream in streams))
             await asyncio.sleep(0.01)
-    assert 1 << 20 <= most <= (2 << 20) + (4 << 20)
+    assert 1 << 20 <= most <= (2 << 20) + (4 << 20) + MAX_DATA_BYTES

@@ -202,6 +202,20 @@ class WatchedReceiving(Watched):
         await call.receive()
 
 
+async def test_a_deadline_that_is_far_has_its_timer_in_time(
+    two: tuple[Host, Host], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """None at first; the tick sets it."""
+    monkeypatch.setattr("petalite.net.rpc.NEAR_S", 1.2)
+    caller, server = two
+    watched = Watched()
+    server.serve("watched", watched)
+    async with asyncio.timeout(10):
+        with pytest.raises(DeadlineExceeded):
+            await caller.call(server.peer_id, "watched", timeout_s=1.4)
+        assert await watched.ended in (DeadlineExceeded, asyncio.CancelledError)
+
+
 async def test_a_deadline_travels_and_ends_both_sides(two: tuple[Host, Host]) -> None:
     caller, server = two
     handler = Watched()

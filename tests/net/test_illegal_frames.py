@@ -16,17 +16,22 @@ from petalite.net.credit import Windows
 from petalite.net.frames import FIN, MAX_DATA_BYTES, U32, U64, FrameType
 from petalite.net.scheduling import MAX_PONGS
 
-from .pair import End, open_pair, read_all
+from .pair import End, open_pair
 
 SMALL = Windows(8192, 20_000, 4, 16_384, 40_000, 10_000)
 
 
-def data(stream: int, length: int, fin: bool = False) -> bytes:
-    return frames.encode(FrameType.DATA, stream, bytes(length), flags=FIN if fin else 0)
+def message(stream: int, length: int, fin: bool = False) -> bytes:
+    """One byte of header, the rest buffers."""
+    return frames.encode(FrameType.MESSAGE, stream, bytes(length), FIN if fin else 0, min(length, 1))
 
 
-def block(stream: int, length: int) -> bytes:
-    return frames.encode(FrameType.BLOCK, stream, U32.pack(length))
+def head(stream: int, size: int) -> bytes:
+    return frames.encode(FrameType.HEAD, stream, U64.pack(size) + b"head")
+
+
+def block(stream: int, length: int, fin: bool = False) -> bytes:
+    return frames.encode(FrameType.BLOCK, stream, U32.pack(length), FIN if fin else 0)
 
 
 OPEN_1 = frames.encode(FrameType.OPEN, 1, aux=2)
@@ -41,15 +46,30 @@ OPEN_1 = frames.encode(FrameType.OPEN, 1, aux=2)
             frames.encode(FrameType.PING, payload=bytes(8))[:-1], RemoteProtocolError, id="half a frame"
         ),
         pytest.param(bytes([0x20]) + bytes(11), RemoteProtocolError, id="unknown critical type"),
-        pytest.param(data(1, 1), RemoteProtocolError, id="DATA on a stream never opened"),
-        pytest.param(data(2, 1), RemoteProtocolError, id="DATA on a stream of ours never opened"),
+        pytest.param(message(1, 1), RemoteProtocolError, id="MESSAGE on a stream never opened"),
+        pytest.param(message(2, 1), RemoteProtocolError, id="MESSAGE on a stream of ours never opened"),
         pytest.param(OPEN_1 + OPEN_1, RemoteProtocolError, id="OPEN twice"),
         pytest.param(frames.encode(FrameType.OPEN, 3, aux=2), RemoteProtocolError, id="OPEN out of order"),
         pytest.param(frames.encode(FrameType.OPEN, 2, aux=2), RemoteProtocolError, id="OPEN of our parity"),
         pytest.param(frames.encode(FrameType.OPEN, 1, aux=4), RemoteProtocolError, id="OPEN of no class"),
-        pytest.param(OPEN_1 + data(1, 1, fin=True) + data(1, 1), RemoteProtocolError, id="DATA after FIN"),
         pytest.param(
-            OPEN_1 + data(1, 1, fin=True) + frames.encode(FrameType.RESET_STREAM, 1, U32.pack(7)),
+            OPEN_1 + message(1, 1, fin=True) + message(1, 1), RemoteProtocolError, id="MESSAGE after FIN"
+        ),
+        pytest.param(OPEN_1 + message(1, 0), RemoteProtocolError, id="an empty MESSAGE"),
+        pytest.param(
+            OPEN_1 + frames.encode(FrameType.MESSAGE, 1, b"x", aux=2),
+            RemoteProtocolError,
+            id="a header cut off",
+        ),
+        pytest.param(OPEN_1 + head(1, 9) + message(1, 1), RemoteProtocolError, id="MESSAGE in a message"),
+        pytest.param(OPEN_1 + head(1, 9) + head(1, 9), RemoteProtocolError, id="HEAD in a message"),
+        pytest.param(
+            OPEN_1 + head(1, 9) + message(1, 0, fin=True), RemoteProtocolError, id="FIN in a message"
+        ),
+        pytest.param(OPEN_1 + head(1, 9) + block(1, 10), RemoteProtocolError, id="more than HEAD announced"),
+        pytest.param(OPEN_1 + block(1, 1), RemoteProtocolError, id="BLOCK without HEAD"),
+        pytest.param(
+            OPEN_1 + message(1, 1, fin=True) + frames.encode(FrameType.RESET_STREAM, 1, U32.pack(7)),
             RemoteProtocolError,
             id="RESET after FIN",
         ),
@@ -78,8 +98,12 @@ OPEN_1 = frames.encode(FrameType.OPEN, 1, aux=2)
             id="frame too long, before its stream",
         ),
         pytest.param(
-            OPEN_1 + data(1, 8192) + data(1, 1), FlowControlViolation, id="one byte past the credit"
+            OPEN_1 + message(1, MAX_DATA_BYTES + 1), FrameTooLarge, id="frame too long, in its record"
         ),
+        pytest.param(
+            OPEN_1 + message(1, 8192) + message(1, 1), FlowControlViolation, id="a message past the credit"
+        ),
+        pytest.param(OPEN_1 + message(1, 1) * 33, FlowControlViolation, id="small messages past the credit"),
         pytest.param(
             b"".join(frames.encode(FrameType.OPEN, 2 * index + 1) for index in range(5)),
             StreamLimitExceeded,
@@ -88,12 +112,14 @@ OPEN_1 = frames.encode(FrameType.OPEN, 1, aux=2)
         pytest.param(
             frames.encode(FrameType.PING, payload=bytes(8)) * (MAX_PONGS + 1), Flood, id="ping flood"
         ),
-        pytest.param(data(1, 1)[:-1], RemoteProtocolError, id="half a DATA"),
+        pytest.param(message(1, 1)[:-1], RemoteProtocolError, id="half a MESSAGE"),
         pytest.param(block(1, 1), RemoteProtocolError, id="BLOCK on a stream never opened"),
         pytest.param(OPEN_1 + block(1, 0), FrameTooLarge, id="BLOCK of nothing"),
         pytest.param(OPEN_1 + block(1, MAX_DATA_BYTES + 1), FrameTooLarge, id="BLOCK too long"),
-        pytest.param(OPEN_1 + block(1, 8193), FlowControlViolation, id="BLOCK past the credit"),
-        pytest.param(OPEN_1 + block(1, 5) + data(1, 1), RemoteProtocolError, id="a frame behind BLOCK"),
+        pytest.param(OPEN_1 + message(1, 8192) + head(1, 9), FlowControlViolation, id="HEAD past the credit"),
+        pytest.param(
+            OPEN_1 + head(1, 5) + block(1, 5) + message(1, 1), RemoteProtocolError, id="a frame behind BLOCK"
+        ),
     ],
 )
 def test_illegal_records(record: bytes, error: type[RemoteProtocolError]) -> None:
@@ -109,32 +135,46 @@ def test_illegal_records(record: bytes, error: type[RemoteProtocolError]) -> Non
 @pytest.mark.parametrize("size", [4999, 5001])
 def test_a_record_that_is_not_what_its_block_announced(size: int) -> None:
     end = End(False, SMALL, SMALL)
-    end.take(OPEN_1 + block(1, 5000))
+    end.take(OPEN_1 + head(1, 5000) + block(1, 5000))
     with pytest.raises(RemoteProtocolError, match="BLOCK of 5000"):
         end.take(bytes(size))
 
 
-def test_a_block_for_a_reader_that_left_is_dropped_and_one_across_two_targets_is_cut() -> None:
+def test_a_stream_that_ends_inside_a_message() -> None:
+    end = End(False, SMALL, SMALL)
+    end.take(OPEN_1 + head(1, 5000) + block(1, 4999, fin=True))
+    with pytest.raises(RemoteProtocolError, match="1 bytes before"):
+        end.take(bytes(4999))
+
+
+def test_a_block_past_the_credit() -> None:
+    end = End(False, SMALL, SMALL)
+    end.take(OPEN_1 + head(1, 9000) + block(1, 8000))
+    end.take(bytes(8000))
+    with pytest.raises(FlowControlViolation):
+        end.take(block(1, 1))
+
+
+def test_what_comes_for_a_reader_that_left_is_dropped() -> None:
     end = End(False, Windows(), Windows())
-    end.take(OPEN_1 + block(1, 5000))
+    end.take(OPEN_1 + head(1, 5000))
     stream = end.core.streams[1]
-    first, second = bytearray(3000), bytearray(1500)
-    end.core.expect(stream, memoryview(first))
-    end.take(bytes(range(250)) * 20)
-    assert end.core.expect(stream, memoryview(second))
-    assert bytes(first + second) + read_all(end, stream) == bytes(range(250)) * 20
-    end.take(block(1, 5000))
     end.core.stop(stream, 7)
+    end.take(block(1, 5000))
     end.take(bytes(5000))
-    assert (stream.buffered, stream.consumed, stream.received) == (0, 10_000, 10_000)
+    end.take(message(1, 600) + head(1, 5000) + block(1, 5000, fin=True))
+    end.take(bytes(5000))
+    assert not stream.inbox
+    assert not stream.chunks
+    assert stream.consumed == stream.received == 2 * 256 + 600 + 10_000
 
 
 def test_the_connections_credit_holds_for_all_streams_together() -> None:
     windows = Windows(8192, 10_000, 4, 8192, 10_000, 0)
     end = End(False, windows, windows)
-    end.take(OPEN_1 + frames.encode(FrameType.OPEN, 3) + data(1, 8192) + data(3, 10_000 - 8192))
+    end.take(OPEN_1 + frames.encode(FrameType.OPEN, 3) + message(1, 8192) + message(3, 10_000 - 8192))
     with pytest.raises(FlowControlViolation, match="all streams"):
-        end.take(data(3, 1))
+        end.take(message(3, 1))
 
 
 def test_credit_never_shrinks_and_repeats_are_harmless() -> None:
@@ -159,29 +199,30 @@ def test_a_peer_that_provokes_answers_and_reads_none_is_a_flood() -> None:
             )
 
 
-def test_one_byte_frames_cost_no_more_than_their_bytes() -> None:
+def test_one_byte_blocks_cost_no_more_than_their_bytes() -> None:
     end = End(False, Windows(), Windows())
-    end.take(OPEN_1)
-    for _ in range(200):
-        end.take(data(1, 1) * 1000)
+    end.take(OPEN_1 + head(1, 1 << 40))
+    for _ in range(20_000):
+        end.take(block(1, 1))
+        end.take(b"x")
     stream = end.core.streams[1]
-    assert stream.buffered == 200_000
-    assert len(stream.chunks) < 60
+    assert sum(map(len, stream.chunks)) == 20_000
+    assert len(stream.chunks) < 6
 
 
 def test_a_huge_first_frame_on_a_new_stream_is_refused_before_anything_is_kept() -> None:
     """rust-yamux CVE-2026-32314: an oversized frame that opens a stream."""
     end = End(False, SMALL, SMALL)
-    with pytest.raises(FlowControlViolation):
-        end.take(OPEN_1 + block(1, 8193))
-    assert end.core.streams[1].buffered == 0
+    with pytest.raises(FrameTooLarge):
+        end.take(OPEN_1 + head(1, 1 << 40) + block(1, MAX_DATA_BYTES + 1))
+    assert not end.core.streams[1].chunks
     assert end.core.block is None
 
 
 def test_frames_for_streams_that_are_over_are_ignored_where_they_may_cross() -> None:
     pair, ours, theirs = open_pair()
-    pair.ends[0].core.write(ours, (), fin=True)
-    pair.ends[1].core.write(theirs, (), fin=True)
+    pair.ends[0].core.finish(ours)
+    pair.ends[1].core.finish(theirs)
     pair.drive()
     assert not pair.ends[1].core.streams
     for frame in (
@@ -191,7 +232,7 @@ def test_frames_for_streams_that_are_over_are_ignored_where_they_may_cross() -> 
     ):
         pair.ends[1].take(frame)
     with pytest.raises(RemoteProtocolError):
-        pair.ends[1].take(data(1, 1))
+        pair.ends[1].take(message(1, 1))
 
 
 def test_ignorable_types_are_skipped() -> None:

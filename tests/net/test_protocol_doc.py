@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
@@ -112,9 +113,19 @@ def handshake() -> tuple[list[bytes], Fixed, Fixed]:
 def first_plaintext() -> bytes:
     core = Connection(True, Windows(), Windows())
     stream = core.open_stream(Priority.INTERACTIVE)
-    core.write(stream, [b"hello"], fin=True)
+    core.write(stream, b"hello", fin=True)
     (plaintext,) = core.next_records(1000)
     return bytes(plaintext)
+
+
+def sent_in_full(header: list[Any], buffers: list[bytes]) -> bytes:
+    packed, segments = messages.encode(header, buffers)
+    core = Connection(True, Windows(), Windows())
+    stream = core.open_stream(Priority.NORMAL)
+    core.next_records(1000)
+    record = core.express(stream, packed, segments, fin=True)
+    assert record is not None
+    return record
 
 
 def rebuilt() -> dict[str, bytes]:
@@ -127,7 +138,7 @@ def rebuilt() -> dict[str, bytes]:
     core = Connection(True, Windows(), Windows())
     stream = core.open_stream(Priority.INTERACTIVE)
     core.next_records(1000)
-    core.write(stream, [bytes(40_000)], fin=True)
+    core.write(stream, b"hello", [bytes(40_000)], fin=True)
     return {
         "block": bytes(core.next_records(1000)[0]),
         "prelude": sent[0][:PRELUDE_BYTES],
@@ -136,8 +147,8 @@ def rebuilt() -> dict[str, bytes]:
         "message 3": sent[2],
         "record": bytes(record),
         "frames": plaintext,
-        "request": b"".join(messages.encode([1, {"n": 7}, None, "echo", 250], [b"hi"])),
-        "failure": b"".join(messages.encode([2, {}, None, int(ErrorCode.BUSY), "no room"], [])),
+        "request": sent_in_full([1, {"n": 7}, None, "echo", 250], [b"hi", b"!"]),
+        "failure": sent_in_full([2, {}, None, int(ErrorCode.BUSY), "no room"], []),
     }
 
 
@@ -162,4 +173,4 @@ def test_the_examples_first_record_opens_at_the_other_end() -> None:
     second.secured.opener.open(box, box[:-16])
     core = Connection(False, Windows(), Windows())
     core.receive(box[:-16], 0.0)
-    assert bytes(core.streams[1].chunks[0]) == b"hello"
+    assert core.streams[1].inbox[0][0] == b"hello"
