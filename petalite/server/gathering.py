@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Hashable
 
 SHARE = 0.75  # of a pass's usual time: no pass waits longer, nor for who is usually away longer
-SLACK = 1.5  # a session is waited for so many times its usual time
+SLACK = 3.0  # a session is waited for so many times its usual time
 WEIGHT = 0.5  # of the last time in what is usual: sessions that meet anew share passes after two steps
 
 
