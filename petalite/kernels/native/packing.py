@@ -21,6 +21,7 @@ from petalite.kernels.native import Library
 from petalite.kernels.quantized import FINE_COLUMNS, NF4_BLOCK, Int8Weight, Nf4Weight, column_order
 
 PANEL_ROWS = 16
+_ROWS_AT_ONCE = 16 * PANEL_ROWS  # whose codes are put in order while they are in a cache
 _NF4_BLOCK_BYTES = PANEL_ROWS * (NF4_BLOCK // 2 + 4)
 
 
@@ -203,11 +204,16 @@ def _pack_int8(library: Library, weight: Int8Weight) -> PackedWeight:
     if n_fine > FINE_COLUMNS:
         raise InvalidArgument(f"found {n_fine} outlier columns; expected {FINE_COLUMNS} at most")
     panels = _panels(library, Format.INT8, n_out, n_in, n_fine)
-    codes = weight.codes.index_select(1, column_order(weight.fine_columns, n_in))
-    outliers = pad(torch.stack((codes[:, :n_fine], weight.fine_codes), 1), (0, -n_fine % 4))
-    steps = outliers.view(n_out, 2, -(-n_fine // 4), 4).transpose(1, 2).flatten(1)
-    arranged = torch.cat((steps, codes[:, n_fine:]), 1)
-    library.functions.petalite_pack_int8(arranged.data_ptr(), n_out, arranged.shape[1], panels.data_ptr())
+    order = column_order(weight.fine_columns, n_in)
+    for first in range(0, n_out, _ROWS_AT_ONCE):
+        rows = slice(first, first + _ROWS_AT_ONCE)
+        codes = weight.codes[rows].index_select(1, order)
+        outliers = pad(torch.stack((codes[:, :n_fine], weight.fine_codes[rows]), 1), (0, -n_fine % 4))
+        steps = outliers.view(len(codes), 2, -(-n_fine // 4), 4).transpose(1, 2).flatten(1)
+        arranged = torch.cat((steps, codes[:, n_fine:]), 1)
+        library.functions.petalite_pack_int8(
+            arranged.data_ptr(), len(codes), arranged.shape[1], panels[first // PANEL_ROWS].data_ptr()
+        )
     return int8_packed(n_in, panels, weight.fine_columns, weight.scales)
 
 
