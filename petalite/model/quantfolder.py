@@ -27,7 +27,7 @@ from torch import Tensor
 
 from petalite.errors import InvalidArgument, InvalidCheckpoint, PetaliteError
 from petalite.kernels.native import Library, stored
-from petalite.kernels.native.packing import PackedWeight, panel_memory
+from petalite.kernels.native.packing import PackedWeight, check_columns, panel_memory
 from petalite.kernels.quantized import FORMATS, QuantizedWeight
 from petalite.model.block import Block, linear_shapes, vector_shapes
 from petalite.model.checkpoint import Checkpoint, QuantizedFrom
@@ -189,8 +189,7 @@ class KeptBlock:
         if self.library is not None:
             return stored.packed_weight(self.form, n_out, n_in, tensors)
         columns = tensors["fine_columns"]
-        if columns.numel() and not 0 <= int(columns.min()) <= int(columns.max()) < n_in:
-            raise InvalidArgument(f"it names columns beyond {n_in}")
+        check_columns(columns, len(columns), n_in)
         return self.form(**tensors)
 
 

@@ -93,6 +93,15 @@ def test_columns_that_a_weight_does_not_have_are_refused(form, column: int) -> N
         stored.packed_weight(form, 16, 64, tensors)
 
 
+@pytest.mark.parametrize("form", FORMATS.values(), ids=lambda form: form.NAME)
+def test_columns_that_are_named_twice_are_refused(form) -> None:
+    """The others would be more than there is room for."""
+    tensors = pack(LIBRARY, form.quantize(torch.randn(16, 64))).tensors()
+    tensors["fine_columns"][1] = tensors["fine_columns"][0]
+    with pytest.raises(InvalidArgument, match="ascend"):
+        stored.packed_weight(form, 16, 64, tensors)
+
+
 def test_a_layout_is_told_by_what_packing_gives() -> None:
     """The same from every instruction set; another when a byte lies elsewhere."""
     names = {form: stored.layout(LIBRARY, form) for form in FORMATS.values()}
