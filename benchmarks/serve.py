@@ -32,13 +32,14 @@ from petalite.swarm.spans import Span
 from tests.helpers.checkpoints import tiny_llama
 
 SIZES = {
-    "num_hidden_layers": 12,
-    "hidden_size": 1024,
-    "intermediate_size": 4096,
-    "num_attention_heads": 16,
-    "num_key_value_heads": 16,
+    "num_hidden_layers": 6,
+    "hidden_size": 2048,
+    "intermediate_size": 8192,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
     "vocab_size": 256,
-}  # 201 M weights in the blocks
+}  # blocks of Llama 3.2 1B's shape, 365 M weights in six
+BLOCKS = f"0:{SIZES['num_hidden_layers']}"
 FORMATS = {"bf16": ("--dtype", "bfloat16"), "int8": ("--dtype", "bfloat16", "--quant", "int8")}
 PARTS = (*FORMATS, "loop")
 SESSIONS = (1, 2, 4, 8, 16)
@@ -99,7 +100,7 @@ async def _measure_loop(report: Report, model: str) -> None:
 
 async def _measure(report: Report, model: str, name: str, options: tuple[str, ...]) -> None:
     async with AsyncExitStack() as stack:
-        node = stack.enter_context(serve_node(model, "0:12", [], *options))
+        node = stack.enter_context(serve_node(model, BLOCKS, [], *options))
         peers = [str(await asyncio.to_thread(lambda: node.address))]
         rounds = [
             {count: _figures(*await _together(model, peers, count)) for count in SESSIONS}
