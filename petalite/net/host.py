@@ -240,13 +240,13 @@ class Host:
         initiator = established.handshake.initiator
         theirs, memory = secured.hello.windows(), link.memory.reserve
         connection = Connection(initiator, self.settings.windows, theirs, monotonic(), memory)
-        connection.rtt_s = established.rtt_s
+        connection.receiver.rtt_s = established.rtt_s
         lane = Lane(established.sock, connection, secured.sealer, secured.opener, scratch, link)
 
         def gone() -> None:
             self._lanes.discard(lane)
-            self._ended_bytes[0] += connection.sent
-            self._ended_bytes[1] += connection.received
+            self._ended_bytes[0] += connection.sender.sent
+            self._ended_bytes[1] += connection.receiver.received
             on_gone()
 
         lane.on_gone = gone
@@ -378,9 +378,9 @@ class Host:
             "petalite_net_lanes": len(cores),
             "petalite_net_calls": sum(link.calls for link in self._all_links),
             "petalite_net_reserved_bytes": self._gate.memory.used,
-            "petalite_net_credit_stalls": sum(core.stalls for core in cores),
-            "petalite_net_sent_bytes_total": sent + sum(core.sent for core in cores),
-            "petalite_net_received_bytes_total": received + sum(core.received for core in cores),
+            "petalite_net_credit_stalls": sum(core.sender.stalls for core in cores),
+            "petalite_net_sent_bytes_total": sent + sum(core.sender.sent for core in cores),
+            "petalite_net_received_bytes_total": received + sum(core.receiver.received for core in cores),
         }
         for (event, code), count in self.journal.counts.items():
             values[f'petalite_net_events_total{{event="{event}",code="{code}"}}'] = count

@@ -159,11 +159,12 @@ class Lane:
         if connection.state is CLOSED:
             code, reason = connection.close_code, connection.close_reason
             self._end(from_wire(code, reason) if code else ConnectionLost(f"the peer closed: {reason}"))
-        elif connection.wants_write:
+        elif connection.sender.waiting:
             self.flush()
 
     def _open_records(self, data: memoryview, now: float) -> None:
         connection, opener, position, size = self.connection, self._opener, 0, len(data)
+        receiver = connection.receiver
         while (begin := position + PREFIX_BYTES) <= size:
             (length,) = LENGTH.unpack_from(data, position)
             if not TAG_BYTES < length <= MAX_PLAINTEXT_BYTES + TAG_BYTES:
@@ -172,13 +173,15 @@ class Lane:
             if end > size:
                 self._keep_partial(data[position:], PREFIX_BYTES + length)
                 return
-            if connection.block is None:
-                plain = data[begin : end - TAG_BYTES]
+            plain = data[begin : end - TAG_BYTES]
+            if receiver.block is None:
                 opener.open(data[begin:end], plain)
                 connection.receive(plain, now)
             else:
-                opener.open(data[begin:end], connection.block_target(length - TAG_BYTES))
-                connection.block_received(now)
+                target = receiver.block_target(length - TAG_BYTES)
+                plain = plain if target is None else target
+                opener.open(data[begin:end], plain)
+                receiver.block_received(plain, now)
             self.last_received, position = now, end
         if position < size:
             self._keep_partial(data[position:], PREFIX_BYTES)
@@ -189,7 +192,8 @@ class Lane:
         self._rest = self._partial[len(front) :]
 
     def _notify(self) -> None:
-        events, self.connection.events = self.connection.events, []
+        events = self.connection.events[:]
+        self.connection.events.clear()
         self._owner.lane_events(self, events)
 
     # -- sending -----------------------------------------------------------------------------------
@@ -206,9 +210,9 @@ class Lane:
         """Queue a message and flush. A small one that nothing stands before skips the queue."""
         record = None
         if not self._blocked and self._fd >= 0:
-            record = self.connection.express(stream, header, buffers, fin)
+            record = self.connection.sender.express(stream, header, buffers, fin)
         if record is None:
-            self.connection.write(stream, header, buffers, fin)
+            self.connection.sender.write(stream, header, buffers, fin)
             self.flush()
             return
         try:
@@ -219,14 +223,14 @@ class Lane:
             self._lose(f"the connection broke: {error.strerror or error}")
 
     def _pump(self) -> None:
-        connection = self.connection
+        sender = self.connection.sender
         for _ in range(BATCHES_PER_TURN):
-            records = connection.next_records(BATCH_BYTES) if connection.wants_write else ()
+            records = sender.next_records(BATCH_BYTES) if sender.waiting else ()
             if not records or not self._transmit(records):
                 break
-            if connection.events:
+            if self.connection.events:
                 self._notify()
-        if self._unsent is not None or (records and connection.wants_write):
+        if self._unsent is not None or (records and sender.waiting):
             self._await_room()
             self._notify()
         elif self.ending:  # the reason is sent; now the peer may end its side
@@ -279,7 +283,7 @@ class Lane:
         connection, silent_s = self.connection, now - self.last_received
         self._fit_unsent(now)
         if connection.pinging:
-            if silent_s > max(dead_after_s, 8 * connection.rtt_s):
+            if silent_s > max(dead_after_s, 8 * connection.receiver.rtt_s):
                 return f"no sign of life for {silent_s:.1f} s"
         elif now - self._pinged_at >= ping_every_s:
             self._pinged_at = now
@@ -289,11 +293,11 @@ class Lane:
 
     def _fit_unsent(self, now: float) -> None:
         """Let the kernel hold what it sends in `unsent_s`, if it was the kernel that held us back."""
-        sent, elapsed_s = self.connection.sent - self._sent_before, now - self._ticked_at
+        sent, elapsed_s = self.connection.sender.sent - self._sent_before, now - self._ticked_at
         if self._waits > 1 and elapsed_s > 0 and self._fd >= 0:
             unsent = min(max(MIN_UNSENT_BYTES, int(sent / elapsed_s * self.unsent_s)), MAX_UNSENT_BYTES)
             set_option(self._sock, "TCP_NOTSENT_LOWAT", unsent)
-        self._sent_before, self._ticked_at, self._waits = self.connection.sent, now, 0
+        self._sent_before, self._ticked_at, self._waits = self.connection.sender.sent, now, 0
 
     def close(self, code: ErrorCode, reason: str) -> None:
         """End it from this side; the peer hears why."""

@@ -109,7 +109,7 @@ class Link:
     @property
     def rtt_s(self) -> float:
         """The smoothed round trip."""
-        return self.lanes[0].connection.rtt_s
+        return self.lanes[0].connection.receiver.rtt_s
 
     @property
     def calls(self) -> int:
@@ -176,7 +176,7 @@ class Link:
     def _fail_calls(self, lane: Lane, error: PetaliteError) -> None:
         """A lane is gone, and its calls with it."""
         self._changed.set()
-        self.memory.release(lane.connection.reserved)
+        self.memory.release(lane.connection.receiver.reserved)
         for stream in list(lane.connection.streams.values()):
             if stream.owner is not None:
                 stream.owner.lost(error)
@@ -191,11 +191,11 @@ class Link:
                 lane.abort()
                 self.lane_lost(lane, ConnectionLost(reason), guilty=False)
             else:
-                self.memory.release(lane.connection.give_back())
+                self.memory.release(lane.connection.receiver.give_back())
                 for stream in lane.connection.streams.values():
                     if stream.owner is not None:
                         stream.owner.watch_deadline()
-        traffic = sum(lane.connection.sent + lane.connection.received for lane in self.lanes)
+        traffic = sum(lane.connection.sender.sent + lane.connection.receiver.received for lane in self.lanes)
         if self.error is not None or self.calls or traffic != self._traffic:
             self._used_at, self._traffic = now, traffic
         unused_s = now - self._used_at

@@ -179,7 +179,7 @@ class Call:
     async def finish(self) -> None:
         """Say that no more messages follow; receiving goes on."""
         if self.stream.send is SENDING:
-            self._lane.connection.finish(self.stream)
+            self._lane.connection.sender.finish(self.stream)
             self._lane.flush()
 
     def cancel(self, code: ErrorCode = ErrorCode.CANCELLED) -> None:
@@ -219,10 +219,10 @@ class Call:
         if stream.send >= SENT and stream.receive >= RECEIVED and not stream.inbox:
             return  # as most calls end
         if stream.send is SENDING or (stream.queued and not keep_queued and stream.receive is RECEIVING):
-            connection.reset(stream, ErrorCode.CANCELLED)
+            connection.sender.reset(stream, ErrorCode.CANCELLED)
         if stream.receive is RECEIVING or stream.inbox:
-            connection.stop(stream, ErrorCode.CANCELLED)
-        if connection.wants_write:
+            connection.receiver.stop(stream, ErrorCode.CANCELLED)
+        if connection.sender.waiting:
             self._lane.flush()
 
     def on_event(self, event: Event) -> None:
@@ -292,16 +292,17 @@ class Call:
         """The next message, if it is here as a whole; a failure is raised."""
         connection, stream = self._lane.connection, self.stream
         if self._body is None:
-            taken = connection.take(stream)
+            taken = connection.receiver.take(stream)
             if taken is None:
                 return None
-            body: bytearray | memoryview | None
-            header, body = messages.decode_header(taken[0]), taken[1]
+            body: bytearray | memoryview
+            packed, body, size, _ = taken
+            header = messages.decode_header(packed)
             self._admit(header)
-            if body is None:
-                self._header, self._body = header, self._set_aside(header[2], taken[2])
-                connection.expect(stream, self._body)
-        if connection.wants_write:
+            if len(body) < size:
+                self._header, self._body = header, self._set_aside(header[2], size)
+                connection.receiver.expect(stream, body, self._body)
+        if connection.sender.waiting:
             self._lane.flush()  # what was read is credit for the peer
         if self._body is not None:
             if stream.filled < len(self._body):
@@ -312,7 +313,6 @@ class Call:
             error = from_wire(header[3], header[4], header[1])
             self._error = self._error or error
             raise error
-        assert body is not None
         return Message(header[1], messages.split(header[2], body))
 
     def _set_aside(self, sizes: list[int], size: int) -> memoryview:
@@ -352,8 +352,8 @@ class Call:
     def _fail(self, error: PetaliteError, tell: ErrorCode | None = None) -> None:
         """End it with an error, raised in whoever waits for it; a handler that does not wait is cancelled."""
         if tell is not None:
-            self._lane.connection.reset(self.stream, tell)
-            self._lane.connection.stop(self.stream, tell)
+            self._lane.connection.sender.reset(self.stream, tell)
+            self._lane.connection.receiver.stop(self.stream, tell)
             self._lane.flush()
         if self._error is not None:
             return

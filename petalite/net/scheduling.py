@@ -15,7 +15,7 @@ from petalite.net import frames
 from petalite.net.frames import HEADER_BYTES, MAX_DATA_BYTES, U64, FrameType
 from petalite.net.records import MAX_PLAINTEXT_BYTES
 from petalite.net.states import FINISHING
-from petalite.net.streams import Priority, Segment, Stream
+from petalite.net.streams import PRIORITIES, Segment, Stream
 
 MAX_PONGS = 8  # unsent
 MAX_PROVOKED = 1024  # unsent frames in front of one more that the peer makes us send
@@ -37,6 +37,14 @@ class ControlQueue:
     def send(self, frame: bytes) -> None:
         self._frames.append(frame)
         self.waiting += 1
+
+    def recall(self, frame: bytes) -> bool:
+        """Take the frame back, if it is the last one."""
+        if not self._frames or self._frames[-1] is not frame:
+            return False
+        self._frames.pop()
+        self.waiting -= 1
+        return True
 
     def grant(self, kind: FrameType, stream: int, limit: int) -> None:
         """A new limit, in the place of one that has not gone out."""
@@ -65,8 +73,8 @@ class Turns:
     """The streams that have something to send and credit for it, in a queue per class."""
 
     def __init__(self) -> None:
-        self._ready: tuple[deque[Stream], ...] = tuple(deque() for _ in Priority)
-        self._starved = [0] * len(Priority)
+        self._ready: tuple[deque[Stream], ...] = tuple(deque() for _ in PRIORITIES)
+        self._starved = [0] * len(PRIORITIES)
         self.waiting = 0  # streams
 
     def offer(self, stream: Stream) -> None:
@@ -88,7 +96,7 @@ class Turns:
     def next(self) -> Stream:
         """Take out whose turn it is: of the highest class that waits, or of one that waited for too long."""
         ready = self._ready
-        waiting = [priority for priority in Priority if ready[priority]]
+        waiting = [priority for priority in PRIORITIES if ready[priority]]
         chosen = waiting[0]
         for priority in waiting[1:]:
             self._starved[priority] += min(MAX_DATA_BYTES, ready[waiting[0]][0].queued)

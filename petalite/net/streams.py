@@ -15,11 +15,9 @@ from petalite.net.credit import Window
 from petalite.net.frames import FrameType
 from petalite.net.states import RECEIVE_STEPS, RECEIVING, SEND_STEPS, SENDING, Step
 
-SMALL_CHUNK_BYTES = 4096  # received pieces below this are gathered: one-byte blocks cost no more than bytes
-
 Segment: TypeAlias = bytes | memoryview
-# A header, its buffers, or None and how many bytes of them follow, and the credit it took.
-Incoming: TypeAlias = tuple[bytes, bytearray | None, int, int]
+# A header, what has come of the body, how long that is to be, and the credit that the rest of it took.
+Incoming: TypeAlias = tuple[bytes, bytearray, int, int]
 # Type and aux as they stand in a frame, the payload and its length.
 Outgoing: TypeAlias = tuple[int, Sequence[Segment], int]
 
@@ -43,9 +41,9 @@ class Stream:
 
     # fmt: off
     __slots__ = (
-        "chunks", "consumed", "due", "filled", "highest", "id", "inbox", "opened_at", "outbox", "owner",
-        "priority", "queued", "ready", "receive", "received", "reset_code", "send", "send_limit", "sent",
-        "stop_code", "target", "wants_drained", "window",
+        "consumed", "due", "filled", "highest", "id", "inbox", "opened_at", "opening", "outbox",
+        "owner", "priority", "queued", "ready", "receive", "received", "reset_code", "send", "send_limit",
+        "sent", "stop_code", "target", "wants_drained", "window",
     )
     # fmt: on
 
@@ -58,6 +56,7 @@ class Stream:
         self.owner: Any = None
 
         self.send = SENDING
+        self.opening = b""  # the frame that tells the peer of it, if we opened it
         self.outbox: deque[Outgoing] = deque()
         self.queued = self.sent = 0  # bytes in the outbox; credit that was used
         self.send_limit = send_limit  # the peer's credit: while `sent` is below it a frame may be sent
@@ -67,9 +66,8 @@ class Stream:
 
         self.receive = RECEIVING
         self.inbox: deque[Incoming] = deque()  # messages that nobody has taken
-        self.due = 0  # bytes of buffers that are announced and have not come
-        self.chunks: deque[bytearray] = deque()  # those that have come and have no target
-        self.target: memoryview | None = None  # where the reader wants the next of them
+        self.due = 0  # bytes of a body that are announced and have not come
+        self.target: memoryview | None = None  # where the reader wants all of it
         self.filled = 0  # of the target
         self.received = self.consumed = 0  # credit that was used, and what of it was read or thrown away
         self.window = window  # our credit: `received` may pass its limit by less than a frame
@@ -89,25 +87,6 @@ class Stream:
         if after is None:
             raise LocalProtocolError(f"{step.name} on the receiving half of {self!r}")
         self.receive = after
-
-    def append(self, chunk: bytearray) -> None:
-        """Keep bytes of buffers until they have a target."""
-        if self.chunks and len(self.chunks[-1]) < SMALL_CHUNK_BYTES:
-            self.chunks[-1] += chunk
-        else:
-            self.chunks.append(chunk)
-
-    def take_into(self, target: memoryview) -> int:
-        """Move what has come into the front of `target`; how many bytes that was."""
-        filled = 0
-        while self.chunks and filled < len(target):
-            chunk = self.chunks.popleft()
-            size = min(len(chunk), len(target) - filled)
-            target[filled : filled + size] = memoryview(chunk)[:size]
-            filled += size
-            if size < len(chunk):
-                self.chunks.appendleft(chunk[size:])
-        return filled
 
     def next_frame(self, most: int) -> Outgoing:
         """Take the next frame, of at most so many bytes of buffers; if there is none, an empty one."""

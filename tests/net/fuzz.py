@@ -61,11 +61,13 @@ def connection(data: bytes) -> None:
         while position < len(data):
             end = position + 1 + data[position]
             record = data[position + 1 : end]
-            if core.block is None:
+            if core.receiver.block is None:
                 core.receive(memoryview(record), 0.0)
             else:
-                core.block_target(len(record))[:] = record
-                core.block_received(0.0)
+                target = core.receiver.block_target(len(record))
+                if target is not None:
+                    target[:] = record
+                core.receiver.block_received(memoryview(record), 0.0)
             position = end
             for stream in list(core.streams.values()):
                 assert 0 <= stream.consumed <= stream.received < stream.window.limit + MAX_DATA_BYTES
@@ -73,20 +75,20 @@ def connection(data: bytes) -> None:
                     _read(core, stream)
     held = sum(stream.received - stream.consumed for stream in core.streams.values())
     assert held <= 40_000 + 10_000 + MAX_DATA_BYTES
-    assert sum(map(len, core.next_records(1 << 20))) < 100_000
+    assert sum(map(len, core.sender.next_records(1 << 20))) < 100_000
 
 
 def _read(core: Connection, stream: Stream) -> None:
     """As a call does."""
-    taken = core.take(stream) if stream.target is None else None
+    taken = core.receiver.take(stream) if stream.target is None else None
     if taken is None:
         return
     with contextlib.suppress(BadMessage):
         sizes = messages.decode_header(taken[0])[2]
-        if taken[1] is not None:
+        if len(taken[1]) == taken[2]:
             messages.split(sizes, taken[1])
-    if taken[1] is None and taken[2] < 1 << 16:
-        core.expect(stream, memoryview(bytearray(taken[2])))
+    if len(taken[1]) < taken[2] < 1 << 16:
+        core.receiver.expect(stream, taken[1], memoryview(bytearray(taken[2])))
 
 
 def header(data: bytes) -> None:
@@ -111,7 +113,7 @@ def _record(*parts: bytes) -> bytes:
     return bytes([len(plain)]) + plain
 
 
-_OPEN = frames.encode(FrameType.OPEN, 1, aux=2)
+_OPEN = frames.encode(FrameType.MESSAGE, 1, flags=frames.opening(2))
 _HEADER = messages.encode([1, {"a": [1, 2.5, None, b"x", "y"]}, None, "echo", 9], [b"buffer"])[0]
 _MESSAGE = frames.encode(FrameType.MESSAGE, 1, _HEADER + b"buffer", aux=len(_HEADER))
 _HEAD = frames.encode(FrameType.HEAD, 1, U64.pack(6) + _HEADER)
@@ -124,8 +126,8 @@ TARGETS: dict[str, tuple[Callable[[bytes], None], list[bytes]]] = {
             _record(_OPEN, _MESSAGE) + _record(_MESSAGE, frames.encode(FrameType.MESSAGE, 1, flags=1)),
             _record(_OPEN, _HEAD, frames.encode(FrameType.BLOCK, 1, U32.pack(6), 1)) + _record(b"buffer"),
             *(
-                _record(_OPEN, frames.encode(kind, int(rule.on_stream), bytes(rule.low)))
-                for kind, rule in frames.RULES.items()
+                _record(_OPEN, frames.encode(kind, int(kind.on_stream), bytes(kind.low)))
+                for kind in FrameType
             ),
         ],
     ),

@@ -8,7 +8,7 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
 from petalite.net import Host, Identity
-from petalite.net.frames import HEADER, HEADER_BYTES, U32, U64, FrameType, decode_reason, encode
+from petalite.net.frames import HEADER, HEADER_BYTES, U32, U64, FrameType, decode_reason, encode, opening
 from petalite.net.handshake import Handshake, Hello
 from petalite.net.records import LENGTH, OVERHEAD_BYTES
 
@@ -118,8 +118,8 @@ async def attacker(
         sock.close()
 
 
-def open_stream(stream: int) -> bytes:
-    return encode(FrameType.OPEN, stream, aux=2)
+def open_stream(stream: int, priority: int = 2) -> bytes:
+    return encode(FrameType.MESSAGE, stream, flags=opening(priority))
 
 
 def message(stream: int, header: bytes, body: bytes = b"", fin: bool = False) -> bytes:

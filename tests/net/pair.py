@@ -20,20 +20,20 @@ class End:
 
     def emit(self, max_bytes: int = 128 * 1024) -> bool:
         """Let it send one batch; whether there was anything."""
-        records = self.core.next_records(max_bytes)
+        records = self.core.sender.next_records(max_bytes)
         self.wire.extend(bytes(record) for record in records)
         self.collect()
         return bool(records)
 
     def take(self, record: bytes, now: float = 0.0) -> None:
-        """Give it a record as a lane does: straight into a payload's target where there is one."""
-        if self.core.block is None:
+        """Give it a record as a lane does: straight into its reader's memory where there is a target."""
+        if self.core.receiver.block is None:
             self.core.receive(memoryview(record), now)
         else:
-            target = self.core.block_target(len(record))
-            target[:] = record
-            target.release()
-            self.core.block_received(now)
+            target = self.core.receiver.block_target(len(record))
+            if target is not None:
+                target[:] = record
+            self.core.receiver.block_received(memoryview(record), now)
         self.collect()
 
     def collect(self) -> None:
@@ -85,15 +85,15 @@ class Reader:
                     return self.messages
                 self.messages.append((self._header, bytes(self._target)))
                 self._target = None
-            taken = self._core.take(self._stream)
+            taken = self._core.receiver.take(self._stream)
             if taken is None:
                 return self.messages
             self._header, body, size, _ = taken
-            if body is not None:
+            if len(body) == size:
                 self.messages.append((self._header, bytes(body)))
             else:
                 self._target = bytearray(size)
-                self._core.expect(self._stream, memoryview(self._target))
+                self._core.receiver.expect(self._stream, body, memoryview(self._target))
 
 
 def read_all(end: End, stream: Stream) -> list[tuple[bytes, bytes]]:

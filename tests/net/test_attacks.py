@@ -402,7 +402,7 @@ async def test_a_reader_that_never_reads(host: Host) -> None:
             await enemy.send(open_stream(stream) + message(stream, request("generous"), fin=True))
         await eventually(lambda: len(host._handlers) == STREAMS)
         (link,) = [link for link in host._all_links if link.peer == enemy.identity.peer_id]
-        assert link.lanes[0].connection.sent <= HELLO.connection_bytes
+        assert link.lanes[0].connection.sender.sent <= HELLO.connection_bytes
         assert resident_bytes() - before < 64_000_000
     await eventually(lambda: not host._handlers)
 
@@ -436,9 +436,7 @@ async def test_everything_urgent_gains_nothing(host: Host) -> None:
     host.serve("which", which, policy=MethodPolicy(priority=2))  # type: ignore[arg-type]
     async with attacker(host) as enemy:
         await enemy.send(
-            encode(FrameType.OPEN, 1, aux=0)
-            + message(1, request("which"), fin=True)
-            + encode(FrameType.PRIORITY, 1, aux=0)
+            open_stream(1, 0) + message(1, request("which"), fin=True) + encode(FrameType.PRIORITY, 1, aux=0)
         )
         await eventually(lambda: bool(seen))
     assert seen == [2]

@@ -24,7 +24,7 @@ from petalite.net.streams import Priority, Stream
 from .pair import End, Pair, open_pair, read_all, unread
 
 SMALL = Windows(8192, 20_000, 4, 16_384, 40_000, 10_000)
-OPEN_1 = frames.encode(FrameType.OPEN, 1, aux=2)
+OPEN_1 = frames.encode(FrameType.MESSAGE, 1, flags=frames.opening(2))
 
 
 # -- what it is for --------------------------------------------------------------------------------
@@ -38,11 +38,11 @@ def test_messages_arrive_in_order_and_whole(sizes: list[int], eager: bool) -> No
     pair, ours, theirs = open_pair()
     sent = [(b"head %d" % index, bytes([index % 251]) * size) for index, size in enumerate(sizes)]
     for header, body in sent:
-        pair.ends[0].core.write(ours, header, [body])
+        pair.ends[0].core.sender.write(ours, header, [body])
         if eager:
             pair.drive()
             read_all(pair.ends[1], theirs)
-    pair.ends[0].core.finish(ours)
+    pair.ends[0].core.sender.finish(ours)
     pair.drive()
     while pair.ends[1].core.streams and len(read_all(pair.ends[1], theirs)) < len(sent):
         pair.drive()
@@ -56,9 +56,9 @@ def test_large_buffers_have_records_of_their_own_and_small_ones_do_not() -> None
     pair, ours, _ = open_pair()
     core = pair.ends[0].core
     tensor = memoryview(bytearray(200_000))
-    core.write(ours, b"head", [b"12", tensor])
-    core.write(ours, b"head", [b"tail"])
-    records = core.next_records(1 << 20)
+    core.sender.write(ours, b"head", [b"12", tensor])
+    core.sender.write(ours, b"head", [b"tail"])
+    records = core.sender.next_records(1 << 20)
     own = [record for record in records if isinstance(record, memoryview)]
     assert [len(record) for record in own] == [MAX_DATA_BYTES, 200_000 - MAX_DATA_BYTES]
     assert all(record.obj is tensor.obj for record in own)
@@ -76,45 +76,84 @@ def test_a_batch_fits_the_buffer_that_it_is_sealed_into(sizes: list[int]) -> Non
     for _ in range(200):
         stream = core.open_stream(Priority.NORMAL)
         for _ in range(8):
-            core.write(stream, bytes(100), [bytes(size) for size in sizes])
-    while records := core.next_records(BATCH_BYTES):
+            core.sender.write(stream, bytes(100), [bytes(size) for size in sizes])
+    while records := core.sender.next_records(BATCH_BYTES):
         assert sum(len(record) + OVERHEAD_BYTES for record in records) <= SEND_BYTES
 
 
 def test_buffers_are_opened_into_their_readers_memory() -> None:
     pair, ours, theirs = open_pair()
     first, second = pair.ends
-    first.core.write(ours, b"head", [bytes(range(250)) * 400])
+    first.core.sender.write(ours, b"head", [bytes(range(250)) * 400])
     first.emit(1)
     while first.wire and not theirs.inbox:
         pair.deliver(0)
-    taken = second.core.take(theirs)
+    taken = second.core.receiver.take(theirs)
     assert taken is not None
-    assert taken[:3] == (b"head", None, 100_000)
+    assert taken[:3] == (b"head", b"", 100_000)
     target = bytearray(100_000)
-    second.core.expect(theirs, memoryview(target))
+    second.core.receiver.expect(theirs, taken[1], memoryview(target))
     pair.drive()
     assert target == bytes(range(250)) * 400
     assert theirs.filled == 100_000
-    assert not theirs.chunks
+    assert not taken[1]
 
 
 def test_a_target_that_comes_between_a_block_and_its_record() -> None:
     end = End(False, Windows(), Windows())
     end.take(OPEN_1 + frames.encode(FrameType.HEAD, 1, U64.pack(5000) + b"head"))
     end.take(frames.encode(FrameType.BLOCK, 1, U32.pack(5000)))
-    own = end.core.block_target(5000)
-    assert end.core.take(end.core.streams[1]) is not None
+    taken = end.core.receiver.take(end.core.streams[1])
+    assert taken is not None
     target = bytearray(5000)
-    end.core.expect(end.core.streams[1], memoryview(target))
-    own[:] = bytes(range(250)) * 20
-    end.core.block_received(0.0)
+    end.core.receiver.expect(end.core.streams[1], taken[1], memoryview(target))
+    end.take(bytes(range(250)) * 20)
     assert target == bytes(range(250)) * 20
+
+
+def test_blocks_that_come_before_their_reader_go_to_its_memory_too() -> None:
+    end = End(False, Windows(), Windows())
+    end.take(OPEN_1 + frames.encode(FrameType.HEAD, 1, U64.pack(5000) + b"head"))
+    for size in (3000, 1000):
+        end.take(frames.encode(FrameType.BLOCK, 1, U32.pack(size)))
+        end.take(bytes([size % 251]) * size)
+    taken = end.core.receiver.take(end.core.streams[1])
+    assert taken is not None
+    target = bytearray(5000)
+    end.core.receiver.expect(end.core.streams[1], taken[1], memoryview(target))
+    end.take(frames.encode(FrameType.BLOCK, 1, U32.pack(1000)))
+    end.take(bytes(1000))
+    assert target == bytes([3000 % 251]) * 3000 + bytes([1000 % 251]) * 1000 + bytes(1000)
+    assert end.core.receiver.consumed == end.core.receiver.received == MESSAGE_COST + 5000
+
+
+def test_what_a_reader_takes_unfinished_and_gives_no_memory_for_is_dropped() -> None:
+    end = End(False, Windows(), Windows())
+    end.take(OPEN_1 + frames.encode(FrameType.HEAD, 1, U64.pack(5000) + b"head"))
+    assert end.core.receiver.take(end.core.streams[1]) is not None
+    end.take(frames.encode(FrameType.BLOCK, 1, U32.pack(5000)))
+    end.take(bytes(5000))
+    assert not end.core.streams[1].inbox
+
+
+def test_a_stream_opens_with_its_first_message_where_nothing_stands_between() -> None:
+    """One frame then; else a frame of its own goes before, in the order in which streams were opened."""
+    core = Connection(True, Windows(), Windows())
+    first, second = (core.open_stream(Priority.NORMAL) for _ in range(2))
+    record = core.sender.express(second, b"head", [], True)
+    assert record == (
+        frames.encode(FrameType.MESSAGE, 1, flags=frames.opening(Priority.NORMAL))
+        + frames.encode(FrameType.MESSAGE, 3, b"head", frames.opening(Priority.NORMAL) | frames.FIN, 4)
+    )
+    assert core.sender.express(first, b"head", [], True) == frames.encode(
+        FrameType.MESSAGE, 1, b"head", frames.FIN, 4
+    )
+    assert not core.sender.waiting
 
 
 def test_a_message_larger_than_any_window_comes_because_its_credit_is_given_at_once() -> None:
     pair, ours, theirs = open_pair(SMALL)
-    pair.ends[0].core.write(ours, b"head", [b"\x07" * 1_000_000])
+    pair.ends[0].core.sender.write(ours, b"head", [b"\x07" * 1_000_000])
     pair.drive()
     assert read_all(pair.ends[1], theirs) == []
     pair.drive()
@@ -126,11 +165,11 @@ def test_a_reader_that_does_not_read_stops_its_sender_alone() -> None:
     pair, ours, theirs = open_pair(SMALL)
     core = pair.ends[0].core
     for _ in range(40):
-        core.write(ours, b"head", [bytes(1000)])
+        core.sender.write(ours, b"head", [bytes(1000)])
     pair.drive()
     assert SMALL.stream_bytes <= unread(theirs) < SMALL.stream_bytes + 1004
     other = core.open_stream(Priority.NORMAL)
-    core.write(other, b"head", [b"x" * 5000], fin=True)
+    core.sender.write(other, b"head", [b"x" * 5000], fin=True)
     pair.drive()
     seen = pair.ends[1].happened(Event.OPENED)[1]
     assert seen is not None
@@ -140,7 +179,7 @@ def test_a_reader_that_does_not_read_stops_its_sender_alone() -> None:
 def test_small_messages_take_credit_for_the_memory_they_are_kept_in() -> None:
     pair, ours, theirs = open_pair(SMALL)
     for _ in range(1000):
-        pair.ends[0].core.write(ours, b"x")
+        pair.ends[0].core.sender.write(ours, b"x")
     pair.drive()
     assert len(theirs.inbox) == SMALL.stream_bytes // MESSAGE_COST
 
@@ -152,7 +191,7 @@ def test_windows_grow_when_they_are_used_up_within_two_round_trips() -> None:
     before = theirs.window.size
     for _ in range(8):
         for _ in range(7):
-            pair.ends[0].core.write(ours, b"head", [bytes(30_000)])
+            pair.ends[0].core.sender.write(ours, b"head", [bytes(30_000)])
         pair.drive(now)
         read_all(pair.ends[1], theirs)
         now += 0.1
@@ -162,7 +201,7 @@ def test_windows_grow_when_they_are_used_up_within_two_round_trips() -> None:
     for _ in range(8):
         now += 1000.0
         for _ in range(7):
-            pair.ends[0].core.write(ours, b"head", [bytes(30_000)])
+            pair.ends[0].core.sender.write(ours, b"head", [bytes(30_000)])
         pair.drive(now)
         read_all(pair.ends[1], theirs)
     assert theirs.window.size == grown
@@ -174,7 +213,7 @@ def test_memory_held_unread_has_a_bound() -> None:
     pair = Pair(windows, windows)
     core = pair.ends[0].core
     for _ in range(64):
-        core.write(core.open_stream(Priority.NORMAL), b"head", [bytes(1 << 20)])
+        core.sender.write(core.open_stream(Priority.NORMAL), b"head", [bytes(1 << 20)])
     pair.drive()
     held = sum(map(unread, pair.ends[1].core.streams.values()))
     assert 2 << 20 <= held < (2 << 20) + (4 << 20) + MAX_DATA_BYTES
@@ -187,10 +226,10 @@ def test_classes_are_strict_and_the_last_is_not_starved() -> None:
     core = pair.ends[0].core
     streams = {priority: core.open_stream(priority) for priority in reversed(Priority)}
     for stream in streams.values():
-        core.write(stream, b"head", [bytes(64 << 20)])
-    core.next_records(1)
+        core.sender.write(stream, b"head", [bytes(64 << 20)])
+    core.sender.next_records(1)
     for _ in range(300):
-        core.next_records(128 * 1024)
+        core.sender.next_records(128 * 1024)
     sent = {priority: stream.sent for priority, stream in streams.items()}
     total = sum(sent.values())
     assert sent[Priority.CONTROL] > 0.75 * total
@@ -201,11 +240,11 @@ def test_an_urgent_message_waits_for_one_frame_at_most() -> None:
     huge = Windows(1 << 30, 1 << 30, 8)
     pair = Pair(huge, huge)
     core = pair.ends[0].core
-    core.write(core.open_stream(Priority.BULK), b"head", [bytes(32 << 20)])
-    core.next_records(1)
+    core.sender.write(core.open_stream(Priority.BULK), b"head", [bytes(32 << 20)])
+    core.sender.next_records(1)
     urgent = core.open_stream(Priority.INTERACTIVE)
-    core.write(urgent, b"now")
-    first = bytes(core.next_records(1)[0])
+    core.sender.write(urgent, b"now")
+    first = bytes(core.sender.next_records(1)[0])
     assert first.endswith(b"now")
 
 
@@ -217,8 +256,8 @@ def test_a_class_is_shared_fairly() -> None:
     streams = [core.open_stream(Priority.NORMAL) for _ in range(200)]
     for index, stream in enumerate(streams):
         for _ in range(1000 if index % 2 else 1):
-            core.write(stream, b"head", [bytes(1000 if index % 2 else 1 << 20)])
-    core.next_records(90 << 20)
+            core.sender.write(stream, b"head", [bytes(1000 if index % 2 else 1 << 20)])
+    core.sender.next_records(90 << 20)
     sent = [stream.sent for stream in streams]
     assert sum(sent) ** 2 / (len(sent) * sum(x * x for x in sent)) > 0.95
 
@@ -237,14 +276,14 @@ def test_priority_changes_travel_and_are_capped() -> None:
 def test_reset_and_stop_reach_the_other_end() -> None:
     pair, ours, theirs = open_pair()
     first, second = pair.ends
-    first.core.write(ours, b"head", [b"x" * 100_000])
-    first.core.reset(ours, ErrorCode.CANCELLED)
-    second.core.stop(theirs, ErrorCode.BUSY)
+    first.core.sender.write(ours, b"head", [b"x" * 100_000])
+    first.core.sender.reset(ours, ErrorCode.CANCELLED)
+    second.core.receiver.stop(theirs, ErrorCode.BUSY)
     pair.drive()
     assert theirs.reset_code == ErrorCode.CANCELLED
     assert second.happened(Event.RESET) == [theirs]
     assert first.happened(Event.STOPPED) == []  # it had already given up
-    second.core.write(theirs, b"y", fin=True)
+    second.core.sender.write(theirs, b"y", fin=True)
     pair.drive()
     assert read_all(first, ours) == [(b"y", b"")]
     assert not first.core.streams
@@ -253,9 +292,9 @@ def test_reset_and_stop_reach_the_other_end() -> None:
 
 def test_stop_makes_the_sender_reset() -> None:
     pair, ours, theirs = open_pair()
-    pair.ends[0].core.write(ours, b"head", [bytes(1 << 20)])
+    pair.ends[0].core.sender.write(ours, b"head", [bytes(1 << 20)])
     pair.drive()
-    pair.ends[1].core.stop(theirs, ErrorCode.BUSY)
+    pair.ends[1].core.receiver.stop(theirs, ErrorCode.BUSY)
     pair.drive()
     assert pair.ends[0].happened(Event.STOPPED) == [ours]
     assert ours.stop_code == ErrorCode.BUSY
@@ -269,14 +308,14 @@ def test_streams_are_forgotten_and_their_places_given_again() -> None:
     first, second = pair.ends
     for index in range(40):
         stream = first.core.open_stream(Priority.NORMAL)
-        first.core.write(stream, b"x", fin=True)
+        first.core.sender.write(stream, b"x", fin=True)
         pair.drive()
         seen = second.core.streams[stream.id]
         assert read_all(second, seen) == [(b"x", b"")]
         if index % 2:
-            second.core.reset(seen, 7)
+            second.core.sender.reset(seen, 7)
         else:
-            second.core.finish(seen)
+            second.core.sender.finish(seen)
         pair.drive()
     assert not first.core.streams
     assert not second.core.streams
@@ -290,11 +329,11 @@ def test_no_more_streams_than_the_peer_allows() -> None:
     with pytest.raises(LocalProtocolError):
         core.open_stream(Priority.NORMAL)
     for stream in streams:
-        core.reset(stream, 7)
-        core.stop(stream, 7)
+        core.sender.reset(stream, 7)
+        core.receiver.stop(stream, 7)
     pair.drive()
     for seen in list(pair.ends[1].core.streams.values()):
-        pair.ends[1].core.reset(seen, 7)
+        pair.ends[1].core.sender.reset(seen, 7)
     pair.drive()
     assert pair.ends[0].happened(Event.ROOM)
     assert core.can_open
@@ -309,7 +348,7 @@ def test_goaway_lets_streams_end_and_takes_no_more() -> None:
     assert first.core.peer_left
     assert not first.core.can_open
     assert late.reset_code == ErrorCode.SHUTDOWN
-    second.core.write(theirs, b"last", fin=True)
+    second.core.sender.write(theirs, b"last", fin=True)
     pair.drive()
     assert read_all(first, ours) == [(b"last", b"")]
 
@@ -321,27 +360,27 @@ def test_close_says_why_and_ends_everything() -> None:
     pair.drive()
     assert first.core.state is State.CLOSED
     assert (first.core.close_code, first.core.close_reason) == (ErrorCode.BANNED, "go away")
-    first.core.write(ours, b"head", [bytes(5000)])
-    assert not first.core.next_records(1 << 20)
+    first.core.sender.write(ours, b"head", [bytes(5000)])
+    assert not first.core.sender.next_records(1 << 20)
     first.take(b"whatever comes now is not looked at")
 
 
 def test_ping_measures_the_round_trip() -> None:
     pair = Pair()
     first = pair.ends[0]
-    first.core.rtt_s = 0.5
+    first.core.receiver.rtt_s = 0.5
     first.core.ping(10.0)
     pair.drive(now=10.1)
-    assert first.core.rtt_s == pytest.approx(0.5 + (0.1 - 0.5) / 8)
+    assert first.core.receiver.rtt_s == pytest.approx(0.5 + (0.1 - 0.5) / 8)
     assert not first.core.pinging
 
 
 def test_an_uninvited_pong_counts_for_nothing() -> None:
     pair = Pair()
     first = pair.ends[0]
-    first.core.rtt_s = 0.5
+    first.core.receiver.rtt_s = 0.5
     first.take(frames.encode(FrameType.PONG, payload=bytes(8)))
-    assert first.core.rtt_s == 0.5
+    assert first.core.receiver.rtt_s == 0.5
 
 
 # -- the tables ------------------------------------------------------------------------------------
@@ -390,12 +429,12 @@ def test_connection_steps(state: State) -> None:
 def test_writing_after_the_end_is_our_own_mistake() -> None:
     pair, ours, _ = open_pair()
     core = pair.ends[0].core
-    core.write(ours, b"x", fin=True)
+    core.sender.write(ours, b"x", fin=True)
     with pytest.raises(LocalProtocolError):
-        core.write(ours, b"y")
+        core.sender.write(ours, b"y")
     pair.drive()
-    core.reset(ours, 7)  # too late, and no harm
-    assert not core.wants_write
+    core.sender.reset(ours, 7)  # too late, and no harm
+    assert not core.sender.waiting
 
 
 # -- any order of anything -------------------------------------------------------------------------
@@ -438,31 +477,31 @@ class Talk(RuleBasedStateMachine):
         header = b"%d" % self.count
         pieces = [(b"%d." % self.count * size)[:size] for size in sizes]
         core, wire = self.pair.ends[end].core, self.pair.ends[end].wire
-        record = core.express(stream, header, pieces, fin) if fast else None
+        record = core.sender.express(stream, header, pieces, fin) if fast else None
         if record is not None:
             wire.append(record)
         else:
-            core.write(stream, header, pieces, fin)
+            core.sender.write(stream, header, pieces, fin)
         self.written.setdefault((end, stream.id), []).append((header, b"".join(pieces)))
 
     @rule(end=st.integers(0, 1), choice=st.integers(0, 9))
     def finish(self, end: int, choice: int) -> None:
         stream = self.pick(end, choice)
         if stream is not None and stream.send is Send.OPEN:
-            self.pair.ends[end].core.finish(stream)
+            self.pair.ends[end].core.sender.finish(stream)
 
     @rule(end=st.integers(0, 1), choice=st.integers(0, 9), code=st.integers(1, 20))
     def reset(self, end: int, choice: int, code: int) -> None:
         stream = self.pick(end, choice)
         if stream is not None:
-            self.pair.ends[end].core.reset(stream, code)
+            self.pair.ends[end].core.sender.reset(stream, code)
 
     @rule(end=st.integers(0, 1), choice=st.integers(0, 9), code=st.integers(1, 20))
     def stop(self, end: int, choice: int, code: int) -> None:
         stream = self.pick(end, choice)
         if stream is not None:
             self.stopped.add((end, stream.id))
-            self.pair.ends[end].core.stop(stream, code)
+            self.pair.ends[end].core.receiver.stop(stream, code)
 
     @rule(end=st.integers(0, 1), choice=st.integers(0, 9))
     def take(self, end: int, choice: int) -> None:
@@ -510,16 +549,21 @@ class Talk(RuleBasedStateMachine):
         for index, end in enumerate(self.pair.ends):
             other = self.pair.ends[1 - index].core
             core = end.core
-            assert core.sent < core.send_limit + MAX_DATA_BYTES
-            assert core.send_limit <= other.window.limit
-            assert other.received <= core.sent
-            assert 0 <= core.consumed <= core.received < core.window.limit + MAX_DATA_BYTES
+            assert core.sender.sent < core.sender.limit + MAX_DATA_BYTES
+            assert core.sender.limit <= other.receiver.window.limit
+            assert other.receiver.received <= core.sender.sent
+            assert (
+                0
+                <= core.receiver.consumed
+                <= core.receiver.received
+                < core.receiver.window.limit + MAX_DATA_BYTES
+            )
             for stream in core.streams.values():
                 assert stream.sent < stream.send_limit + MAX_DATA_BYTES
                 assert (stream.queued > 0) is bool(stream.outbox)
                 assert 0 <= stream.consumed <= stream.received < stream.window.limit + MAX_DATA_BYTES
-                waiting = sum(cost for *_, cost in stream.inbox) + sum(map(len, stream.chunks))
-                announced = core._block_bytes if core.block is stream else 0
+                waiting = sum(cost + len(body) for _, body, _, cost in stream.inbox)
+                announced = core.receiver._block_bytes if core.receiver.block is stream else 0
                 assert waiting + announced == stream.received - stream.consumed
 
     def teardown(self) -> None:
@@ -535,10 +579,9 @@ class Talk(RuleBasedStateMachine):
             self.pair.drive(self.now)
         for index, end in enumerate(self.pair.ends):
             other = self.pair.ends[1 - index].core
-            assert end.core.sent == other.received
+            assert end.core.sender.sent == other.receiver.received
             for stream in end.core.streams.values():
                 assert not stream.inbox
-                assert not stream.chunks
                 assert not stream.outbox
         self.what_is_read_is_what_was_written()
 

@@ -34,7 +34,7 @@ def block(stream: int, length: int, fin: bool = False) -> bytes:
     return frames.encode(FrameType.BLOCK, stream, U32.pack(length), FIN if fin else 0)
 
 
-OPEN_1 = frames.encode(FrameType.OPEN, 1, aux=2)
+OPEN_1 = frames.encode(FrameType.MESSAGE, 1, flags=frames.opening(2))
 
 
 @pytest.mark.parametrize(
@@ -49,9 +49,21 @@ OPEN_1 = frames.encode(FrameType.OPEN, 1, aux=2)
         pytest.param(message(1, 1), RemoteProtocolError, id="MESSAGE on a stream never opened"),
         pytest.param(message(2, 1), RemoteProtocolError, id="MESSAGE on a stream of ours never opened"),
         pytest.param(OPEN_1 + OPEN_1, RemoteProtocolError, id="OPEN twice"),
-        pytest.param(frames.encode(FrameType.OPEN, 3, aux=2), RemoteProtocolError, id="OPEN out of order"),
-        pytest.param(frames.encode(FrameType.OPEN, 2, aux=2), RemoteProtocolError, id="OPEN of our parity"),
-        pytest.param(frames.encode(FrameType.OPEN, 1, aux=4), RemoteProtocolError, id="OPEN of no class"),
+        pytest.param(
+            frames.encode(FrameType.MESSAGE, 3, flags=frames.opening(2)),
+            RemoteProtocolError,
+            id="OPEN out of order",
+        ),
+        pytest.param(
+            frames.encode(FrameType.MESSAGE, 2, flags=frames.opening(2)),
+            RemoteProtocolError,
+            id="OPEN of our parity",
+        ),
+        pytest.param(
+            frames.encode(FrameType.MESSAGE, 1, flags=frames.opening(4)),
+            RemoteProtocolError,
+            id="OPEN of no class",
+        ),
         pytest.param(
             OPEN_1 + message(1, 1, fin=True) + message(1, 1), RemoteProtocolError, id="MESSAGE after FIN"
         ),
@@ -105,7 +117,9 @@ OPEN_1 = frames.encode(FrameType.OPEN, 1, aux=2)
         ),
         pytest.param(OPEN_1 + message(1, 1) * 33, FlowControlViolation, id="small messages past the credit"),
         pytest.param(
-            b"".join(frames.encode(FrameType.OPEN, 2 * index + 1) for index in range(5)),
+            b"".join(
+                frames.encode(FrameType.MESSAGE, 2 * index + 1, flags=frames.opening(0)) for index in range(5)
+            ),
             StreamLimitExceeded,
             id="one stream too many",
         ),
@@ -129,7 +143,7 @@ def test_illegal_records(record: bytes, error: type[RemoteProtocolError]) -> Non
         end.take(record)
     assert type(raised.value) is error
     end.core.close(error.code, "refused")
-    assert len(b"".join(bytes(record) for record in end.core.next_records(1 << 20))) < 1000
+    assert len(b"".join(bytes(record) for record in end.core.sender.next_records(1 << 20))) < 1000
 
 
 @pytest.mark.parametrize("size", [4999, 5001])
@@ -159,20 +173,24 @@ def test_what_comes_for_a_reader_that_left_is_dropped() -> None:
     end = End(False, Windows(), Windows())
     end.take(OPEN_1 + head(1, 5000))
     stream = end.core.streams[1]
-    end.core.stop(stream, 7)
+    end.core.receiver.stop(stream, 7)
     end.take(block(1, 5000))
     end.take(bytes(5000))
     end.take(message(1, 600) + head(1, 5000) + block(1, 5000, fin=True))
     end.take(bytes(5000))
     assert not stream.inbox
-    assert not stream.chunks
     assert stream.consumed == stream.received == 2 * 256 + 600 + 10_000
 
 
 def test_the_connections_credit_holds_for_all_streams_together() -> None:
     windows = Windows(8192, 10_000, 4, 8192, 10_000, 0)
     end = End(False, windows, windows)
-    end.take(OPEN_1 + frames.encode(FrameType.OPEN, 3) + message(1, 8192) + message(3, 10_000 - 8192))
+    end.take(
+        OPEN_1
+        + frames.encode(FrameType.MESSAGE, 3, flags=frames.opening(0))
+        + message(1, 8192)
+        + message(3, 10_000 - 8192)
+    )
     with pytest.raises(FlowControlViolation, match="all streams"):
         end.take(message(3, 1))
 
@@ -183,7 +201,7 @@ def test_credit_never_shrinks_and_repeats_are_harmless() -> None:
     for limit in (2**64 - 1, 5, 0):
         core.receive(memoryview(frames.encode(FrameType.MAX_STREAM_DATA, ours.id, U64.pack(limit))), 0.0)
         core.receive(memoryview(frames.encode(FrameType.MAX_DATA, payload=U64.pack(limit))), 0.0)
-    assert ours.send_limit == core.send_limit == 2**64 - 1
+    assert ours.send_limit == core.sender.limit == 2**64 - 1
 
 
 def test_a_peer_that_provokes_answers_and_reads_none_is_a_flood() -> None:
@@ -194,7 +212,7 @@ def test_a_peer_that_provokes_answers_and_reads_none_is_a_flood() -> None:
         for index in range(5000):
             stream = 2 * index + 1
             end.take(
-                frames.encode(FrameType.OPEN, stream)
+                frames.encode(FrameType.MESSAGE, stream, flags=frames.opening(0))
                 + frames.encode(FrameType.STOP_SENDING, stream, U32.pack(7))
             )
 
@@ -206,8 +224,8 @@ def test_one_byte_blocks_cost_no_more_than_their_bytes() -> None:
         end.take(block(1, 1))
         end.take(b"x")
     stream = end.core.streams[1]
-    assert sum(map(len, stream.chunks)) == 20_000
-    assert len(stream.chunks) < 6
+    assert stream.inbox[0][1] == b"x" * 20_000
+    assert len(stream.inbox) == 1
 
 
 def test_a_huge_first_frame_on_a_new_stream_is_refused_before_anything_is_kept() -> None:
@@ -215,14 +233,14 @@ def test_a_huge_first_frame_on_a_new_stream_is_refused_before_anything_is_kept()
     end = End(False, SMALL, SMALL)
     with pytest.raises(FrameTooLarge):
         end.take(OPEN_1 + head(1, 1 << 40) + block(1, MAX_DATA_BYTES + 1))
-    assert not end.core.streams[1].chunks
-    assert end.core.block is None
+    assert not end.core.streams[1].inbox[0][1]
+    assert end.core.receiver.block is None
 
 
 def test_frames_for_streams_that_are_over_are_ignored_where_they_may_cross() -> None:
     pair, ours, theirs = open_pair()
-    pair.ends[0].core.finish(ours)
-    pair.ends[1].core.finish(theirs)
+    pair.ends[0].core.sender.finish(ours)
+    pair.ends[1].core.sender.finish(theirs)
     pair.drive()
     assert not pair.ends[1].core.streams
     for frame in (

@@ -46,8 +46,8 @@ async def test_bulk_has_a_connection_of_its_own_opened_when_needed(two: tuple[Ho
     )
     assert all(bytes(reply.buffers[0]) == data for reply in replies)
     assert len(link.lanes) == 2
-    assert link.lanes[1].connection.sent > 5 * len(data)
-    assert link.lanes[0].connection.sent < len(data)
+    assert link.lanes[1].connection.sender.sent > 5 * len(data)
+    assert link.lanes[0].connection.sender.sent < len(data)
     await eventually(lambda: len(server._links[caller.peer_id].lanes) == 2)
     assert len(caller.peers()) == len(server.peers()) == 1
 
@@ -203,7 +203,9 @@ async def test_messages_beyond_the_memory_set_aside_are_refused(net: Net) -> Non
     with pytest.raises(ResourceLimit, match="no memory"):
         await caller.call(server.addresses[0], "echo", {}, [bytes(5_000_000)], timeout_s=5)
     await eventually(
-        lambda: server._gate.memory.used == server._links[caller.peer_id].lanes[0].connection.reserved
+        lambda: (
+            server._gate.memory.used == server._links[caller.peer_id].lanes[0].connection.receiver.reserved
+        )
     )
 
 
@@ -288,7 +290,7 @@ async def test_a_cancelled_request_is_not_sent_to_its_end(two: tuple[Host, Host]
     task.cancel()
     link = caller._links[server.peer_id]
     await eventually(lambda: not link.calls)
-    assert link.lanes[0].connection.sent < 30_000_000
+    assert link.lanes[0].connection.sender.sent < 30_000_000
 
 
 # -- what operators see ----------------------------------------------------------------------------

@@ -49,8 +49,8 @@ def test_round_trip(sent: list[tuple[dict[str, Any], list[bytes]]], window: int,
     pair.drive()
     theirs = pair.ends[1].core.streams[stream.id]
     for body, buffers in sent:
-        writer.write(stream, *encode([0, body, None], buffers))
-    writer.finish(stream)
+        writer.sender.write(stream, *encode([0, body, None], buffers))
+    writer.sender.finish(stream)
     if not eager:
         pair.drive()
     for _ in range(1000):

@@ -54,8 +54,7 @@ def test_frame_types() -> None:
             on_stream == "yes",
         )
     actual = {
-        kind: (int(kind), rule.low, rule.high, rule.aux_high, rule.on_stream)
-        for kind, rule in frames.RULES.items()
+        kind: (int(kind), kind.low, kind.high, kind.aux_high, kind.on_stream) for kind in frames.FrameType
     }
     assert stated == actual
 
@@ -112,18 +111,17 @@ def handshake() -> tuple[list[bytes], Fixed, Fixed]:
 
 def first_plaintext() -> bytes:
     core = Connection(True, Windows(), Windows())
-    stream = core.open_stream(Priority.INTERACTIVE)
-    core.write(stream, b"hello", fin=True)
-    (plaintext,) = core.next_records(1000)
-    return bytes(plaintext)
+    plaintext = core.sender.express(core.open_stream(Priority.INTERACTIVE), b"hello", [], fin=True)
+    assert plaintext is not None
+    return plaintext
 
 
 def sent_in_full(header: list[Any], buffers: list[bytes]) -> bytes:
     packed, segments = messages.encode(header, buffers)
     core = Connection(True, Windows(), Windows())
     stream = core.open_stream(Priority.NORMAL)
-    core.next_records(1000)
-    record = core.express(stream, packed, segments, fin=True)
+    core.sender.next_records(1000)
+    record = core.sender.express(stream, packed, segments, fin=True)
     assert record is not None
     return record
 
@@ -137,10 +135,10 @@ def rebuilt() -> dict[str, bytes]:
     first.secured.sealer.seal(plaintext, memoryview(record))
     core = Connection(True, Windows(), Windows())
     stream = core.open_stream(Priority.INTERACTIVE)
-    core.next_records(1000)
-    core.write(stream, b"hello", [bytes(40_000)], fin=True)
+    core.sender.next_records(1000)
+    core.sender.write(stream, b"hello", [bytes(40_000)], fin=True)
     return {
-        "block": bytes(core.next_records(1000)[0]),
+        "block": bytes(core.sender.next_records(1000)[0]),
         "prelude": sent[0][:PRELUDE_BYTES],
         "message 1": sent[0][PRELUDE_BYTES:],
         "message 2": sent[1],
