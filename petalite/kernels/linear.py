@@ -114,7 +114,8 @@ def _native_works_on(device: torch.device, dtype: torch.dtype) -> bool:
     return device.type == "cpu" and library() is not None
 
 
-def _triton_works_on(device: torch.device, dtype: torch.dtype) -> bool:
+def triton_works_on(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether Triton's kernels may be tried there."""
     if device.type != "cuda" or find_spec("triton") is None:
         return False
     return torch.cuda.get_device_capability(device) >= (
@@ -166,14 +167,14 @@ KERNELS: dict[str, tuple[LinearKernel, ...]] = {
     ),
     Int8Weight.NAME: (
         _NATIVE,
-        LinearKernel("triton", _triton_int8, _triton_works_on),
+        LinearKernel("triton", _triton_int8, triton_works_on),
         LinearKernel("fbgemm", FbgemmInt8, _on_cpu),
         LinearKernel("_int_mm", IntMmInt8, _on_wide_cpu),
         LinearKernel("exact", ExactInt8, _everywhere, caution=_SLOW),
     ),
     Nf4Weight.NAME: (
         _NATIVE,
-        LinearKernel("triton", _triton_nf4, _triton_works_on),
+        LinearKernel("triton", _triton_nf4, triton_works_on),
         LinearKernel("bitsandbytes", PackedNf4, _packed_nf4_works_on),
         LinearKernel("fbgemm, as int8", nf4_on(FbgemmInt8), _on_cpu, caution=_TWICE),
         LinearKernel("_int_mm, as int8", nf4_on(IntMmInt8), _on_wide_cpu, caution=_TWICE),

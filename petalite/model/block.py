@@ -11,7 +11,7 @@ import copy
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
-from typing import Protocol, Self
+from typing import ClassVar, Protocol, Self
 
 import torch
 from torch import Tensor
@@ -43,6 +43,7 @@ class Block(ABC):
 
     index: int
     linears: Mapping[str, Linear]
+    is_static: ClassVar[bool] = True  # what it computes with is the same whatever the hidden states are
 
     @abstractmethod
     def __init__(

@@ -19,7 +19,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -233,6 +233,11 @@ class KVCache:
         return row
 
 
+Place: TypeAlias = tuple[int, int, int]
+"""Of one token: the address at which the model's block 0 of its row lies, or would lie; how many tokens the
+row has room for; the token's position."""
+
+
 class Step:
     """What every block of one packed step needs, computed once: rotations, masks, where the rows lie."""
 
@@ -275,6 +280,15 @@ class Step:
                 row.addresses = native_addresses(row.blocks)
             segments.append(NativeSegment(position, n_tokens, row.max_length, row.addresses))
         return self._rotations.up_to(max(end for *_, end in self._parts)), segments
+
+    def places(self) -> list[Place]:
+        """Of every token; valid while nobody drops its row."""
+        places = []
+        for row, _, _, position, end in self._parts:
+            before = row.start * row.max_length * self._shape.token_bytes
+            origin = row.blocks[0].data_ptr() - before
+            places += [(origin, row.max_length, at) for at in range(position, end)]
+        return places
 
     def attend(self, block: int, heads: Tensor, n_heads: int, window: int | None) -> Tensor:
         """Append the keys and values in `heads` (T, H + 2K, D) to block `block` of every row → (T, H · D)."""

@@ -7,6 +7,7 @@ tokens that chose it as one product. Knows tensors.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -21,6 +22,8 @@ from petalite.model.llama import LlamaBlock, attention_shapes
 
 class MixtralBlock(LlamaBlock):
     """Linears: `qkv`, `output`, and `experts.N.gate_up` and `experts.N.down` for every expert N."""
+
+    is_static: ClassVar[bool] = False
 
     def __init__(
         self, config: ModelConfig, index: int, vectors: Mapping[str, Tensor], linears: Mapping[str, Linear]

@@ -24,6 +24,7 @@ from petalite.model.block import Block
 from petalite.model.cache import CacheShape, KVCache, Segment
 from petalite.model.checkpoint import Checkpoint
 from petalite.model.config import ModelConfig
+from petalite.model.graphs import MOST_TOKENS, CudaRecorder, DecodeGraphs, Recorder, works_for
 from petalite.model.loading import COMPUTE_DTYPES, Progress, load_blocks
 from petalite.model.lora import Adapter, Pair, stack, with_lora
 
@@ -57,9 +58,10 @@ class BlockSpan:
         self.quant = quant
         self._min_tokens = min_tokens
         self._rotations = RotationTable(attention.rope, attention.head_dim, device)
-        slopes = alibi_slopes(attention.n_heads) if attention.alibi else None
-        self._masks = CausalMasks(attention.n_heads // attention.n_kv_heads, dtype, device, slopes)
+        self._slopes = alibi_slopes(attention.n_heads) if attention.alibi else None
+        self._masks = CausalMasks(attention.n_heads // attention.n_kv_heads, dtype, device, self._slopes)
         self._native = _native_span(config, blocks, dtype, device)
+        self.graphs = self._decode_graphs(CudaRecorder(device)) if works_for(blocks, device, dtype) else None
 
     @property
     def nbytes(self) -> int:
@@ -112,6 +114,10 @@ class BlockSpan:
                 return self._native.step(given, *blocks, places, rotations)
         fewest = self._min_tokens
         with torch.inference_mode(), cache.step(segments, first, last, min_tokens=fewest) as step:
+            if self.graphs is not None and adapted is None and n_tokens <= MOST_TOKENS:
+                blocks = first - self.start, last - self.start
+                if (result := self.graphs.step(hidden, *blocks, step.places())) is not None:
+                    return result
             hidden = hidden.to(self.device, self.dtype)
             if n_tokens < fewest:
                 hidden = torch.cat((hidden, hidden.new_zeros(fewest - n_tokens, hidden.shape[1])))
@@ -176,6 +182,19 @@ class BlockSpan:
             n_prompts = prompts.shape[1] if prompts.ndim == 3 else 0
             shape = (n_blocks, min(n_prompts, n_tokens), self.config.hidden_size)
             self._check(prompts, shape, "deep prompts")
+
+    def _decode_graphs(self, recorder: Recorder) -> DecodeGraphs:
+        return DecodeGraphs(
+            self._blocks,
+            self._cache_shape(),
+            self.config.hidden_size,
+            self._rotations,
+            self._masks,
+            recorder,
+            slopes=self._slopes,
+            windows=self.config.windows,
+            quant=self.quant,
+        )
 
     def _range(self, start: int | None, end: int | None) -> tuple[int, int]:
         first = self.start if start is None else start
