@@ -8,6 +8,8 @@ loopback, and the rows say so. Then a prefill of 2,048 tokens, its chunks one af
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import itertools
 import json
 import statistics
 import sys
@@ -32,6 +34,7 @@ SMOLLM2_SPANS = ("0:10", "10:20", "20:30")
 PROMPT = "The history of the city begins with"
 NEW_TOKENS = 40
 PREFILL_TOKENS, CHUNK_TOKENS = 2048, 128
+BARE_PORT, BARE_BYTES = 31331, 1152  # a message of the tiny model's
 LOOPBACK = "loopback"
 CODEC_ROUNDS = 3
 PARTS = (*(f"{rtt_ms} ms" for rtt_ms in RTTS_MS), "prefill", "codecs")
@@ -54,6 +57,7 @@ async def _measure(only: str) -> Report:
         tiny = str(tiny_llama(Path(folder) / "tiny", **sizes))
         for rtt_ms in RTTS_MS:
             if only in f"{rtt_ms} ms":
+                await _bare_ring(report, rtt_ms)
                 await _steps(report, rtt_ms, "tiny", tiny, TINY_SPANS, ["steps", {}])
                 text = ["generate", {"prompt": PROMPT, "new_tokens": NEW_TOKENS}]
                 smollm2 = str(smollm2_folder())
@@ -81,6 +85,37 @@ async def _steps(
         _row(report, where, name, route, result)
     if where != LOOPBACK:
         _check(report, rtt_ms, name, rows["ring"][0])
+
+
+async def _bare_ring(report: Report, rtt_ms: int) -> None:
+    """What the lab and the kernel take of a step: as many bytes through the same ring, by sockets alone."""
+    with contextlib.suppress(LabUnavailable):
+        async with Lab(_hosts(rtt_ms)) as lab:
+            for host, successor in itertools.pairwise((*SERVERS, "client")):
+                await _probe(lab, host, "relay", lab.address(successor), BARE_PORT, BARE_BYTES)
+            going = await _probe(lab, "client", "ring", lab.address("s1"), BARE_PORT, BARE_BYTES, NEW_TOKENS)
+            assert going.stdout is not None
+            trips_ms = [float(line) * 1e3 for line in (await going.stdout.read()).split()]
+        report.rows.append(
+            (f"{rtt_ms} ms", "sockets alone, a round", "ring", statistics.median(trips_ms), "", "")
+        )
+        report.results[f"{rtt_ms} ms sockets alone"] = {"step_ms": statistics.median(trips_ms)}
+
+
+async def _probe(lab: Lab, host: str, *arguments: object) -> asyncio.subprocess.Process:
+    """A `benchmarks.lab.probe` on a host, once it listens. It ends with the lab at the latest."""
+    command = [sys.executable, "-m", "benchmarks.lab.probe", *map(str, arguments)]
+    process = await asyncio.create_subprocess_exec(
+        *lab.command(host, command), stdout=asyncio.subprocess.PIPE
+    )
+    assert process.stdout is not None
+    await process.stdout.readline()
+    return process
+
+
+def _hosts(rtt_ms: float) -> list[HostSpec]:
+    """The client's and the servers'."""
+    return [HostSpec(host, rtt_ms / 4e3, rate_bits_s=RATE_BITS_S) for host in ("client", *SERVERS)]
 
 
 async def _prefill(report: Report) -> None:
@@ -142,8 +177,7 @@ async def at(
     try:
         if rtt_ms is None:
             raise LabUnavailable("none was asked for")
-        hosts = [HostSpec(host, rtt_ms / 4e3, rate_bits_s=RATE_BITS_S) for host in ("client", *SERVERS)]
-        async with Lab(hosts) as lab, _swarm(model, spans, lab, options) as peers:
+        async with Lab(_hosts(rtt_ms)) as lab, _swarm(model, spans, lab, options) as peers:
             return f"{rtt_ms} ms", await drive(model, peers, deeds, lab.command)
     except LabUnavailable as error:
         print(f"no lab, so on loopback: {error}", file=sys.stderr)

@@ -1,8 +1,12 @@
 """What is measured on a lab's hosts with nothing but sockets: `python -m benchmarks.lab.probe WHAT …`.
 
-echo PORT                      returns every UDP packet, and swallows what TCP connections bring
-ping ADDRESS PORT COUNT        prints the round trip of each UDP packet in seconds, a line each; lost: inf
-flood ADDRESS PORT BYTES       sends so much over TCP; prints the seconds until all of it was acknowledged
+echo PORT                      returns every UDP packet, and swallows what TCP connections bring ping
+ADDRESS PORT COUNT        prints the round trip of each UDP packet in seconds, a line each; lost: inf flood
+ADDRESS PORT BYTES       sends so much over TCP; prints the seconds until all of it was acknowledged relay
+ADDRESS PORT BYTES       takes TCP messages of that length at PORT and sends each on to ADDRESS, same port
+ring ADDRESS PORT BYTES COUNT  sends such messages, one at a time, and waits for each to come back to PORT
+through
+                               relays; prints the seconds of each trip, a line each
 """
 
 from __future__ import annotations
@@ -63,5 +67,32 @@ def flood(address: str, port: str, size: str) -> None:
         print(time.perf_counter() - began_s, flush=True)
 
 
+def relay(address: str, port: str, size: str) -> None:
+    with _listener(port) as listener, listener.accept()[0] as before, _connected(address, port) as after:
+        while message := before.recv(int(size), socket.MSG_WAITALL):
+            after.sendall(message)
+
+
+def ring(address: str, port: str, size: str, count: str) -> None:
+    with _listener(port) as listener, _connected(address, port) as after, listener.accept()[0] as before:
+        for _ in range(int(count)):
+            began_s = time.perf_counter()
+            after.sendall(bytes(int(size)))
+            before.recv(int(size), socket.MSG_WAITALL)
+            print(time.perf_counter() - began_s, flush=True)
+
+
+def _listener(port: str) -> socket.socket:
+    listener = socket.create_server(("0.0.0.0", int(port)))
+    print("ready", flush=True)
+    return listener
+
+
+def _connected(address: str, port: str) -> socket.socket:
+    connected = socket.create_connection((address, int(port)))
+    connected.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    return connected
+
+
 if __name__ == "__main__":
-    {"echo": echo, "ping": ping, "flood": flood}[sys.argv[1]](*sys.argv[2:])
+    {"echo": echo, "ping": ping, "flood": flood, "relay": relay, "ring": ring}[sys.argv[1]](*sys.argv[2:])
