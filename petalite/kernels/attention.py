@@ -60,11 +60,14 @@ class CausalMasks:
         assert 0 < n_tokens <= min(self.block_tokens, n_keys)
         causal = self._causal(n_tokens, n_keys, window)
         if self._slopes is None:
-            return causal
+            # A GPU's kernels take masks that begin at a multiple of 16 bytes, and check nothing but strides.
+            return causal if causal is None or self._device.type == "cpu" else _copied(causal)
         if self._bias.shape[2] < n_keys:
             self._bias = self._build_bias(self._slopes, _columns(n_keys))
         bias = self._bias[:, :, -n_keys:]
-        return bias if causal is None else bias + causal
+        if causal is not None:
+            return bias + causal
+        return bias if self._device.type == "cpu" else _copied(bias)
 
     def _causal(self, n_tokens: int, n_keys: int, window: int | None) -> Tensor | None:
         if n_tokens == 1 and (window is None or n_keys <= window):
@@ -90,6 +93,10 @@ class CausalMasks:
         return (slopes.to(self._device).unsqueeze(1) * distance).unsqueeze(1)
 
 
+def _copied(mask: Tensor) -> Tensor:
+    return mask.clone(memory_format=torch.contiguous_format)
+
+
 def _columns(n_keys: int) -> int:
     return max(_MIN_COLUMNS, 1 << (n_keys - 1).bit_length())
 
@@ -106,7 +113,7 @@ def attend(queries: Tensor, keys: Tensor, values: Tensor, masks: CausalMasks, wi
             keys, values = keys[:, :, -window:], values[:, :, -window:]
         folded = queries.view(1, n_kv_heads, n_heads // n_kv_heads, head_dim)
         mask = masks.view(1, keys.shape[2], None)
-        output = scaled_dot_product_attention(folded, keys, values, attn_mask=mask)
+        output = _attention(folded, keys, values, mask)
         return output.view(1, n_heads * head_dim)
     grouped = queries.view(1, n_tokens, n_kv_heads, -1, head_dim).transpose(1, 2)
     return _in_blocks(grouped, keys, values, masks, window)
@@ -133,14 +140,22 @@ def _in_blocks(
         length = block.shape[2]
         last = n_keys - n_tokens + start + length
         first = 0 if window is None else max(0, last - length - window + 1)
-        output = scaled_dot_product_attention(
+        output = _attention(
             block.flatten(2, 3),
             keys[:, :, first:last],
             values[:, :, first:last],
-            attn_mask=masks.view(length, last - first, window),
+            masks.view(length, last - first, window),
         )
         outputs.append(
             output.view(n_rows, n_kv_heads, length, -1, output.shape[3]).transpose(1, 2).flatten(2)
         )
     joined = outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)
     return joined.flatten(0, 1)
+
+
+def _attention(queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None) -> Tensor:
+    if mask is not None and mask.dtype != queries.dtype and not queries.is_cpu:
+        # A GPU's kernels take masks in the queries' dtype alone, and in 16 bits ALiBi's are too coarse.
+        wide = scaled_dot_product_attention(queries.float(), keys.float(), values.float(), attn_mask=mask)
+        return wide.to(queries.dtype)
+    return scaled_dot_product_attention(queries, keys, values, attn_mask=mask)

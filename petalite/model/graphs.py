@@ -121,20 +121,28 @@ class DecodeGraphs:
         self._places = torch.zeros(3, MOST_TOKENS, dtype=torch.int64, device=shape.device)
         self._rotation = rotations.rows(0, MOST_TOKENS).clone()
 
+    def make_all(self) -> None:
+        """All that there can be, so that no step has to wait for one."""
+        for index in range(len(self._blocks)):
+            for n_tokens in SHAPES:
+                if not self._has(index, n_tokens):
+                    return
+
     def step(self, hidden: Tensor, first: int, last: int, places: Sequence[Place]) -> Tensor | None:
         """hidden (T, E) of the tokens at `places` through the blocks [first, last), counted from the first
         one here → (T, E), the rows appended to. None, and nothing done, where there are no graphs for it.
         """
         n_tokens = next((shape for shape in SHAPES if shape >= len(places)), None)
-        if n_tokens is None or self._given_up:
+        if n_tokens is None or not all(self._has(index, n_tokens) for index in range(first, last)):
             return None
-        for index in range(first, last):
-            if (index, n_tokens) not in self._graphs and not self._make(index, n_tokens):
-                return None
         self._put(hidden, places)
         for index in range(first, last):
             self._graphs[index, n_tokens]()
         return self._hidden[: len(places)].clone()
+
+    def _has(self, index: int, n_tokens: int) -> bool:
+        """Whether there is this graph, at the latest now."""
+        return (index, n_tokens) in self._graphs or (not self._given_up and self._make(index, n_tokens))
 
     def _put(self, hidden: Tensor, places: Sequence[Place]) -> None:
         """What the next replays are of. These copies are over when they return, whatever memory they are
@@ -148,7 +156,7 @@ class DecodeGraphs:
         self._rotation.copy_(table.index_select(0, self._places[2]))
 
     def _make(self, index: int, n_tokens: int) -> bool:
-        """Whether there is a graph now."""
+        """Whether that went well."""
         block = self._blocks[index]
         hidden = self._hidden[:n_tokens]
         step = _Recorded(self._rotation[:n_tokens], self._places[:, :n_tokens], self._slopes)

@@ -207,5 +207,7 @@ def activation_bytes(span: BlockSpan, row_tokens: int, *, adapted: bool) -> int:
         values += inner if attention.alibi else 2 * inner
     if adapted:
         values += 2 * hidden + inner
+    if attention.alibi and span.device.type != "cpu" and span.dtype.itemsize == 2:
+        values += 4 * n_heads * attention.head_dim  # attention is in float32 there
     mask = n_heads * row_tokens * torch.float32.itemsize if attention.alibi else 0
     return values * span.dtype.itemsize * 11 // 10 + mask

@@ -407,8 +407,10 @@ class Backend:
         if not is_finite(output):
             for given, computed in zip(hidden, outputs, strict=True):
                 check_finite(given, computed)
-        for (work, n_tokens), computed in zip(steps, outputs, strict=True):
-            work.outputs.append(computed)
+        for part, (work, n_tokens), computed in zip(parts, steps, outputs, strict=True):
+            # The event loop encodes few tokens itself. On a device it would wait for the pass after this.
+            decodes = part.request.kind is Kind.DECODE
+            work.outputs.append(computed.cpu() if decodes else computed)
             work.done_tokens += n_tokens
 
 

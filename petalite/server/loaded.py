@@ -119,6 +119,7 @@ class BlockLoader:
             quant=self.quant,
             cache=None if folder is None else folder / "quantized",
         )
+        blocks.prepare()
         if folder is None:
             return blocks, measure(blocks)
         key = speed_key(self._checkpoint, blocks, self.quant)

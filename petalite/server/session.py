@@ -263,7 +263,7 @@ class Session:
         return hidden
 
     async def _encoded(self, hidden: torch.Tensor) -> bytearray:
-        aside = hidden.nbytes > LARGE_BYTES
+        aside = hidden.nbytes > LARGE_BYTES or not hidden.is_cpu
         return await self._backend.aside(self.codec.encode, hidden) if aside else self.codec.encode(hidden)
 
     def _segment(self, row: int, position: int, n_tokens: int) -> Segment:

@@ -106,3 +106,18 @@ def test_alibi_counts_distance(n_tokens: int) -> None:
     weights = logits.masked_fill(distance < 0, -torch.inf).softmax(-1)
     expected = torch.einsum("hts,shd->thd", weights, v).flatten(1)
     torch.testing.assert_close(result.double(), expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("slopes", [None, alibi_slopes(4)], ids=["plain", "ALiBi"])
+@pytest.mark.parametrize("window", [None, 9])
+def test_masks_for_a_gpu_begin_where_memory_does(slopes, window) -> None:
+    """Its kernels take addresses that are multiples of 16 bytes, and 16 bits where queries have 16."""
+    meta = torch.device("meta")
+    masks = CausalMasks(1 if slopes is not None else 2, torch.bfloat16, meta, slopes)
+    for n_tokens, n_keys in ((1, 13), (3, 77), (64, 512)):
+        mask = masks.view(n_tokens, n_keys, window)
+        assert mask is None or (mask.is_contiguous() and mask.storage_offset() == 0)
+    queries, cached = torch.randn(3, 4, 16).bfloat16(), torch.randn(2, 1, 4, 77, 16).bfloat16()
+    masks = CausalMasks(1, torch.bfloat16, meta, alibi_slopes(4))
+    keys, values = cached.to(meta).unbind()
+    assert attend(queries.to(meta), keys, values, masks, window).dtype == torch.bfloat16

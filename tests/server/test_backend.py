@@ -6,6 +6,8 @@ import asyncio
 import math
 import threading
 from collections.abc import AsyncIterator, Iterator
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -17,6 +19,7 @@ from petalite.model.compute import ComputeThread
 from petalite.model.span import BlockSpan, load_span
 from petalite.server.backend import Backend, Rows
 from petalite.server.scheduler import SchedulerSettings
+from petalite.server.session import Session
 from petalite.server.steps import cut, wanted_outputs
 from tests.helpers.checkpoints import tiny_llama
 
@@ -62,6 +65,39 @@ async def run_session(backend: Backend, seed: int, lengths: list[int]) -> torch.
         position += n_tokens
     backend.drop_rows(rows)
     return torch.cat(outputs)
+
+
+class Elsewhere(torch.Tensor):
+    """As if on a device."""
+
+    is_cpu = property(lambda self: False)  # type: ignore[assignment]
+
+    def cpu(self) -> torch.Tensor:  # type: ignore[override]
+        return self.as_subclass(torch.Tensor)
+
+
+async def test_what_the_event_loop_encodes_is_no_device_s(
+    backend: Backend, span: BlockSpan, thread: ComputeThread, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It would wait for the next pass. What is long stays there, for the thread to encode."""
+    forward = span.forward
+    monkeypatch.setattr(span, "forward", lambda *a, **k: forward(*a, **k).as_subclass(Elsewhere))
+    rows = await backend.open_rows(2, 100, 0, 3)
+    short, long = (Segment(rows.numbers[0], 0, 2), Segment(rows.numbers[1], 0, 30))
+    (decoded, _), (prefilled, _) = await asyncio.gather(
+        backend.step(hidden(2, 0), [short], 0, 3), backend.step(hidden(30, 1), [long], 0, 3)
+    )
+    assert type(decoded) is torch.Tensor and type(prefilled) is Elsewhere
+    encoded_on = []
+
+    def encode(states: torch.Tensor) -> bytearray:
+        encoded_on.append(threading.current_thread() is threading.main_thread())
+        return bytearray()
+
+    session: Any = SimpleNamespace(_backend=backend, codec=SimpleNamespace(encode=encode))
+    for output in (decoded, prefilled[-1:]):
+        await Session._encoded(session, output)
+    assert encoded_on == [True, False]
 
 
 async def test_many_sessions_at_once_get_what_each_would_alone(backend: Backend, span: BlockSpan) -> None:
