@@ -22,6 +22,7 @@ BENCHMARKS = {
     "quality": "what int8, nf4 and others' formats cost SmolLM2: perplexity, divergence, greedy answers",
     "contended": "SmolLM2 token by token while another process takes one of two cores, beside llama.cpp",
     "linear": "one large native linear in every format, weights cold, beside what memory gives and torch's",
+    "gpu": "decode steps on a GPU, replayed as graphs beside launched one by one",
     "load": "loading 8 blocks from a cold disk, beside reading their bytes, and the memory it takes",
     "codec": "the wire codec q8: rate, and error on real hidden states, beside bitsandbytes and absmax int8",
     "dht": "the DHT: simulated swarms of up to 10,000 nodes, 32 real nodes, beside `kademlia`",

@@ -121,12 +121,9 @@ class DecodeGraphs:
         self._places = torch.zeros(3, MOST_TOKENS, dtype=torch.int64, device=shape.device)
         self._rotation = rotations.rows(0, MOST_TOKENS).clone()
 
-    def make_all(self) -> None:
-        """All that there can be, so that no step has to wait for one."""
-        for index in range(len(self._blocks)):
-            for n_tokens in SHAPES:
-                if not self._has(index, n_tokens):
-                    return
+    def make_all(self) -> bool:
+        """All that there can be, so that no step has to wait for one. Whether they work."""
+        return all(self._has(index, n_tokens) for index in range(len(self._blocks)) for n_tokens in SHAPES)
 
     def step(self, hidden: Tensor, first: int, last: int, places: Sequence[Place]) -> Tensor | None:
         """hidden (T, E) of the tokens at `places` through the blocks [first, last), counted from the first

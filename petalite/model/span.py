@@ -73,12 +73,11 @@ class BlockSpan:
         return type(self._blocks[0])
 
     @torch.inference_mode()
-    def prepare(self) -> None:
-        """Record what decode steps replay on a GPU, some tens of milliseconds for each block and shape. Else
-        the first steps that need it wait for it.
+    def prepare(self) -> bool:
+        """Record what decode steps replay on a GPU; else the first steps that need it wait for it. Whether
+        they do.
         """
-        if self.graphs is not None:
-            self.graphs.make_all()
+        return self.graphs is not None and self.graphs.make_all()
 
     def token_bytes(self, start: int | None = None, end: int | None = None) -> int:
         """Bytes of one token in a KV cache over the blocks [start, end), by default the whole span."""

@@ -183,7 +183,7 @@ def test_there_are_few_and_each_is_recorded_once(
     """Longer steps run without, as do those with a LoRA."""
     monkeypatch.setattr(graphs, "CHECKED_LENGTHS", (0,))
     both, recorder = twins(tmp_path, device, num_hidden_layers=1)
-    both.span.prepare()
+    assert both.span.prepare() and not both.plain.prepare()
     row = both.open()
     for _ in range(2):
         for n_tokens in (16, 1, 9, 2, 5, 3, 4, 17):
