@@ -19,7 +19,7 @@ from petalite.dht.keys import KEY_BYTES, DhtKey
 from petalite.dht.lookup import MAX_KEYS_PER_QUERY
 from petalite.dht.records import MAX_RECORD_BYTES
 from petalite.errors import BadMessage
-from petalite.net.schema import Bounds
+from petalite.net.schema import between, length
 
 PING, FIND, STORE = "dht.ping", "dht.find", "dht.store"
 
@@ -30,12 +30,12 @@ MAX_PEERS_BYTES = 22 << 10
 MAX_RECORDS_PER_STORE = 16
 
 Addresses = Annotated[
-    tuple[Annotated[str, Bounds(1, MAX_ADDRESS_LENGTH)], ...],
-    Bounds(0, MAX_ADDRESSES),
+    tuple[Annotated[str, length(1, MAX_ADDRESS_LENGTH)], ...],
+    length(0, MAX_ADDRESSES),
 ]
-_Key = Annotated[bytes, Bounds(KEY_BYTES, KEY_BYTES)]
-_Record = Annotated[bytes, Bounds(1, MAX_RECORD_BYTES)]
-_Indices = Annotated[bytes, Bounds(0, 2 * MAX_NEAREST)]
+_Key = Annotated[bytes, length(KEY_BYTES, KEY_BYTES)]
+_Record = Annotated[bytes, length(1, MAX_RECORD_BYTES)]
+_Indices = Annotated[bytes, length(0, 2 * MAX_NEAREST)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +49,7 @@ class Ping:
 class Find:
     """Whom do you know near these keys, and what do you hold under them?"""
 
-    keys: Annotated[tuple[_Key, ...], Bounds(1, MAX_KEYS_PER_QUERY)]
+    keys: Annotated[tuple[_Key, ...], length(1, MAX_KEYS_PER_QUERY)]
     addresses: Addresses = ()
 
 
@@ -65,15 +65,15 @@ class Found:
 class FindAnswer:
     """One `Found` per key, in their order."""
 
-    peers: Annotated[tuple[bytes, ...], Bounds(0, MAX_KEYS_PER_QUERY * MAX_NEAREST)]
-    found: Annotated[tuple[Found, ...], Bounds(1, MAX_KEYS_PER_QUERY)]
+    peers: Annotated[tuple[bytes, ...], length(0, MAX_KEYS_PER_QUERY * MAX_NEAREST)]
+    found: Annotated[tuple[Found, ...], length(1, MAX_KEYS_PER_QUERY)]
 
 
 @dataclass(frozen=True, slots=True)
 class Store:
     """Hold these records of mine."""
 
-    records: Annotated[tuple[_Record, ...], Bounds(1, MAX_RECORDS_PER_STORE)]
+    records: Annotated[tuple[_Record, ...], length(1, MAX_RECORDS_PER_STORE)]
     nearest: bool = True  # and whom do you know near their keys?
     addresses: Addresses = ()
 
@@ -82,10 +82,10 @@ class Store:
 class StoreAnswer:
     """What became of each record, in their order, and whom the callee knows nearer to its key."""
 
-    outcomes: Annotated[tuple[Annotated[int, Bounds(0, 255)], ...], Bounds(1, MAX_RECORDS_PER_STORE)]
-    peers: Annotated[tuple[bytes, ...], Bounds(0, MAX_RECORDS_PER_STORE * MAX_NEAREST)]
+    outcomes: Annotated[tuple[Annotated[int, between(0, 255)], ...], length(1, MAX_RECORDS_PER_STORE)]
+    peers: Annotated[tuple[bytes, ...], length(0, MAX_RECORDS_PER_STORE * MAX_NEAREST)]
     found: Annotated[
-        tuple[Found, ...], Bounds(1, MAX_RECORDS_PER_STORE)
+        tuple[Found, ...], length(1, MAX_RECORDS_PER_STORE)
     ]  # `records`: the newer one that stood
 
 

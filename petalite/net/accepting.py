@@ -25,8 +25,7 @@ from petalite.net.multiaddr import Multiaddr
 logger = logging.getLogger(__name__)
 
 _BACKLOG = 512
-_ACCEPTS_PER_TURN = 16  # then the loop's other work has its turn
-_REST_S = 1.0
+_REST_S = 1.0  # when out of descriptors or memory
 _OUT_OF = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
 _POINTS = {HandshakeFailed: BAD_HANDSHAKE, TimeoutError: SLOW_HANDSHAKE}
 
@@ -44,60 +43,53 @@ class Acceptor:
     ) -> None:
         self._gate, self._journal = gate, journal
         self._spawn, self._handshake, self._established = spawn, handshake, established
-        self._listeners: list[socket.socket] = []
+        self._tasks: list[asyncio.Task[None]] = []  # one for each listening socket
 
     async def listen(self, address: Multiaddr) -> list[Multiaddr]:
         """Accept connections there; the addresses with the actual ports."""
         bound = []
-        for family, sockaddr in await resolve(address):
+        for family, *_, sockaddr in await resolve(address):
             listener = _listener(family, sockaddr, address)
-            self._listeners.append(listener)
-            self._go_on(listener)
+            self._tasks.append(self._spawn(self._accept(listener)))
             bound.append(multiaddr_of(listener.getsockname()))
         return bound
 
     def close(self) -> None:
         """Accept no more."""
-        for listener in self._listeners:
-            asyncio.get_running_loop().remove_reader(listener.fileno())
-            listener.close()
-        self._listeners.clear()
+        for task in self._tasks:
+            task.cancel()
 
-    def _accept(self, listener: socket.socket) -> None:
-        for _ in range(_ACCEPTS_PER_TURN):
-            try:
-                sock, sockaddr = listener.accept()
-            except (BlockingIOError, InterruptedError, ConnectionAbortedError):
-                return
-            except OSError as error:
-                self._rest(listener, error)
-                return
-            address = multiaddr_of(sockaddr)
-            prefix = prefix_of(address)
-            code = self._gate.knock(prefix, monotonic())
-            if code is not ErrorCode.OK:
-                self._journal.note("handshake:refused", code=code)
-                sock.close()
-                continue
-            task = self._spawn(self._welcome(sock, address))
-            evicted = self._gate.begin_handshake(task, prefix)
-            if isinstance(evicted, asyncio.Task):
-                self._journal.note("handshake:refused", code=ErrorCode.RESOURCE_LIMIT)
-                evicted.cancel()
-            task.add_done_callback(self._gate.end_handshake)
-
-    def _rest(self, listener: socket.socket, error: OSError) -> None:
-        """Out of descriptors or memory: the backlog waits a second, and the loop does not spin."""
-        if error.errno not in _OUT_OF:
-            raise error
-        logger.warning("cannot accept connections for a second: %s", error.strerror)
+    async def _accept(self, listener: socket.socket) -> None:
         loop = asyncio.get_running_loop()
-        loop.remove_reader(listener.fileno())
-        loop.call_later(_REST_S, self._go_on, listener)
+        with listener:
+            while True:
+                try:
+                    sock, sockaddr = await loop.sock_accept(listener)
+                    self._knock(sock, multiaddr_of(sockaddr))
+                    await asyncio.sleep(0)  # the loop's other work has its turn
+                except ConnectionAbortedError:
+                    continue
+                except OSError as error:
+                    if error.errno not in _OUT_OF:
+                        raise
+                    # The backlog waits, and the loop does not spin.
+                    logger.warning("cannot accept connections for %g s: %s", _REST_S, error.strerror)
+                    await asyncio.sleep(_REST_S)
 
-    def _go_on(self, listener: socket.socket) -> None:
-        if listener in self._listeners:
-            asyncio.get_running_loop().add_reader(listener.fileno(), self._accept, listener)
+    def _knock(self, sock: socket.socket, address: Multiaddr) -> None:
+        """Begin the handshake, or refuse."""
+        prefix = prefix_of(address)
+        code = self._gate.knock(prefix, monotonic())
+        if code is not ErrorCode.OK:
+            self._journal.note("handshake:refused", code=code)
+            sock.close()
+            return
+        task = self._spawn(self._welcome(sock, address))
+        evicted = self._gate.begin_handshake(task, prefix)
+        if isinstance(evicted, asyncio.Task):
+            self._journal.note("handshake:refused", code=ErrorCode.RESOURCE_LIMIT)
+            evicted.cancel()
+        task.add_done_callback(self._gate.end_handshake)
 
     async def _welcome(self, sock: socket.socket, address: Multiaddr) -> None:
         """The responder's handshake; who fails it is to blame, by its address."""
@@ -116,7 +108,7 @@ class Acceptor:
             self._gate.reputation.blame(prefix_of(address), _POINTS.get(type(error), 0.0), monotonic())
 
 
-def _listener(family: socket.AddressFamily, sockaddr: Any, address: Multiaddr) -> socket.socket:
+def _listener(family: int, sockaddr: Any, address: Multiaddr) -> socket.socket:
     listener = socket.socket(family, socket.SOCK_STREAM)
     try:
         listener.setblocking(False)

@@ -17,6 +17,8 @@ from functools import partial
 from time import monotonic
 from typing import Any, TypeVar
 
+from aiohappyeyeballs import AddrInfoType, start_connection
+
 from petalite.errors import ConnectionLost, InvalidAddress, PetaliteError, Unreachable
 from petalite.net.handshake import Handshake, Secured
 from petalite.net.identity import PeerId
@@ -105,6 +107,9 @@ class Established:
         assert self.handshake.secured is not None
         return self.handshake.secured
 
+    def close(self) -> None:
+        self.sock.close()
+
 
 async def dial(
     book: AddressBook,
@@ -123,7 +128,7 @@ async def dial(
         wait_s = min(known.values())
         raise Unreachable(f"no address of {peer} answered a moment ago; the next try is in {wait_s:.1f} s")
     attempts = [partial(_attempt, book, peer, address, new, attempt_s) for address in addresses]
-    result = await race(attempts, _discard)
+    result = await race(attempts, Established.close)
     proved, errors = result
     if proved is None:
         if len({type(error) for error in errors}) == 1 and isinstance(errors[0], PetaliteError):
@@ -136,15 +141,11 @@ async def dial(
         await asyncio.get_running_loop().sock_sendall(proved.sock, proved.last_message)
         proved.address = multiaddr_of(proved.sock.getpeername())
     except BaseException as error:
-        proved.sock.close()
+        proved.close()
         if isinstance(error, OSError):
             raise Unreachable(f"{peer} went away during the handshake: {error}") from error
         raise
     return proved
-
-
-def _discard(late: Established) -> None:
-    late.sock.close()
 
 
 async def _attempt(
@@ -154,7 +155,8 @@ async def _attempt(
     sock: socket.socket | None = None
     try:
         async with asyncio.timeout(attempt_s):
-            sock = await connect(address)
+            places = await resolve(address)  # several, for a name
+            sock = await start_connection(places, happy_eyeballs_delay=_STAGGER_S, interleave=1)
             tune(sock)
             handshake = new()
             rtt_s, last_message = await converse(sock, handshake, handshake.start())
@@ -173,30 +175,12 @@ def multiaddr_of(sockaddr: Any) -> Multiaddr:
     return Multiaddr("ip6" if ":" in host else "ip4", host.partition("%")[0], port)
 
 
-async def resolve(address: Multiaddr) -> list[tuple[socket.AddressFamily, Any]]:
+async def resolve(address: Multiaddr) -> Sequence[AddrInfoType]:
     """The socket addresses that a multiaddr stands for. Raises OSError for a name that does not resolve."""
     if address.relay is not None:
         raise InvalidAddress(f"{address} leads through a relay, which this version does not dial")
     family, loop = _FAMILIES.get(address.protocol, socket.AF_UNSPEC), asyncio.get_running_loop()
-    found = await loop.getaddrinfo(address.host, address.port, family=family, type=socket.SOCK_STREAM)
-    return [(item[0], item[4]) for item in found]
-
-
-async def connect(address: Multiaddr) -> socket.socket:
-    """A connected non-blocking socket. Raises OSError."""
-    failure = OSError(f"{address.host} has no address")
-    for family, sockaddr in await resolve(address):
-        sock = socket.socket(family, socket.SOCK_STREAM)
-        sock.setblocking(False)
-        try:
-            await asyncio.get_running_loop().sock_connect(sock, sockaddr)
-            return sock
-        except BaseException as error:
-            sock.close()
-            if not isinstance(error, OSError):
-                raise
-            failure = error
-    raise failure
+    return await loop.getaddrinfo(address.host, address.port, family=family, type=socket.SOCK_STREAM)
 
 
 async def converse(sock: socket.socket, handshake: Handshake, first: bytes) -> tuple[float, bytes]:

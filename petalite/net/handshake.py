@@ -25,7 +25,7 @@ from petalite.net.credit import Windows
 from petalite.net.identity import Identity, PeerId
 from petalite.net.noise import AES_GCM, SUITES, HandshakeState, Suite
 from petalite.net.records import Opener, Sealer
-from petalite.net.schema import Bounds
+from petalite.net.schema import between, length
 
 LENGTH = Struct(">H")  # of a handshake message
 MAGIC = b"petl"
@@ -36,7 +36,7 @@ MAX_MESSAGE_BYTES = 2048
 _DOMAIN = b"petalite-noise-v1"
 _PROOF_BYTES = 32 + 64
 _U32 = 2**32 - 1
-_Address = Annotated[str, Bounds(0, 128)]
+_Address = Annotated[str, length(0, 128)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,14 +44,14 @@ class Hello:
     """What each end tells the other under the handshake's cover."""
 
     instance: Annotated[
-        bytes, Bounds(16, 16)
+        bytes, length(16, 16)
     ]  # random per host: a restarted peer is told from its former self
-    lane: Annotated[int, Bounds(0, 1)]  # 0: interactive, which stands for the connection; 1: bulk, beside it
-    stream_bytes: Annotated[int, Bounds(4096, _U32)]  # the credit of a new stream
-    connection_bytes: Annotated[int, Bounds(4096, _U32)]  # the credit of all streams together
-    streams: Annotated[int, Bounds(1, 65536)]  # how many the other end may have open
-    agent: Annotated[str, Bounds(0, 64)] = ""  # software and version, for logs
-    listen: Annotated[tuple[_Address, ...], Bounds(0, 8)] = ()  # where it says it listens
+    lane: Annotated[int, between(0, 1)]  # 0: interactive, which stands for the connection; 1: bulk, beside it
+    stream_bytes: Annotated[int, between(4096, _U32)]  # the credit of a new stream
+    connection_bytes: Annotated[int, between(4096, _U32)]  # the credit of all streams together
+    streams: Annotated[int, between(1, 65536)]  # how many the other end may have open
+    agent: Annotated[str, length(0, 64)] = ""  # software and version, for logs
+    listen: Annotated[tuple[_Address, ...], length(0, 8)] = ()  # where it says it listens
 
     def windows(self) -> Windows:
         """What the peer grants, in our terms."""

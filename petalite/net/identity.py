@@ -13,6 +13,7 @@ import secrets
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
+from typing import ClassVar
 
 from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
@@ -44,15 +45,20 @@ def _base58_decode(text: str, length: int) -> bytes:
     return number.to_bytes(length, "big")
 
 
-@dataclass(frozen=True, slots=True, order=True)
-class PeerId:
-    """A peer's name: its 32-byte Ed25519 public key. Compares and hashes by the key; prints as `12D3Koo…`."""
+class PeerId(bytes):
+    """A peer's name: its 32-byte Ed25519 public key. Compares and hashes as these; prints as `12D3Koo…`."""
 
-    public_key: bytes
+    __slots__ = ()
+    BYTES: ClassVar[int] = 32
 
-    def __post_init__(self) -> None:
-        if len(self.public_key) != 32:
-            raise InvalidAddress(f"a peer id holds a 32-byte Ed25519 key, found {len(self.public_key)} bytes")
+    def __new__(cls, public_key: bytes) -> PeerId:
+        if len(public_key) != cls.BYTES:
+            raise InvalidAddress(f"a peer id holds a 32-byte Ed25519 key, found {len(public_key)} bytes")
+        return super().__new__(cls, public_key)
+
+    @property
+    def public_key(self) -> bytes:
+        return bytes(self)
 
     @classmethod
     def parse(cls, text: str) -> PeerId:
@@ -71,7 +77,7 @@ class PeerId:
     def verify(self, signature: bytes, message: bytes) -> bool:
         """Whether this peer signed `message`."""
         try:
-            Ed25519PublicKey.from_public_bytes(self.public_key).verify(signature, message)
+            Ed25519PublicKey.from_public_bytes(self).verify(signature, message)
         except (InvalidSignature, ValueError):
             return False
         return True
@@ -81,7 +87,7 @@ class PeerId:
         return "…" + str(self)[-8:]
 
     def __str__(self) -> str:
-        return _base58(_PREFIX + self.public_key)
+        return _base58(_PREFIX + self)
 
     def __repr__(self) -> str:
         return f"PeerId({str(self)!r})"

@@ -9,21 +9,22 @@ host's matter.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Coroutine
 from dataclasses import dataclass
 from time import monotonic
-from typing import Any, Protocol
+from typing import TYPE_CHECKING
 
 from petalite.errors import ConnectionLost, DeadlineExceeded, ErrorCode, PetaliteError, ShuttingDown, code_of
 from petalite.net.handshake import Hello
 from petalite.net.identity import PeerId
-from petalite.net.journal import Journal
 from petalite.net.lane import BULK_UNSENT_S, Lane
 from petalite.net.limits import Budget, TokenBucket
 from petalite.net.multiaddr import Multiaddr
-from petalite.net.rpc import Call, Method
+from petalite.net.rpc import Call
 from petalite.net.states import OPENED, Event
 from petalite.net.streams import BULK, Priority, Stream
+
+if TYPE_CHECKING:
+    from petalite.net.host import Host
 
 MAX_LANES = 4
 _BULK_RETRY_S = 60.0  # after a bulk lane could not be opened
@@ -39,31 +40,12 @@ class Timers:
     supplanted_s: float = 2.0  # a link that gave way to another is kept so long after its last call
 
 
-class LinkOwner(Protocol):
-    """What a link asks of its host."""
-
-    journal: Journal
-    methods: dict[str, Method]  # that the peer may call
-
-    def spawn(self, coroutine: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
-        """A task that ends with the host at the latest."""
-
-    def handle(self, call: Call) -> None:
-        """Serve a call of the peer's."""
-
-    def on_lost(self, link: Link, error: PetaliteError, guilty: bool) -> None:
-        """The link ended; said once, whoever brought it about."""
-
-    async def open_bulk_lane(self, link: Link) -> None:
-        """Dial the peer once more and `attach` what comes of it. Raises PetaliteError or OSError."""
-
-
 class Link:
     """Created with its handshake done; `attach` hands it its first lane, and perhaps more."""
 
     def __init__(
         self,
-        owner: LinkOwner,
+        host: Host,
         peer: PeerId,
         hello: Hello,
         remote_address: Multiaddr,
@@ -81,7 +63,7 @@ class Link:
         self.error: PetaliteError | None = None  # why it ended
         self.rates: dict[str, TokenBucket] = {}  # of the methods that the peer calls
         self.lanes: list[Lane] = []  # the interactive one first
-        self._owner, self._timers = owner, timers
+        self._host, self._timers = host, timers
         self._changed = asyncio.Event()  # set when there may be room for a stream, or never again
         self._used_at, self._traffic = monotonic(), 0  # bytes of messages, both ways
         self._bulk_dial: asyncio.Task[None] | None = None
@@ -140,17 +122,17 @@ class Link:
     async def _bulk_lane(self) -> Lane:
         """The lane for bulk; the interactive one where there can be no other."""
         if len(self.lanes) == 1 and self._bulk_dial is None and monotonic() >= self._bulk_retry_at:
-            self._bulk_dial = self._owner.spawn(self._dial_bulk())
+            self._bulk_dial = self._host.spawn(self._dial_bulk())
         if self._bulk_dial is not None:
             await asyncio.wait([self._bulk_dial])
         return self.lanes[-1]
 
     async def _dial_bulk(self) -> None:
         try:
-            await self._owner.open_bulk_lane(self)
+            await self._host.open_bulk_lane(self)
         except (PetaliteError, OSError) as error:
             self._bulk_retry_at = monotonic() + _BULK_RETRY_S
-            self._owner.journal.note("lane:failed", self.peer, reason=str(error))
+            self._host.journal.note("lane:failed", self.peer, reason=str(error))
         finally:
             self._bulk_dial = None
 
@@ -161,7 +143,7 @@ class Link:
             if stream is None:
                 self._changed.set()
             elif event is OPENED:
-                self._owner.handle(Call(self, lane, stream, methods=self._owner.methods))
+                self._host.handle(Call(self, lane, stream, methods=self._host.methods))
             elif stream.owner is not None:
                 stream.owner.on_event(event)
 
@@ -171,7 +153,7 @@ class Link:
         elif self.error is None:
             self.lanes.remove(lane)
             self._fail_calls(lane, error)
-            self._owner.journal.note("lane:lost", self.peer, code_of(error), reason=str(error))
+            self._host.journal.note("lane:lost", self.peer, code_of(error), reason=str(error))
 
     def _fail_calls(self, lane: Lane, error: PetaliteError) -> None:
         """A lane is gone, and its calls with it."""
@@ -227,4 +209,4 @@ class Link:
             if not lane.ending:
                 lane.abort()
             self._fail_calls(lane, error)
-        self._owner.on_lost(self, error, guilty)
+        self._host.on_lost(self, error, guilty)

@@ -21,7 +21,7 @@ from petalite.net.host import Host
 from petalite.net.identity import PeerId
 from petalite.net.messages import Message
 from petalite.net.rpc import Call, MethodPolicy
-from petalite.net.schema import Bounds, encode
+from petalite.net.schema import between, encode
 from petalite.net.streams import Priority
 from petalite.swarm.directory import ServerEntry
 from petalite.swarm.records import MAX_LINKS, LinkTo
@@ -41,7 +41,7 @@ _POLICY = MethodPolicy(PIECE_BYTES, 1, max_concurrent=2, calls_per_s=2.0, priori
 class Transfer:
     """Give so many bytes back."""
 
-    nbytes: Annotated[int, Bounds(0, PIECE_BYTES)]
+    nbytes: Annotated[int, between(0, PIECE_BYTES)]
 
 
 class Links:

@@ -23,7 +23,7 @@ from typing import Annotated, Any, ClassVar, NamedTuple, TypeAlias, TypeVar
 
 from petalite.errors import BadMessage
 from petalite.net.identity import PeerId
-from petalite.net.schema import Bounds, decode, encode
+from petalite.net.schema import between, decode, encode, length
 from petalite.swarm.spans import MAX_BLOCKS
 
 T = TypeVar("T")
@@ -43,13 +43,13 @@ DECODE_TOKENS = (
 # is downstream already).
 ALL, LAST, NONE = OUTPUTS = ("all", "last", "none")
 
-Block = Annotated[int, Bounds(0, MAX_BLOCKS)]
+Block = Annotated[int, between(0, MAX_BLOCKS)]
 MAX_COUNT = 2**53
-Count = Annotated[int, Bounds(0, MAX_COUNT)]
-Text = Annotated[str, Bounds(0, 256)]
-Token = Annotated[bytes, Bounds(TOKEN_BYTES, TOKEN_BYTES)]
-Digest = Annotated[bytes, Bounds(DIGEST_BYTES, DIGEST_BYTES)]  # SHA-256, the name of a LoRA
-Milliseconds = Annotated[float, Bounds(0, 1e9)]
+Count = Annotated[int, between(0, MAX_COUNT)]
+Text = Annotated[str, length(0, 256)]
+Token = Annotated[bytes, length(TOKEN_BYTES, TOKEN_BYTES)]
+Digest = Annotated[bytes, length(DIGEST_BYTES, DIGEST_BYTES)]  # SHA-256, the name of a LoRA
+Milliseconds = Annotated[float, between(0, 1e9)]
 Rows: TypeAlias = tuple[tuple[int, int, int], ...]
 """1 to MAX_ROWS of (row, position, n_tokens)."""
 
@@ -69,11 +69,11 @@ class OpenSession:
     model_id: Text
     start: Block
     end: Block
-    rows: Annotated[int, Bounds(1, MAX_ROWS)]
-    max_length: Annotated[int, Bounds(1, MAX_LENGTH)]
+    rows: Annotated[int, between(1, MAX_ROWS)]
+    max_length: Annotated[int, between(1, MAX_LENGTH)]
     token: Token | None = None  # whoever names it may attach as predecessor
     successor: Successor | None = None
-    wait_s: Annotated[float, Bounds(0, 600)] = 0.0  # in line, where there is no room now
+    wait_s: Annotated[float, between(0, 600)] = 0.0  # in line, where there is no room now
     codec: Text | None = None  # to answer and push in; None: one that loses nothing of the compute dtype
     adapter: Digest | None = None  # of a LoRA that the server holds, for every step
 
@@ -202,7 +202,7 @@ class Relink:
     number: Count  # of every step of the replay
     epoch: Count
     stop: Block
-    lengths: Annotated[tuple[Annotated[int, Bounds(0, MAX_LENGTH)], ...], Bounds(1, MAX_ROWS)]
+    lengths: Annotated[tuple[Annotated[int, between(0, MAX_LENGTH)], ...], length(1, MAX_ROWS)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -211,7 +211,7 @@ class LinkDown:
 
     KIND: ClassVar[str] = "linkdown"
     epoch: Count
-    reason: Annotated[str, Bounds(0, 2000)]
+    reason: Annotated[str, length(0, 2000)]
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,7 +18,7 @@ import msgpack
 from petalite.errors import BadMessage, BadRecord, InvalidAddress
 from petalite.net.identity import PeerId
 from petalite.net.multiaddr import Multiaddr
-from petalite.net.schema import Bounds, decode, encode
+from petalite.net.schema import between, decode, encode, length
 from petalite.swarm.spans import MAX_BLOCKS, Span
 
 SEGMENT_BLOCKS = 8
@@ -29,8 +29,8 @@ MAX_MODEL_ID = 192  # characters
 MAX_LINKS = 16
 MAX_ADAPTERS = 8
 
-Block = Annotated[int, Bounds(0, MAX_BLOCKS)]
-ShortText = Annotated[str, Bounds(0, 32)]
+Block = Annotated[int, between(0, MAX_BLOCKS)]
+ShortText = Annotated[str, length(0, 32)]
 T = TypeVar("T")
 
 
@@ -39,16 +39,16 @@ class LinkTo:
     """A server that this one may push to, and how far it is."""
 
     peer: PeerId
-    rtt_ms: Annotated[float, Bounds(0, 1e5)]
-    bytes_per_s: Annotated[float, Bounds(0, 1e13)] = 0.0  # each way; 0: not measured
+    rtt_ms: Annotated[float, between(0, 1e5)]
+    bytes_per_s: Annotated[float, between(0, 1e13)] = 0.0  # each way; 0: not measured
 
 
 @dataclass(frozen=True, slots=True)
 class HostedAdapter:
     """A LoRA that this server's owner lends: sessions and training calls may name its digest."""
 
-    name: Annotated[str, Bounds(1, 64)]
-    digest: Annotated[bytes, Bounds(32, 32)]
+    name: Annotated[str, length(1, 64)]
+    digest: Annotated[bytes, length(32, 32)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,25 +57,27 @@ class ServerRecord:
 
     start: Block
     end: Block
-    addresses: Annotated[tuple[Annotated[str, Bounds(1, 512)], ...], Bounds(0, MAX_ADDRESSES)]  # multiaddrs
+    addresses: Annotated[tuple[Annotated[str, length(1, 512)], ...], length(0, MAX_ADDRESSES)]  # multiaddrs
     dtype: ShortText  # it computes in
     quant: ShortText  # of its weights
-    block_ms: Annotated[float, Bounds(0, 1e6)]  # one token through one block
-    free_tokens: Annotated[int, Bounds(0, 2**40)]  # cache room over the whole span
+    block_ms: Annotated[float, between(0, 1e6)]  # one token through one block
+    free_tokens: Annotated[int, between(0, 2**40)]  # cache room over the whole span
     version: ShortText  # of petalite
-    tokens_per_s: Annotated[float, Bounds(0, 1e9)] = 0.0  # that it can carry; 0: as block_ms has it
-    prefill_ms: Annotated[float, Bounds(0, 1e6)] = 0.0  # one token of many through one block; 0: not measured
-    waiting_tokens: Annotated[int, Bounds(0, 2**40)] = 0  # of all sessions' steps, when this was written
-    links: Annotated[tuple[LinkTo, ...], Bounds(0, MAX_LINKS)] = ()  # to servers of the block after its last
+    tokens_per_s: Annotated[float, between(0, 1e9)] = 0.0  # that it can carry; 0: as block_ms has it
+    prefill_ms: Annotated[float, between(0, 1e6)] = (
+        0.0  # one token of many through one block; 0: not measured
+    )
+    waiting_tokens: Annotated[int, between(0, 2**40)] = 0  # of all sessions' steps, when this was written
+    links: Annotated[tuple[LinkTo, ...], length(0, MAX_LINKS)] = ()  # to servers of the block after its last
     serving: bool = True  # False: it is loading these blocks, and will serve them
     pinned: bool = False  # its owner chose its blocks; it does not move
     claim_start: Block = 0  # the blocks it is about to move to; 0:0 where it stays
     claim_end: Block = 0
     gives_weights: bool = False  # whoever joins can fetch the model's tensors from it
-    sessions: Annotated[int, Bounds(0, 2**20)] = 0  # open when this was written
-    kept_mib: Annotated[int, Bounds(0, 2**30)] = 0  # of what they pushed on, to replay it
-    adapters: Annotated[tuple[HostedAdapter, ...], Bounds(0, MAX_ADAPTERS)] = ()
-    training_tokens: Annotated[int, Bounds(0, 2**40)] = 0  # most that it takes in one call; 0: it takes none
+    sessions: Annotated[int, between(0, 2**20)] = 0  # open when this was written
+    kept_mib: Annotated[int, between(0, 2**30)] = 0  # of what they pushed on, to replay it
+    adapters: Annotated[tuple[HostedAdapter, ...], length(0, MAX_ADAPTERS)] = ()
+    training_tokens: Annotated[int, between(0, 2**40)] = 0  # most that it takes in one call; 0: it takes none
 
     @property
     def span(self) -> Span:
@@ -90,8 +92,8 @@ class ServerRecord:
 class ModelRecord:
     """One model somebody serves."""
 
-    model_id: Annotated[str, Bounds(1, MAX_MODEL_ID)]
-    n_blocks: Annotated[int, Bounds(1, MAX_BLOCKS)]
+    model_id: Annotated[str, length(1, MAX_MODEL_ID)]
+    n_blocks: Annotated[int, between(1, MAX_BLOCKS)]
 
 
 def segments(span: Span) -> range:

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from petalite.errors import BadMessage, BadTensor
 from petalite.net.messages import Buffer
-from petalite.net.schema import Bounds
+from petalite.net.schema import between, length
 from petalite.swarm.codecs import CODECS, Codec, codec_named
 from petalite.swarm.messages import Block, Digest, HopReport, Milliseconds, Text, Token
 from petalite.swarm.spans import Span
@@ -42,7 +42,7 @@ HIDDEN, PROMPTS, ADAPTER = GRADIENTS = ("hidden", "prompts", "adapter")
 
 F32 = CODECS["f32"]  # what prompts, and gradients of prompts and adapters, travel in
 
-CallTokens = Annotated[int, Bounds(1, MAX_CALL_TOKENS)]
+CallTokens = Annotated[int, between(1, MAX_CALL_TOKENS)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,13 +57,13 @@ class TrainCall:
     rows: CallTokens
     tokens: CallTokens  # of each row
     codec: Text  # of hidden states and their gradients, in both directions
-    prompt_tokens: Annotated[int, Bounds(0, MAX_CALL_TOKENS)] = (
+    prompt_tokens: Annotated[int, between(0, MAX_CALL_TOKENS)] = (
         0  # P: what enters a block has so many added to
     )
     adapter: Digest | None = None
     keep: bool = False  # forward: hold on to what backward needs, if there is room
     kept: Token | None = None  # backward: what forward held on to
-    wants: Annotated[tuple[Text, ...], Bounds(0, len(GRADIENTS))] = ()  # backward: of GRADIENTS
+    wants: Annotated[tuple[Text, ...], length(0, len(GRADIENTS))] = ()  # backward: of GRADIENTS
 
 
 @dataclass(frozen=True, slots=True)

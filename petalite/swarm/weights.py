@@ -47,7 +47,7 @@ from petalite.model.tensorstore import PIECE_BYTES, TensorStore
 from petalite.net.host import Host
 from petalite.net.identity import PeerId
 from petalite.net.limits import VIOLATION
-from petalite.net.schema import Bounds, decode, encode
+from petalite.net.schema import decode, encode, length
 from petalite.net.streams import Priority
 from petalite.swarm.directory import Directory, find_models
 from petalite.swarm.messages import Count, Text
@@ -79,7 +79,7 @@ class ReadWeights:
     """Give bytes [start, end) of a tensor, or of a file beside the weights."""
 
     model_id: Text
-    name: Annotated[str, Bounds(1, 512)]
+    name: Annotated[str, length(1, 512)]
     start: Count
     end: Count
     is_file: bool = False

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import socket
 from collections.abc import Callable, Coroutine
 from typing import Any
 
 import pytest
 
+from petalite.net import Host, Identity
 from petalite.net.dialing import MAX_ADDRESSES, MAX_BACKOFF_S, MAX_PEERS, AddressBook, race
 from petalite.net.identity import PeerId
 from petalite.net.multiaddr import Multiaddr
@@ -137,3 +140,29 @@ async def test_a_cancelled_race_leaves_nothing_running_and_nothing_open() -> Non
         await task
     assert discarded == ["too late"]
     assert not log
+
+
+async def test_a_name_is_dialled_at_all_its_addresses(
+    two: tuple[Host, Host], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """RFC 8305: the first of them does not answer at all, which is known only after the deadline."""
+    _, server = two
+    silent = socket.socket()
+    fillers = [socket.socket() for _ in range(3)]  # with which its backlog is full
+    with contextlib.ExitStack() as stack:
+        for sock in (silent, *fillers):
+            stack.enter_context(sock).setblocking(False)
+        silent.bind(("127.0.0.2", 0))
+        silent.listen(0)
+        for filler in fillers:
+            with contextlib.suppress(BlockingIOError):
+                filler.connect(silent.getsockname())
+        places = [silent.getsockname(), ("127.0.0.1", server.addresses[0].port)]
+
+        async def resolve(_address: Multiaddr) -> list[Any]:
+            return [(socket.AF_INET, socket.SOCK_STREAM, 6, "", place) for place in places]
+
+        monkeypatch.setattr("petalite.net.dialing.resolve", resolve)
+        async with Host(Identity.generate()) as caller:
+            link = await caller.connect(Multiaddr("dns", "name", 1, server.peer_id), timeout_s=4)
+            assert link.remote_address == Multiaddr("ip4", *places[1])
