@@ -302,6 +302,22 @@ def test_a_step_without_segments(span: BlockSpan) -> None:
         pass
 
 
+def test_places_are_where_tokens_lie(span: BlockSpan) -> None:
+    """Counted from the model's block 0, wherever a row begins."""
+    cache = span.new_cache()
+    whole, part = cache.open_row(10), cache.open_row(7, 1, 3)
+    for row, start, end, position in ((whole, 0, 3, 4), (part, 1, 3, 2)):
+        span.forward(tokens(position), [Segment(row, 0, position)], cache, start=start, end=end)
+        with cache.step([Segment(row, position, 2)], start, end) as step:
+            places = step.places()
+        capacity = cache.max_length(row)
+        assert [place[1:] for place in places] == [(capacity, position), (capacity, position + 1)]
+        (origin,) = {place[0] for place in places}
+        for block in range(start, end):
+            address = origin + block * capacity * TOKEN_BYTES
+            assert address == cache._row(row).blocks[block - start].data_ptr()
+
+
 def test_row_numbers_are_never_used_twice(span: BlockSpan) -> None:
     cache = span.new_cache()
     first = cache.open_row(8)

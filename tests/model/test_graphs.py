@@ -5,6 +5,7 @@ that bakes in what a CUDA graph does (tests/helpers/recording.py).
 from __future__ import annotations
 
 import logging
+import threading
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -251,3 +252,27 @@ def test_a_block_that_asks_for_values_cannot_be_recorded(
     generate(both)
     both.check(1e-6)
     assert "captur" in caplog.text and not span.graphs._graphs
+
+
+@pytest.mark.gpu
+def test_others_may_use_the_device_meanwhile(device: torch.device, tmp_path: Path) -> None:
+    """An event loop that copies what it sends, while graphs are recorded."""
+    if device.type == "cpu":
+        pytest.skip("there is no device")
+    over, copied = threading.Event(), []
+
+    def copy() -> None:
+        while not over.is_set():
+            copied.append(torch.ones(1 << 16, device=device).mul(2).cpu())
+
+    other = threading.Thread(target=copy)
+    other.start()
+    try:
+        both, _ = twins(tmp_path, device)
+        assert both.span.prepare()
+        generate(both)
+    finally:
+        over.set()
+        other.join()
+    both.check(1e-4)
+    assert copied and all(bool((each == 2).all()) for each in copied)
