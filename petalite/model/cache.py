@@ -156,6 +156,17 @@ class KVCache:
                 room.narrow(3, 0, source.length).copy_(block.narrow(3, 0, source.length))
         target.length = source.length
 
+    def fill(self, row: int, length: int, key_scale: float, generator: torch.Generator) -> None:
+        """Make it one of `length` random tokens, to try kernels on: keys `key_scale` times the size of
+        values.
+        """
+        found = self._row(row)
+        for block in found.blocks:
+            keys, values = block.narrow(3, 0, length).unbind()
+            keys.normal_(0.0, key_scale, generator=generator)
+            values.normal_(generator=generator)
+        found.length = length
+
     def drop(self, row: int) -> None:
         """Forget a row and free its memory."""
         self._row(row)

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from typing import Protocol
 
@@ -26,19 +27,20 @@ from petalite.kernels.linear import triton_works_on
 from petalite.kernels.quantized import NONE
 from petalite.kernels.rope import RotationTable
 from petalite.model.block import Block
-from petalite.model.cache import CacheShape, KVCache, Place, Segment
+from petalite.model.cache import CacheShape, KVCache, Place, Segment, Step
 
 logger = logging.getLogger(__name__)
 
-SHAPES = (1, 2, 4, 8, 16)  # tokens
+SHAPES = (1, 2, 4, 8, 16, 32, 64)  # tokens
 MOST_TOKENS = SHAPES[-1]
+MOST_TOGETHER = 16  # tokens of a step that has several of a row: each takes the row's keys from memory itself
 # Of scratch rows: around the tiles and parts in which keys are taken, and beyond as many of them as there
 # are.
 CHECKED_LENGTHS = (0, 1, 15, 63, 64, 130, 257, 700, 2100)
 _WIDEST_CHECKED = 8192  # tokens of a window that scratch rows exceed
 _CHECKED_STEPS = 2  # the second sees what the first one cached
-_PREFILL_TOKENS = 512
 _SMALL = 0.1  # of scratch hidden states, so that what a block adds to them is most of what comes out
+_LARGE = 4.0  # of scratch keys, so that few are attended to, and each that is missed shows
 
 Work = Callable[[], None]
 
@@ -186,23 +188,24 @@ class DecodeGraphs:
         cache = KVCache(
             replace(self._shape, start=block.index, end=block.index + 1), self._rotations, self._masks
         )
-        generator = torch.Generator().manual_seed(0)
+        generator = torch.Generator(self._shape.device).manual_seed(0)
         lengths, n_rows = self._lengths(block), max(1, n_tokens - 1)
         for begin in range(0, len(lengths), n_rows):
             some = lengths[begin : begin + n_rows]
-            pairs = [self._scratch_rows(cache, block, length, generator) for length in some]
-            for position in range(_CHECKED_STEPS):
-                hidden = self._scratch(len(some), generator)
-                ends = [length + position for length in some]
-                expected = self._eager(cache, block, [row for row, _ in pairs], ends, hidden)
-                segments = [Segment(copy, end, 1) for (_, copy), end in zip(pairs, ends, strict=True)]
-                with cache.step(segments, block.index, block.index + 1) as step:
+            rows = [self._scratch_row(cache, length, generator) for length in some]
+            copies = [cache.fork(row) for row in rows]
+            for ends in ([length + step for length in some] for step in range(_CHECKED_STEPS)):
+                hidden = self._hidden.new_empty(len(some), self._hidden.shape[1])
+                hidden.normal_(0.0, _SMALL, generator=generator)
+                with _one_each(cache, block, rows, ends) as step:
+                    expected = block(hidden, step)
+                with _one_each(cache, block, copies, ends) as step:
                     self._put(hidden, step.places())
                     replay()
                 off = (self._hidden[: len(some)] - expected).abs().amax(1) / expected.abs().amax(1)
                 if not float(off.max()) < self._bound:
                     return f"{n_tokens} tokens through block {block.index} are off by {float(off.max()):.1e}"
-            for row in (row for pair in pairs for row in pair):
+            for row in (*rows, *copies):
                 cache.drop(row)
         return None
 
@@ -211,28 +214,19 @@ class DecodeGraphs:
         edges = () if window is None or window > _WIDEST_CHECKED else (window - 1, window + 1)
         return sorted({*CHECKED_LENGTHS, *edges})
 
-    def _scratch(self, n_tokens: int, generator: torch.Generator) -> Tensor:
-        hidden = torch.randn(n_tokens, self._hidden.shape[1], generator=generator) * _SMALL
-        return hidden.to(self._hidden)
-
-    def _scratch_rows(
-        self, cache: KVCache, block: Block, length: int, generator: torch.Generator
-    ) -> tuple[int, int]:
-        """Two rows with the same tokens."""
+    @staticmethod
+    def _scratch_row(cache: KVCache, length: int, generator: torch.Generator) -> int:
         row = cache.open_row(length + _CHECKED_STEPS)
-        for start in range(0, length, _PREFILL_TOKENS):
-            hidden = self._scratch(min(_PREFILL_TOKENS, length - start), generator)
-            self._eager(cache, block, [row], [start], hidden)
-        return row, cache.fork(row)
+        cache.fill(row, length, _LARGE, generator)
+        return row
 
-    def _eager(
-        self, cache: KVCache, block: Block, rows: Sequence[int], positions: Sequence[int], hidden: Tensor
-    ) -> Tensor:
-        """One step of as many tokens of each row."""
-        each = len(hidden) // len(rows)
-        segments = [Segment(row, position, each) for row, position in zip(rows, positions, strict=True)]
-        with cache.step(segments, block.index, block.index + 1) as step:
-            return block(hidden, step)
+
+def _one_each(
+    cache: KVCache, block: Block, rows: Sequence[int], positions: Sequence[int]
+) -> AbstractContextManager[Step]:
+    """A step of one token of each row."""
+    segments = [Segment(row, position, 1) for row, position in zip(rows, positions, strict=True)]
+    return cache.step(segments, block.index, block.index + 1)
 
 
 def disagreement(dtype: torch.dtype, quant: str) -> float:

@@ -24,7 +24,7 @@ from petalite.model.block import Block
 from petalite.model.cache import CacheShape, KVCache, Segment
 from petalite.model.checkpoint import Checkpoint
 from petalite.model.config import ModelConfig
-from petalite.model.graphs import MOST_TOKENS, CudaRecorder, DecodeGraphs, Recorder, works_for
+from petalite.model.graphs import MOST_TOGETHER, MOST_TOKENS, CudaRecorder, DecodeGraphs, Recorder, works_for
 from petalite.model.loading import COMPUTE_DTYPES, Progress, load_blocks
 from petalite.model.lora import Adapter, Pair, stack, with_lora
 
@@ -121,7 +121,8 @@ class BlockSpan:
                 return self._native.step(given, *blocks, places, rotations)
         fewest = self._min_tokens
         with torch.inference_mode(), cache.step(segments, first, last, min_tokens=fewest) as step:
-            if self.graphs is not None and adapted is None and n_tokens <= MOST_TOKENS:
+            most = MOST_TOKENS if n_tokens == len(segments) else MOST_TOGETHER
+            if self.graphs is not None and adapted is None and n_tokens <= most:
                 blocks = first - self.start, last - self.start
                 if (result := self.graphs.step(hidden, *blocks, step.places())) is not None:
                     return result

@@ -6,7 +6,8 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -182,24 +183,90 @@ def test_there_are_few_and_each_is_recorded_once(
     device: torch.device, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Longer steps run without, as do those with a LoRA."""
+    if device.type == "cpu":
+        monkeypatch.setattr(triton_attention, "PARTS", 1)
     monkeypatch.setattr(graphs, "CHECKED_LENGTHS", (0,))
-    both, recorder = twins(tmp_path, device, num_hidden_layers=1)
+    both, recorder = twins(tmp_path, device, num_hidden_layers=1, num_attention_heads=1)
     assert both.span.prepare() and not both.plain.prepare()
-    row = both.open()
-    for _ in range(2):
-        for n_tokens in (16, 1, 9, 2, 5, 3, 4, 17):
-            both.step((row, 0, n_tokens))
+    row, *others = (both.open() for _ in range(17))
+    for n_tokens in (16, 1, 9, 2, 5, 3, 4, 17):
+        both.step((row, 0, n_tokens))
+    both.step((row, 5, 1), *((other, 0, 1) for other in others))
+    both.step((row, 6, 2), *((other, 1, 1) for other in others))  # no longer one of each
     both.check(1e-5 if device.type == "cpu" else 1e-4)
     made = both.span.graphs
     assert made is not None and sorted(made._graphs) == [(0, shape) for shape in graphs.SHAPES]
     if recorder is not None:
         checks = 2 * len(graphs.SHAPES)  # of two steps each
-        assert recorder.recorded == len(graphs.SHAPES) and recorder.replayed == checks + 2 * 7
+        assert recorder.recorded == len(graphs.SHAPES) and recorder.replayed == checks + 7 + 1
     made._graphs.clear()
     cache = both.span.new_cache()
     segments = [Segment(cache.open_row(4), 0, 1)]
     both.span.forward(torch.randn(1, 64), segments, cache, adapted=both.span._blocks)
     assert not made._graphs
+
+
+class FakeCuda:
+    """What `CudaRecorder` asks of CUDA, written down."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.asked: list[str] = []
+        for name, made in (
+            ("Stream", lambda device: self),
+            ("current_stream", lambda device: FakeStream(self.asked)),
+            ("stream", self.entered),
+            ("graph_pool_handle", lambda: "pool"),
+            ("CUDAGraph", lambda: self),
+        ):
+            monkeypatch.setattr(torch.cuda, name, made)
+
+    @contextmanager
+    def entered(self, stream: object) -> Iterator[None]:
+        assert stream is self
+        self.asked.append("on its stream")
+        yield
+        self.asked.append("off its stream")
+
+    def wait_stream(self, other: object) -> None:
+        self.asked.append("waits")
+
+    def capture_begin(self, **options: str) -> None:
+        assert options == {"pool": "pool", "capture_error_mode": "thread_local"}
+        self.asked.append("begins")
+
+    def capture_end(self) -> None:
+        self.asked.append("ends")
+
+    def replay(self) -> None: ...
+
+
+@dataclass
+class FakeStream:
+    asked: list[str]
+
+    def wait_stream(self, other: object) -> None:
+        assert isinstance(other, FakeCuda)
+        self.asked.append("is waited for")
+
+
+def test_what_is_asked_of_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Work is done once before it is captured; a capture that fails is ended."""
+    cuda = FakeCuda(monkeypatch)
+    recorder = graphs.CudaRecorder(torch.device("cuda"))
+    assert recorder.record(lambda: cuda.asked.append("works")) == cuda.replay
+    around = ["waits", "on its stream"], ["off its stream", "is waited for"]
+    captured = ["works", "begins", "works", "ends"]
+    assert cuda.asked == [*around[0], *captured, *around[1]]
+    cuda.asked.clear()
+
+    def fails() -> None:
+        cuda.asked.append("works")
+        if "begins" in cuda.asked:
+            raise RuntimeError("operation not permitted when stream is capturing")
+
+    with pytest.raises(RuntimeError, match="not permitted"):
+        recorder.record(fails)
+    assert cuda.asked[:-1] == [*around[0], *captured] and cuda.asked[-1] == "is waited for"
 
 
 def test_a_step_that_does_not_fit_records_nothing(device: torch.device, tmp_path: Path) -> None:
