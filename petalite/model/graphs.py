@@ -14,6 +14,7 @@ torch. Where they differ, or a graph cannot be recorded, the span goes on withou
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
@@ -24,6 +25,7 @@ from torch import Tensor
 
 from petalite.kernels.attention import CausalMasks
 from petalite.kernels.linear import triton_works_on
+from petalite.kernels.native import VARIABLE
 from petalite.kernels.quantized import NONE
 from petalite.kernels.rope import RotationTable
 from petalite.model.block import Block
@@ -237,5 +239,6 @@ def disagreement(dtype: torch.dtype, quant: str) -> float:
 
 
 def works_for(blocks: Sequence[Block], device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether decode steps of these blocks can be graphs here."""
-    return triton_works_on(device, dtype) and all(block.is_static for block in blocks)
+    """Whether decode steps of these blocks can be graphs here, and nobody forces torch's kernels."""
+    static = all(block.is_static for block in blocks)
+    return static and os.environ.get(VARIABLE) != "torch" and triton_works_on(device, dtype)

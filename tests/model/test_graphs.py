@@ -343,3 +343,15 @@ def test_others_may_use_the_device_meanwhile(device: torch.device, tmp_path: Pat
         other.join()
     both.check(1e-4)
     assert copied and all(bool((each == 2).all()) for each in copied)
+
+
+def test_where_there_are_graphs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("PETALITE_KERNELS", raising=False)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
+    blocks = load_span(Checkpoint.open(tiny_llama(tmp_path, **SMALL)), 0, 2)._blocks
+    cuda, cpu = torch.device("cuda"), torch.device("cpu")
+    assert graphs.works_for(blocks, cuda, torch.bfloat16) and not graphs.works_for(
+        blocks, cpu, torch.bfloat16
+    )
+    monkeypatch.setenv("PETALITE_KERNELS", "torch")
+    assert not graphs.works_for(blocks, cuda, torch.bfloat16)
