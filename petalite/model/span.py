@@ -201,7 +201,6 @@ class BlockSpan:
             recorder,
             slopes=self._slopes,
             windows=self.config.windows,
-            quant=self.quant,
         )
 
     def _range(self, start: int | None, end: int | None) -> tuple[int, int]:

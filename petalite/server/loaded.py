@@ -107,6 +107,15 @@ class BlockLoader:
         await self._thread.run(_collect)
 
     def _load(self, span: Span, progress: Progress | None) -> tuple[BlockSpan, BlockSpeed]:
+        try:
+            return self._load_and_measure(span, progress)
+        except torch.OutOfMemoryError as error:
+            raise InvalidArgument(
+                f"blocks {span} of {self._checkpoint.name} do not fit into what {self.device} has free; give "
+                f"fewer with --blocks, or take a smaller --quant: {str(error).partition('. ')[0]}"
+            ) from error
+
+    def _load_and_measure(self, span: Span, progress: Progress | None) -> tuple[BlockSpan, BlockSpeed]:
         use_threads(self._compute.threads)
         folder = self._compute.cache
         blocks = load_span(

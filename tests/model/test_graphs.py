@@ -175,7 +175,7 @@ def test_in_every_dtype_and_format(
     row = both.open()
     for position in range(4):
         both.step((row, position, 1))
-    both.check(graphs.disagreement(dtype, quant))
+    both.check(graphs.disagreement(dtype))
     assert both.span.graphs is not None and len(both.span.graphs._graphs) == 1
 
 

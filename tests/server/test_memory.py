@@ -10,8 +10,10 @@ import torch
 
 from petalite.errors import InvalidArgument
 from petalite.model.checkpoint import Checkpoint
+from petalite.model.compute import ComputeThread
 from petalite.model.loading import chosen_format, quantize_folder
 from petalite.model.span import load_span
+from petalite.server import loaded
 from petalite.server.memory import (
     MemorySettings,
     available_bytes,
@@ -27,6 +29,18 @@ from tests.helpers.checkpoints import tiny_llama
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
     return Checkpoint.open(tiny_llama(tmp_path_factory.mktemp("tiny"), num_hidden_layers=4))
+
+
+async def test_a_device_that_is_full(checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*args: object, **settings: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 MiB. GPU 0 has …")
+
+    monkeypatch.setattr(loaded, "load_span", full)
+    thread = ComputeThread()
+    loader = loaded.BlockLoader(checkpoint, loaded.ComputeSettings(device="cpu"), MemorySettings(), thread)
+    with pytest.raises(InvalidArgument, match=r"blocks 0:2 of .* fewer with --blocks.*: CUDA out of memory$"):
+        await loader.load(Span(0, 2))
+    thread.close()
 
 
 @pytest.mark.parametrize("quant", ["none", "int8"])
