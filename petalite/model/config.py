@@ -154,8 +154,11 @@ class _Reader:
         return ExpertsConfig(n_experts, self._integer("num_experts_per_tok", n_experts))
 
     def _attention(self, hidden_size: int) -> AttentionConfig:
+        flags = self._family.flags
         n_heads = self._integer("num_attention_heads", _MAX_SIZE)
         n_kv_heads = self._integer("num_key_value_heads", _MAX_SIZE, default=n_heads)
+        if flags.alibi:  # BLOOM's library reads no such key
+            n_kv_heads = n_heads
         if n_heads % n_kv_heads:
             raise InvalidCheckpoint(
                 f"{self._source}: num_attention_heads {n_heads} is not a multiple of "
@@ -167,9 +170,8 @@ class _Reader:
                 f"num_attention_heads {n_heads}"
             )
         head_dim = self._integer("head_dim", _MAX_SIZE, default=hidden_size // n_heads)
-        if head_dim % 2 and not self._family.flags.alibi:
+        if head_dim % 2 and not flags.alibi:
             raise InvalidCheckpoint(f"{self._source}: head_dim {head_dim} is odd; rope turns pairs")
-        flags = self._family.flags
         return AttentionConfig(
             n_heads=n_heads,
             n_kv_heads=n_kv_heads,

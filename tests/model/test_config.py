@@ -180,6 +180,7 @@ def test_bloom_in_its_own_spelling() -> None:
     assert (config.hidden_size, config.n_blocks, config.inner_size) == (14336, 70, 57344)
     assert (config.attention.n_heads, config.attention.head_dim) == (112, 128)
     assert config.tied_embeddings and config.attention.alibi and config.max_position_embeddings == 2048
+    assert ModelConfig.from_dict({**given, "num_key_value_heads": 8}) == config
 
 
 @pytest.mark.parametrize("changes", [{"num_experts_per_tok": 9}, {"num_local_experts": 0}])
