@@ -183,9 +183,13 @@ class Connection:
     def _on_message(self, stream_id: int, head: int, payload: memoryview) -> None:
         if head & _OPENING:
             self._on_opening(stream_id, (head & _OPENING) >> FLAGS_SHIFT + 1)
-        elif not payload and not head & _FIN:
-            raise RemoteProtocolError(f"a MESSAGE on stream {stream_id} that says nothing")
-        self.receiver.message(self._open_half(stream_id), False, head & 0xFFFF, payload, head & _FIN != 0)
+        stream = self._open_half(stream_id)
+        if payload:
+            self.receiver.message(stream, False, head & 0xFFFF, payload, head & _FIN != 0)
+        elif head & 0xFFFF or not head & (_FIN | _OPENING):
+            raise RemoteProtocolError(f"a MESSAGE on stream {stream_id} that says nothing, or is cut off")
+        elif head & _FIN:
+            self.receiver.fin(stream)
 
     def _on_head(self, stream_id: int, _head: int, payload: memoryview) -> None:
         self.receiver.message(self._open_half(stream_id), True, 0, payload, False)

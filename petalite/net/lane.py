@@ -138,6 +138,7 @@ class Lane:
         else:
             self._partial, size = None, size - len(self._rest)
             self._work_on(partial, buffer[:size])
+            self._scratch.give_back(memoryview(partial.obj))
 
     def _work_on(self, *pieces: memoryview) -> None:
         """Open the records in the pieces, and tell what they brought."""
@@ -187,7 +188,7 @@ class Lane:
             self._keep_partial(data[position:], PREFIX_BYTES)
 
     def _keep_partial(self, front: memoryview, size: int) -> None:
-        self._partial = memoryview(bytearray(size))
+        self._partial = self._scratch.borrow()[:size]
         self._partial[: len(front)] = front
         self._rest = self._partial[len(front) :]
 
@@ -216,8 +217,7 @@ class Lane:
             self.flush()
             return
         try:
-            buffer = self._scratch.borrow()
-            if not self._send(buffer[: self._sealer.seal(record, buffer)], buffer):
+            if not self._send(self._sealer.sealed(record)):
                 self._await_room()
         except OSError as error:
             self._lose(f"the connection broke: {error.strerror or error}")
@@ -249,7 +249,7 @@ class Lane:
             end += self._sealer.seal(plain, buffer[end:])
         return self._send(buffer[:end], buffer)
 
-    def _send(self, unsent: memoryview, buffer: memoryview | None) -> bool:
+    def _send(self, unsent: Segment, buffer: memoryview | None = None) -> bool:
         """Whether the kernel took everything. `buffer` is what was borrowed; it is kept until then."""
         try:
             sent = self._sock.send(unsent)
@@ -260,7 +260,7 @@ class Lane:
             if buffer is not None:
                 self._scratch.give_back(buffer)
             return True
-        self._unsent, self._buffer = unsent[sent:], buffer
+        self._unsent, self._buffer = memoryview(unsent)[sent:], buffer
         if buffer is not None and len(unsent) - sent <= _SMALL_LEFTOVER_BYTES:
             self._unsent, self._buffer = memoryview(bytes(self._unsent)), None
             self._scratch.give_back(buffer)

@@ -84,7 +84,7 @@ class Receiver:
     def message(self, stream: Stream, head: bool, split: int, payload: memoryview, fin: bool) -> None:
         """A MESSAGE, whose header is `split` bytes, or a HEAD; `fin`: the stream's last frame."""
         length = len(payload)
-        cost = length if length > MESSAGE_COST else MESSAGE_COST if length else 0
+        cost = length if length > MESSAGE_COST else MESSAGE_COST
         self._charge(stream, cost)
         if stream.due or split > length:
             raise RemoteProtocolError(f"a message in a message, or one cut off: {stream!r}")
@@ -96,12 +96,12 @@ class Receiver:
             incoming = bytes(payload[:split]), body, len(body), cost - len(body)
         if stream.receive is not RECEIVING:
             self._read(stream, cost)
-        elif length:
+        else:
             stream.inbox.append(incoming)
             if len(stream.inbox) == 1:
                 self._events.append((READABLE, stream))
         if fin:
-            self._fin(stream)
+            self.fin(stream)
         if self.received >= self.window.due_at:
             self._grant_connection()
 
@@ -143,7 +143,7 @@ class Receiver:
             if self.received >= self.window.due_at:
                 self._grant_connection()
         if self._block_ends:
-            self._fin(stream)
+            self.fin(stream)
 
     def reset(self, stream: Stream) -> None:
         """The peer gave up sending."""
@@ -153,7 +153,8 @@ class Receiver:
         if stream.send >= SENT:
             self._over(stream)
 
-    def _fin(self, stream: Stream) -> None:
+    def fin(self, stream: Stream) -> None:
+        """The stream ends here."""
         if stream.due:
             raise RemoteProtocolError(f"{stream!r} ends {stream.due} bytes before its message does")
         stream.step_receive(FIN_STEP)
@@ -171,9 +172,9 @@ class Receiver:
 
     def _charge(self, stream: Stream, cost: int) -> None:
         """Count what came while there was credit; the last frame may overdraw it."""
-        if stream.received >= stream.window.limit and cost:
+        if stream.received >= stream.window.limit:
             raise FlowControlViolation(f"{stream!r} went on beyond {stream.window.limit} bytes of credit")
-        if self.received >= self.window.limit and cost:
+        if self.received >= self.window.limit:
             raise FlowControlViolation(f"all streams went on beyond {self.window.limit} bytes of credit")
         stream.received += cost
         self.received += cost

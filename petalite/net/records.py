@@ -57,6 +57,14 @@ class Sealer(_Direction):
             self._advance_key()
         return end
 
+    def sealed(self, plaintext: bytes) -> bytes:
+        """The record of a small `plaintext`, in memory of its own, which is faster than to name some."""
+        box = self._aead.encrypt(self._nonce(self._counter), plaintext, None)
+        self._counter += 1
+        if self._counter == self._rekey_at:
+            self._advance_key()
+        return LENGTH.pack(len(box)) + box
+
 
 class Opener(_Direction):
     """The receiving direction. After one failure it is of no further use: the lane ends."""

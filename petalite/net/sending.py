@@ -75,12 +75,14 @@ class Sender:
         self._turns.offer(stream)
 
     def express(self, stream: Stream, header: bytes, buffers: Sequence[Segment], fin: bool) -> bytes | None:
-        """The record of a small message, if nothing else waits and it has credit; None: `write` it."""
+        """The record of a small message, if nothing else waits and it has credit; None: `write` it.
+
+        What waits on this stream alone has no credit.
+        """
         size, control = len(header) + sum(map(len, buffers)), self.control
         if (
             size >= BLOCK_BYTES
             or self._turns.waiting
-            or stream.outbox
             or stream.send is not SENDING
             or stream.sent >= stream.send_limit
             or self.sent >= self.limit
@@ -95,8 +97,7 @@ class Sender:
             head |= opening(stream.priority) << FLAGS_SHIFT
         if fin:
             head |= _FIN
-            stream.step_send(FINISH)
-            self._sent_all(stream)
+            self._fin(stream)
         frame = HEADER.pack(head, stream.id, size), header, *buffers
         return b"".join((*control.take(), *frame) if control.waiting else frame)
 
@@ -174,6 +175,9 @@ class Sender:
             stream.wants_drained = False
             self._events.append((Event.DRAINED, stream))
         if stream.send is FINISHING:
-            stream.step_send(FIN_STEP)
-            if stream.receive >= RECEIVED:
-                self._over(stream)
+            self._fin(stream)
+
+    def _fin(self, stream: Stream) -> None:
+        stream.step_send(FIN_STEP)
+        if stream.receive >= RECEIVED:
+            self._over(stream)

@@ -38,6 +38,7 @@ class Step(IntEnum):
 SEND_STEPS = MappingProxyType(
     {
         (Send.OPEN, Step.FINISH): Send.FINISHING,
+        (Send.OPEN, Step.FIN): Send.FINISHED,
         (Send.OPEN, Step.RESET): Send.RESET,
         (Send.FINISHING, Step.FIN): Send.FINISHED,
         (Send.FINISHING, Step.RESET): Send.RESET,

@@ -73,6 +73,11 @@ OPEN_1 = frames.encode(FrameType.MESSAGE, 1, flags=frames.opening(2))
             RemoteProtocolError,
             id="a header cut off",
         ),
+        pytest.param(
+            OPEN_1 + frames.encode(FrameType.MESSAGE, 1, flags=FIN, aux=1),
+            RemoteProtocolError,
+            id="a header cut off to nothing",
+        ),
         pytest.param(OPEN_1 + head(1, 9) + message(1, 1), RemoteProtocolError, id="MESSAGE in a message"),
         pytest.param(OPEN_1 + head(1, 9) + head(1, 9), RemoteProtocolError, id="HEAD in a message"),
         pytest.param(
