@@ -138,7 +138,6 @@ class Lane:
         else:
             self._partial, size = None, size - len(self._rest)
             self._work_on(partial, buffer[:size])
-            self._scratch.give_back(memoryview(partial.obj))
 
     def _work_on(self, *pieces: memoryview) -> None:
         """Open the records in the pieces, and tell what they brought."""
@@ -188,7 +187,7 @@ class Lane:
             self._keep_partial(data[position:], PREFIX_BYTES)
 
     def _keep_partial(self, front: memoryview, size: int) -> None:
-        self._partial = self._scratch.borrow()[:size]
+        self._partial = memoryview(bytearray(size))
         self._partial[: len(front)] = front
         self._rest = self._partial[len(front) :]
 
