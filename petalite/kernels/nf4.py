@@ -20,7 +20,7 @@ from torch.nn.functional import linear, pad
 
 from petalite.kernels.frozen import FrozenLinear
 from petalite.kernels.int8 import Int8Linear
-from petalite.kernels.quantized import NF4_BLOCK, NF4_LEVELS, Int8Weight, Nf4Weight, with_fine
+from petalite.kernels.quantized import NF4_BLOCK, NF4_LEVELS, Int8Weight, Nf4Weight, nf4_dense
 
 _GROUP_ROWS = 32
 
@@ -58,6 +58,7 @@ class PackedNf4(FrozenLinear):
         bitsandbytes()
         self._shape = weight.shape
         self._columns = weight.fine_columns
+        self._inputs = weight.inputs()
         self._n_padding = -weight.shape[0] % _GROUP_ROWS
         self._bias = bias
         self._packed = _grouped(pad(weight.codes(), (0, 0, 0, self._n_padding)))
@@ -69,12 +70,7 @@ class PackedNf4(FrozenLinear):
         self._run = torch.ops.bitsandbytes.gemv_4bit.default
 
     def product(self, x: Tensor) -> Tensor:
-        n_in, n_fine = self._shape[1], len(self._columns)
-        if x.shape[1] < n_in:
-            x = pad(x, (0, n_in - x.shape[1]))
-        if n_fine:  # outlier columns come once more, for their second codes
-            x = torch.cat((x, pad(x.index_select(1, self._columns), (0, -n_fine % NF4_BLOCK))), dim=1)
-        x = x.contiguous()
+        x = pad(x, (0, self._shape[1] + 1 - x.shape[1])).index_select(1, self._inputs)
         y: Tensor = self._run(x, self._packed, self._padded_shape, self._scales, self._levels, NF4_BLOCK)
         if self._n_padding:
             y = y[:, : self._shape[0]]
@@ -84,7 +80,7 @@ class PackedNf4(FrozenLinear):
         codes = _ungrouped(self._packed, self._padded_shape[1])
         scales = self._scales.t().float().repeat_interleave(NF4_BLOCK, dim=1)
         values = (self._levels[codes.int()] * scales)[: self._shape[0]]
-        return with_fine(values, self._columns, self._shape[1])
+        return nf4_dense(values, self._columns)
 
 
 def nf4_on(int8: type[Int8Linear]) -> Callable[[Nf4Weight, Tensor | None], Int8Linear]:

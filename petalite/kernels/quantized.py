@@ -119,17 +119,18 @@ class Int8Weight(_Stored):
 
 @dataclass(frozen=True, slots=True)
 class Nf4Weight(_Stored):
-    """w[n, k] = value[n, k] + value[n, K + c] where fine_columns[c] = k, with
+    """Each column's value is scale · level. Columns are in three parts, each filled up with zeros to whole
+    blocks: the outlier columns' first codes, their second codes, which are added to the first, and the
+    others:
 
-        value[n, k] = scales[n, k // 64] · NF4_LEVELS[code of n, k]
+        value[n, i] = scales[n, i // 64] · NF4_LEVELS[code of n, i]
 
-    Two codes a byte, the first in the upper half. K is filled up with zeros to whole blocks, so it may exceed
-    the dense weight's by up to 63; after it come the fine columns' blocks, filled up likewise. There are
-    fine columns for a sixteenth of the inputs and 64 more, in whole blocks: 4.8 bits a weight and 288 a row.
+    Two codes a byte, the first in the upper half. There are outlier columns for a sixteenth of the inputs and
+    64 more, in whole blocks where there are 512 inputs or more: 4.8 bits a weight and 288 a row.
     """
 
-    packed: Tensor  # (N, (K + C) / 2) uint8, where K and C are filled up
-    scales: Tensor  # (N, (K + C) / 64) float32, of either sign
+    packed: Tensor  # (N, (2 C + R) / 2) uint8, C outlier columns and R others, both filled up
+    scales: Tensor  # (N, (2 C + R) / 64) float32, of either sign
     fine_columns: Tensor  # (C,) int64, ascending
 
     NAME: ClassVar[str] = "nf4"
@@ -141,26 +142,28 @@ class Nf4Weight(_Stored):
         shapes = cls.shapes(n_rows, n_columns)
         energy, largest = _columns_of(weight)
         columns = _outlier_columns(energy, largest, shapes["fine_columns"][1][0])
-        importance = _importance(energy)
-        # What is missed of fine columns is coded again, so it does not count in their first codes' blocks.
-        counts = _whole_counts(importance.index_fill(0, columns, 0.0))
-        fine_counts = _whole_counts(importance[columns])
+        order, n_fine = column_order(columns, n_columns), len(columns)
+        importance = _importance(energy)[order]
+        counts, fine_counts = _whole_counts(importance[n_fine:]), _whole_counts(importance[:n_fine])
         packed = torch.empty(shapes["packed"][1], dtype=torch.uint8, device=weight.device)
         scales = torch.empty(shapes["scales"][1], dtype=torch.float32, device=weight.device)
         for place, rows in _float_rows(weight):
-            codes, scale = _nf4(rows, counts)
-            if len(columns):
-                missed = rows - _nf4_values(codes, scale)[:, :n_columns]
-                fine_codes, fine_scale = _nf4(missed[:, columns], fine_counts)
-                codes, scale = torch.cat((codes, fine_codes), 1), torch.cat((scale, fine_scale), 1)
-            packed[place], scales[place] = codes, scale
+            fine, others = rows.index_select(1, order).tensor_split((n_fine,), 1)
+            parts = [_nf4(others, counts)]
+            if n_fine:
+                first = _nf4(fine, fine_counts)
+                missed = fine - _nf4_values(*first)[:, :n_fine]
+                parts = [first, _nf4(missed, fine_counts), *parts]
+            codes, scale = zip(*parts, strict=True)
+            torch.cat(codes, 1, out=packed[place])
+            torch.cat(scale, 1, out=scales[place])
         return cls(packed, scales, columns)
 
     @classmethod
     def shapes(cls, n_out: int, n_in: int) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
         """What `tensors()` of a weight (n_out, n_in) looks like."""
         n_fine = _n_nf4_fine(n_in)
-        n_blocks = -(-n_in // NF4_BLOCK) + -(-n_fine // NF4_BLOCK)
+        n_blocks = 2 * -(-n_fine // NF4_BLOCK) + -(-(n_in - n_fine) // NF4_BLOCK)
         return {
             "packed": (torch.uint8, (n_out, n_blocks * NF4_BLOCK // 2)),
             "scales": (torch.float32, (n_out, n_blocks)),
@@ -169,24 +172,34 @@ class Nf4Weight(_Stored):
 
     @property
     def shape(self) -> tuple[int, int]:
-        """(N, K)."""
-        n_fine_blocks = -(-len(self.fine_columns) // NF4_BLOCK)
-        return self.packed.shape[0], (self.scales.shape[1] - n_fine_blocks) * NF4_BLOCK
+        """(N, K), where K may exceed the dense weight's by up to 63, which fill up the others."""
+        n_fine = len(self.fine_columns)
+        n_other_blocks = self.scales.shape[1] - 2 * -(-n_fine // NF4_BLOCK)
+        return self.packed.shape[0], n_fine + n_other_blocks * NF4_BLOCK
 
     def codes(self) -> Tensor:
-        """(N, K + C) uint8, 0 to 15, where K and C are filled up."""
+        """(N, 2 C + R) uint8, 0 to 15, where C and R are filled up."""
         return torch.stack((self.packed >> 4, self.packed & 15), dim=-1).flatten(1)
+
+    def inputs(self) -> Tensor:
+        """(2 C + R,) int64: the column that each code is of, K where it fills up a block."""
+        n_fine, n_in = len(self.fine_columns), self.shape[1]
+        fine = pad(self.fine_columns, (0, -n_fine % NF4_BLOCK), value=n_in)
+        return torch.cat((fine, fine, column_order(self.fine_columns, n_in)[n_fine:]))
 
     def dense(self) -> Tensor:
         """(N, K) float32."""
-        return with_fine(_nf4_values(self.packed, self.scales), self.fine_columns, self.shape[1])
+        return nf4_dense(_nf4_values(self.packed, self.scales), self.fine_columns)
 
 
-def with_fine(values: Tensor, fine_columns: Tensor, n_in: int) -> Tensor:
-    """An nf4 weight (N, K) of the values (N, K + C) of all its codes."""
-    dense = values[:, :n_in].contiguous()
-    dense[:, fine_columns] += values[:, n_in : n_in + len(fine_columns)]
-    return dense
+def nf4_dense(values: Tensor, fine_columns: Tensor) -> Tensor:
+    """An nf4 weight (N, K) of the values (N, 2 C + R) of all its codes, which are changed."""
+    n_fine = len(fine_columns)
+    n_filled = n_fine + -n_fine % NF4_BLOCK
+    values[:, :n_fine] += values[:, n_filled : n_filled + n_fine]
+    places = column_order(fine_columns, values.shape[1] - 2 * n_filled + n_fine).argsort()
+    places[places >= n_fine] += 2 * n_filled - n_fine
+    return values.index_select(1, places)
 
 
 def _nf4(rows: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:

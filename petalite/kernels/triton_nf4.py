@@ -1,8 +1,8 @@
 """Products with nf4 weights on a GPU, in Triton: codes become levels in registers, for few tokens.
 
-A step takes one block of 64 codes of some rows: half a byte each, the even inputs above, the odd ones below,
-so that two products of 32 inputs take both. Outlier columns come once more behind the inputs, for their
-second codes. Of many tokens the weights are unpacked first, some rows at a time. Imports triton, so it is
+A step takes one block of 64 codes of some rows: half a byte each, the even inputs above, the odd ones
+below, so that two products of 32 inputs take both. Inputs come in the codes' order, those of outlier
+columns twice. Of many tokens the weights are unpacked first, some rows at a time. Imports triton, so it is
 loaded by `kernels.linear` where a GPU is.
 """
 
@@ -47,33 +47,25 @@ def _product(
     y,
     n_tokens,
     n_out,
-    n_in_blocks,
     n_given,
-    n_fine,
     n_blocks,
     HAS_BIAS: tl.constexpr,
     PRECISION: tl.constexpr,
     TOKENS: tl.constexpr,
     OUT: tl.constexpr,
 ):
-    """x (T, n_given), packed (N, blocks · 32) uint8, scales (N, blocks) → y (T, N)."""
+    """x (T, n_given), packed (N, blocks · 32), scales (N, blocks), columns (blocks · 64) → y (T, N)."""
     out = tl.program_id(0) * OUT + tl.arange(0, OUT)
     token = tl.program_id(1) * TOKENS + tl.arange(0, TOKENS)
     row = x + token[:, None].to(tl.int64) * n_given
     there = token[:, None] < n_tokens
     pair = 2 * tl.arange(0, _HALF)
     sums = tl.zeros((TOKENS, OUT), dtype=tl.float32)
-    for block in range(n_in_blocks):
-        at = block * 2 * _HALF + pair[None, :]
-        even = tl.load(row + at, mask=there & (at < n_given), other=0.0)
-        odd = tl.load(row + at + 1, mask=there & (at + 1 < n_given), other=0.0)
-        sums = _of_block(sums, even, odd, packed, scales, levels, out, n_out, n_blocks, block, PRECISION)
-    for block in range(n_in_blocks, n_blocks):
-        at = (block - n_in_blocks) * 2 * _HALF + pair
-        first = tl.load(columns + at, mask=at < n_fine, other=0)[None, :]
-        second = tl.load(columns + at + 1, mask=at + 1 < n_fine, other=0)[None, :]
-        even = tl.load(row + first, mask=there & (at < n_fine)[None, :] & (first < n_given), other=0.0)
-        odd = tl.load(row + second, mask=there & (at + 1 < n_fine)[None, :] & (second < n_given), other=0.0)
+    for block in range(n_blocks):
+        at = block * 2 * _HALF + pair
+        first, second = tl.load(columns + at)[None, :], tl.load(columns + at + 1)[None, :]
+        even = tl.load(row + first, mask=there & (first < n_given), other=0.0)
+        odd = tl.load(row + second, mask=there & (second < n_given), other=0.0)
         sums = _of_block(sums, even, odd, packed, scales, levels, out, n_out, n_blocks, block, PRECISION)
     if HAS_BIAS:
         sums += tl.load(bias + out, mask=out < n_out, other=0.0).to(tl.float32)[None, :]
@@ -86,6 +78,7 @@ class TritonNf4(FrozenLinear):
 
     def __init__(self, weight: Nf4Weight, bias: Tensor | None) -> None:
         self._weight = weight
+        self._inputs = weight.inputs()
         self._bias = bias
         self._levels = torch.tensor(NF4_LEVELS, device=weight.packed.device)
         self.nbytes = weight.nbytes + (bias.nbytes if bias is not None else 0)
@@ -100,9 +93,8 @@ class TritonNf4(FrozenLinear):
             return y
         tokens, out = (16, 32) if n_tokens <= 16 else (32, 64)
         grid = (triton.cdiv(n_out, out), triton.cdiv(n_tokens, tokens))
-        n_in_blocks = weight.shape[1] // NF4_BLOCK
-        sizes = (n_tokens, n_out, n_in_blocks, x.shape[1], len(weight.fine_columns), weight.scales.shape[1])
-        parts = (weight.packed, weight.scales, weight.fine_columns, self._levels)
+        sizes = (n_tokens, n_out, x.shape[1], weight.scales.shape[1])
+        parts = (weight.packed, weight.scales, self._inputs, self._levels)
         with torch.cuda.device_of(x):
             _product[grid](
                 *(x, *parts, self._levels if self._bias is None else self._bias, y, *sizes),

@@ -107,13 +107,14 @@ class QuantizedFrom:
     end: int
 
     FILE: ClassVar[str] = "quantized.json"
+    VERSION: ClassVar[int] = 2  # of it and of the formats
 
     @classmethod
     def parse(cls, value: Mapping[str, Any], *, source: str) -> QuantizedFrom:
         """Raises InvalidCheckpoint."""
         match value:
             case {
-                "version": 1,
+                "version": cls.VERSION,
                 "quant": str(quant),
                 "name": str(name),
                 "model_version": str() | None as version,
@@ -121,14 +122,15 @@ class QuantizedFrom:
             } if quant in FORMATS and 0 <= start < end:
                 return cls(quant, name, version, start, end)
         raise InvalidCheckpoint(
-            f"{source} is not of version 1 or names no format of {', '.join(FORMATS)}; quantize again"
+            f"{source} is not of version {cls.VERSION} or names no format of {', '.join(FORMATS)}; "
+            f"quantize again"
         )
 
     def to_json(self) -> str:
         """The text of quantized.json."""
         blocks = [self.start, self.end]
         about = {"quant": self.quant, "name": self.name, "model_version": self.version, "blocks": blocks}
-        return json.dumps({"version": 1} | about, indent=1)
+        return json.dumps({"version": self.VERSION} | about, indent=1)
 
 
 class Checkpoint:

@@ -3,7 +3,7 @@ from.
 
 A file holds `vector.PART` and, for each linear, `linear.NAME.FIELD` with the fields of its format and
 `bias`. A folder made by `write_folder` also has the checkpoint's config.json and a quantized.json that says
-what it was made from: {"version": 1, "quant", "name", "model_version", "blocks": [start, end]}. Servers of
+what it was made from: {"version": 2, "quant", "name", "model_version", "blocks": [start, end]}. Servers of
 it and of the checkpoint itself have one model id.
 
 In a cache, weights lie as native kernels have them in memory, where these serve: the file's metadata then
@@ -38,7 +38,7 @@ from petalite.model.tensorfile import DTYPES, TensorInfo, read_header, read_meta
 
 logger = logging.getLogger(__name__)
 
-_FORMAT = 3  # of the files; a change of what quantizing gives counts it up
+_FORMAT = 4  # of the files; a change of what quantizing gives counts it up
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 Weight = QuantizedWeight | PackedWeight

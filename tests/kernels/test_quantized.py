@@ -16,7 +16,7 @@ from petalite.kernels.linear import KERNELS, LinearKernel, pick
 from petalite.kernels.native.linears import NativeLinear
 from petalite.kernels.nf4 import PackedNf4
 from petalite.kernels.quantized import FORMATS, NF4_LEVELS, Int8Weight, Nf4Weight, column_order
-from tests.kernels.int8_meaning import int8_meaning
+from tests.kernels.meaning import int8_meaning
 
 CPU = torch.device("cpu")
 INT8 = [
@@ -75,8 +75,8 @@ def test_shapes_are_those_of_what_is_made(name: str, weight: Tensor) -> None:
 
 
 def test_nf4_with_one_factor_has_the_codes_of_bitsandbytes(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The weight's own blocks, and those of what they miss in the fine columns, as a weight by itself, where
-    scales are the largest values; but for values within half a step of the middle of two levels.
+    """Outlier columns, what their first codes miss, and the others, each as a weight by itself, where scales
+    are the largest values; but for values within half a step of the middle of two levels.
     """
     monkeypatch.setattr(quantized, "NF4_FACTORS", (1.0,))
     quantized._nf4_tables.cache_clear()
@@ -84,11 +84,10 @@ def test_nf4_with_one_factor_has_the_codes_of_bitsandbytes(monkeypatch: pytest.M
     weight = torch.randn(48, 576, generator=torch.Generator().manual_seed(3))
     made = Nf4Weight.quantize(weight)
     assert torch.equal(torch.tensor(NF4_LEVELS), functional.get_4bit_type("nf4", device="cpu"))
-    columns, coarse = made.fine_columns, quantized._nf4_values(made.packed[:, :288], made.scales[:, :9])
-    for given, place, blocks in (
-        (weight, slice(288), slice(9)),
-        ((weight - coarse)[:, columns].contiguous(), slice(288, None), slice(9, None)),
-    ):
+    fine, others = weight[:, column_order(made.fine_columns, 576)].tensor_split((128,), 1)
+    first = quantized._nf4_values(made.packed[:, :64].contiguous(), made.scales[:, :2])
+    for given, blocks in ((fine, slice(2)), (fine - first, slice(2, 4)), (others, slice(4, None))):
+        given, place = given.contiguous(), slice(*(at and 32 * at for at in (blocks.start, blocks.stop)))
         packed, state = functional.quantize_4bit(given, blocksize=64, quant_type="nf4")
         theirs = functional.dequantize_4bit(packed, state)
         assert torch.equal(made.scales[:, blocks], state.absmax.view(48, -1))
@@ -107,12 +106,13 @@ def test_nf4_scales_are_the_best_of_those_tried() -> None:
     generator = torch.Generator().manual_seed(7)
     weight = torch.randn(20, 256, generator=generator) * torch.rand(256, generator=generator)
     made = Nf4Weight.quantize(weight)
-    importance = 1 / weight.double().square().mean(0)
-    importance[made.fine_columns] = 0
+    assert len(made.fine_columns) == 64
+    others = column_order(made.fine_columns, 256)[64:]
+    importance = 1 / weight.double().square().mean(0)[others]
     counts = quantized._whole_counts(importance).double()
-    expected = 255 * importance.view(4, 64) / importance.view(4, 64).amax(1, keepdim=True)
-    assert float((counts - expected.clamp(min=1) * (expected > 0)).abs().max()) <= 0.5 + 1e-9
-    blocks, scales = weight.double().view(20, 4, 64), made.scales[:, :4].double()
+    expected = 255 * importance.view(3, 64) / importance.view(3, 64).amax(1, keepdim=True)
+    assert float((counts - expected.clamp(min=1)).abs().max()) <= 0.5 + 1e-9
+    blocks, scales = weight[:, others].double().view(20, 3, 64), made.scales[:, 2:].double()
     largest, levels = blocks.abs().amax(2), torch.tensor(NF4_LEVELS, dtype=torch.float64)
 
     def error(scale: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ from torch import Tensor
 from petalite.kernels import dynamic8, linear, native
 from petalite.kernels.native.linears import NativeLinear
 from petalite.kernels.quantized import FORMATS, Int8Weight, Nf4Weight, column_order
-from tests.kernels.int8_meaning import int8_meaning
+from tests.kernels.meaning import int8_meaning
 
 pytest.importorskip("triton")
 from petalite.kernels import triton_q8

@@ -123,8 +123,8 @@ def test_the_same_bits_however_cut(span: BlockSpan) -> None:
     hidden = noise(LONG, span.config.hidden_size)
     whole = fed(span, hidden, [LONG])
     reference = fed(in_python(span), hidden, [LONG])
-    if span.quant == "int8":  # a digit that falls otherwise counts more than what float32 rounds
-        assert float((whole - reference).norm() / reference.norm()) < 1e-3
+    if span.quant != "none":  # a digit that falls otherwise counts more than what float32 rounds
+        assert float((whole - reference).norm() / reference.norm()) < 5e-3
     else:
         torch.testing.assert_close(whole, reference, rtol=1e-3, atol=1e-3)
     for chunks in ([256, 256, 18], [300, 200, *[1] * 30], [1, 254, 2, 255, 1, 7, 10]):

@@ -94,114 +94,99 @@ inline __m256i dot(__m256i sum, __m256i sizes, __m256i codes, __m256i digits) {
     return _mm256_add_epi32(sum, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
 }
 
-// T tokens of the tile from `from` on, V halves of panels.
-template <int T, int V>
-void int8_halves(const Linear& linear, const Int8Tile& tile, int from, int64_t half, bool once, float* sums) {
-    const Halves halves(linear, half);
-    const int n_tokens = tile.n_tokens;
-    const auto codes_at = [&](int v, int64_t step) {
-        const uint8_t* at = halves.at(v, step * 64, 64);
-        prefetch(at, once);
-        return _mm256_xor_si256(bytes_at(at), _mm256_set1_epi8(int8_t(0x80)));
-    };
-    __m256 total[V][T];
-    __m256i high[V][T], low[V][T];
-    for (int v = 0; v < V; ++v)
-        for (int t = 0; t < T; ++t) high[v][t] = low[v][t] = _mm256_setzero_si256();
-    const int32_t* digits = tile.fine() + from * 2;
-    for (int64_t k = 0; k < tile.n_fine; ++k, digits += n_tokens * 2) {
+// add(v, values, digits, where they are) for each half v and step of a block, which begins at `offset` and has `n_words` of
+// digits a step.
+template <Format F, int V, typename Add>
+inline void over_steps(const Halves& halves, int64_t& offset, int step_bytes, const int32_t* digits, const int32_t* end,
+                       int n_words, bool once, Add add) {
+    const __m256i levels = _mm256_broadcastsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(kNf4Levels)));
+    while (digits < end) {
         for (int v = 0; v < V; ++v) {
-            const __m256i codes = codes_at(v, k * 2), sizes = _mm256_abs_epi8(codes);
-            const __m256i fine = codes_at(v, k * 2 + 1), fine_sizes = _mm256_abs_epi8(fine);
-            for (int t = 0; t < T; ++t) {
-                const __m256i of_high = every(digits[t * 2]);
-                high[v][t] = dot(high[v][t], sizes, codes, of_high);
-                low[v][t] = dot(low[v][t], sizes, codes, every(digits[t * 2 + 1]));
-                low[v][t] = dot(low[v][t], fine_sizes, fine, of_high);
+            const uint8_t* at = halves.at(v, offset, 64);
+            const __m256i codes = bytes_at(at), four = _mm256_set1_epi8(15);
+            prefetch(at, once);
+            if constexpr (F == Format::INT8) {
+                add(v, _mm256_xor_si256(codes, _mm256_set1_epi8(int8_t(0x80))), digits, at);
+            } else {
+                add(v, _mm256_shuffle_epi8(levels, _mm256_and_si256(codes, four)), digits, at);
+                const __m256i upper = _mm256_and_si256(_mm256_srli_epi16(codes, 4), four);
+                add(v, _mm256_shuffle_epi8(levels, upper), digits + n_words, at);
             }
         }
+        offset += F == Format::INT8 ? step_bytes : 64;
+        digits += F == Format::INT8 ? n_words : 2 * n_words;
     }
+}
+
+// What a block's sums come to; on to where the next one begins.
+template <Format F, int T, int V>
+inline void add_block(const Halves& halves, int64_t& offset, const __m256i (*whole)[T], const float* factor,
+                      __m256 (*total)[T]) {
     for (int v = 0; v < V; ++v) {
         for (int t = 0; t < T; ++t) {
-            const __m256i whole = _mm256_add_epi32(_mm256_mullo_epi32(high[v][t], every(254)), low[v][t]);
-            total[v][t] = _mm256_mul_ps(_mm256_cvtepi32_ps(whole), _mm256_set1_ps(tile.fine_factor()[from + t]));
+            __m256 unit = _mm256_set1_ps(factor[t]);
+            if constexpr (F == Format::NF4)
+                unit = _mm256_mul_ps(_mm256_loadu_ps(reinterpret_cast<const float*>(halves.at(v, offset, 64))), unit);
+            total[v][t] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(whole[v][t]), unit, total[v][t]);
         }
     }
-    int64_t step = tile.n_fine * 2;
+    if (F == Format::NF4) offset += 64;
+}
+
+// T tokens of the tile from `from` on, V halves of panels.
+template <Format F, int T, int V>
+void digits_halves(const Linear& linear, const void* memory, int n_tokens, int from, int64_t half, bool once,
+                   float* sums) {
+    const DigitTile tile(linear, memory, n_tokens);
+    const Halves halves(linear, half);
+    int64_t offset = 0;
+    __m256 total[V][T];
+    for (int v = 0; v < V; ++v)
+        for (int t = 0; t < T; ++t) total[v][t] = _mm256_setzero_ps();
+    for (int codes = 0; codes < (F == Format::NF4 ? 2 : 1); ++codes) {
+        for (int64_t b = 0; b < tile.fine_blocks(); ++b) {
+            __m256i high[V][T], low[V][T];
+            for (int v = 0; v < V; ++v)
+                for (int t = 0; t < T; ++t) high[v][t] = low[v][t] = _mm256_setzero_si256();
+            const auto add = [&](int v, __m256i values, const int32_t* digits, const uint8_t* at) {
+                const __m256i sizes = _mm256_abs_epi8(values);
+                for (int t = 0; t < T; ++t) {
+                    high[v][t] = dot(high[v][t], sizes, values, every(digits[t * 2]));
+                    low[v][t] = dot(low[v][t], sizes, values, every(digits[t * 2 + 1]));
+                }
+                if constexpr (F == Format::INT8) {
+                    prefetch(at + 64, once);
+                    const __m256i fine = _mm256_xor_si256(bytes_at(at + 64), _mm256_set1_epi8(int8_t(0x80)));
+                    const __m256i fine_sizes = _mm256_abs_epi8(fine);
+                    for (int t = 0; t < T; ++t) low[v][t] = dot(low[v][t], fine_sizes, fine, every(digits[t * 2]));
+                }
+            };
+            const int32_t* digits = tile.fine(b) + from * 2;
+            over_steps<F, V>(halves, offset, 128, digits, tile.fine_start(b), n_tokens * 2, once, add);
+            for (int v = 0; v < V; ++v)
+                for (int t = 0; t < T; ++t)
+                    low[v][t] = _mm256_add_epi32(_mm256_mullo_epi32(high[v][t], every(254)), low[v][t]);
+            add_block<F, T, V>(halves, offset, low, tile.fine_factor(b) + from, total);
+        }
+    }
     for (int64_t b = 0; b < tile.blocks(); ++b) {
         __m256i whole[V][T];
         for (int v = 0; v < V; ++v)
             for (int t = 0; t < T; ++t) whole[v][t] = _mm256_setzero_si256();
-        digits = tile.block(b) + from;
-        for (int64_t k = 0; k < tile.steps(b); ++k, ++step, digits += n_tokens) {
-            for (int v = 0; v < V; ++v) {
-                const __m256i codes = codes_at(v, step), sizes = _mm256_abs_epi8(codes);
-                for (int t = 0; t < T; ++t) whole[v][t] = dot(whole[v][t], sizes, codes, every(digits[t]));
-            }
-        }
-        const float* factor = tile.factor(b) + from;
-        for (int v = 0; v < V; ++v)
-            for (int t = 0; t < T; ++t)
-                total[v][t] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(whole[v][t]), _mm256_set1_ps(factor[t]), total[v][t]);
+        const auto add = [&](int v, __m256i values, const int32_t* digits, const uint8_t*) {
+            const __m256i sizes = _mm256_abs_epi8(values);
+            for (int t = 0; t < T; ++t) whole[v][t] = dot(whole[v][t], sizes, values, every(digits[t]));
+        };
+        over_steps<F, V>(halves, offset, 64, tile.block(b) + from, tile.start(b), n_tokens, once, add);
+        add_block<F, T, V>(halves, offset, whole, tile.factor(b) + from, total);
     }
     for (int v = 0; v < V; ++v) {
-        const __m256 scale = _mm256_loadu_ps(linear.scale + (half + v) * 8);
         const int64_t which = half % 2 + v;
+        const __m256 scale =
+            F == Format::INT8 ? _mm256_loadu_ps(linear.scale + (half + v) * 8) : _mm256_set1_ps(kNf4Unit);
         for (int t = 0; t < T; ++t)
             _mm256_storeu_ps(sums + (which / 2 * n_tokens + from + t) * kPanelRows + which % 2 * 8,
                              _mm256_mul_ps(total[v][t], scale));
-    }
-}
-
-inline __m256i table(const int8_t* levels) {
-    return _mm256_broadcastsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(levels)));
-}
-
-template <int T, int V>
-void nf4_halves(const Linear& linear, const void* tile, int n_tokens, int from, int64_t half, bool once,
-            float* sums) {
-    const Halves halves(linear, half);
-    const __m256i levels = table(kNf4Levels);
-    __m256 total[V][T];
-    for (int v = 0; v < V; ++v)
-        for (int t = 0; t < T; ++t) total[v][t] = _mm256_setzero_ps();
-    const int32_t* block = static_cast<const int32_t*>(tile);
-    for (int64_t b = 0; b < Nf4Tile::blocks(linear); ++b, block += Nf4Tile::kWords * n_tokens) {
-        __m256i high[V][T], low[V][T];
-        for (int v = 0; v < V; ++v)
-            for (int t = 0; t < T; ++t) high[v][t] = low[v][t] = _mm256_setzero_si256();
-        for (int k = 0; k < 16; k += 2) {
-            for (int v = 0; v < V; ++v) {
-                const uint8_t* at = halves.at(v, b * kNf4BlockBytes + k * 32, 64);
-                __m256i codes = bytes_at(at);
-                prefetch(at, once);
-                for (int part = 0; part < 2; ++part) {
-                    const __m256i places = _mm256_and_si256(codes, _mm256_set1_epi8(15));
-                    const __m256i values = _mm256_shuffle_epi8(levels, places), sizes = _mm256_abs_epi8(values);
-                    const int32_t* digits = block + ((k + part) * n_tokens + from) * 2;
-                    for (int t = 0; t < T; ++t) {
-                        high[v][t] = dot(high[v][t], sizes, values, every(digits[t * 2]));
-                        low[v][t] = dot(low[v][t], sizes, values, every(digits[t * 2 + 1]));
-                    }
-                    codes = _mm256_srli_epi16(codes, 4);
-                }
-            }
-        }
-        const float* factor = reinterpret_cast<const float*>(block + 33 * n_tokens) + from;
-        for (int v = 0; v < V; ++v) {
-            const float* scales = reinterpret_cast<const float*>(halves.at(v, b * kNf4BlockBytes + 512, 64));
-            const __m256 scale = _mm256_loadu_ps(scales);
-            for (int t = 0; t < T; ++t) {
-                const __m256i whole = _mm256_add_epi32(_mm256_mullo_epi32(high[v][t], every(254)), low[v][t]);
-                total[v][t] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(whole),
-                                              _mm256_mul_ps(scale, _mm256_set1_ps(factor[t])), total[v][t]);
-            }
-        }
-    }
-    for (int v = 0; v < V; ++v) {
-        const int64_t which = half % 2 + v;
-        for (int t = 0; t < T; ++t)
-            _mm256_storeu_ps(sums + (which / 2 * n_tokens + from + t) * kPanelRows + which % 2 * 8, total[v][t]);
     }
 }
 
@@ -274,16 +259,14 @@ void float_halves(const Linear& linear, const void* tile, int n_tokens, int from
 
 size_t tile_bytes(const Linear& linear, int n_tokens) {
     switch (linear.format) {
-        case Format::INT8: return Int8Tile::bytes(linear, n_tokens);
-        case Format::NF4: return Nf4Tile::bytes(linear, n_tokens);
+        case Format::INT8:
+        case Format::NF4: return DigitTile::bytes(linear, n_tokens);
         default: return size_t(even(linear.n_in)) * n_tokens * 4;
     }
 }
 
 void prepare(const Linear& linear, const float* x, int64_t x_stride, int n_tokens, void* tile) {
-    const auto run = linear.format == Format::INT8  ? prepare_int8<Avx2>
-                     : linear.format == Format::NF4 ? prepare_nf4<Avx2>
-                                                    : prepare_float;
+    const auto run = has_digits(linear.format) ? prepare_digits<Avx2> : prepare_float;
     run(linear, x, x_stride, n_tokens, tile);
 }
 
@@ -294,9 +277,8 @@ void halves_of(const Linear& linear, const void* tile, int n_tokens, int from, i
         case Format::F32: return float_halves<Format::F32, T, V>(linear, tile, n_tokens, from, half, once, sums);
         case Format::BF16: return float_halves<Format::BF16, T, V>(linear, tile, n_tokens, from, half, once, sums);
         case Format::F16: return float_halves<Format::F16, T, V>(linear, tile, n_tokens, from, half, once, sums);
-        case Format::INT8:
-            return int8_halves<T, V>(linear, Int8Tile(linear, tile, n_tokens), from, half, once, sums);
-        case Format::NF4: return nf4_halves<T, V>(linear, tile, n_tokens, from, half, once, sums);
+        case Format::INT8: return digits_halves<Format::INT8, T, V>(linear, tile, n_tokens, from, half, once, sums);
+        case Format::NF4: return digits_halves<Format::NF4, T, V>(linear, tile, n_tokens, from, half, once, sums);
     }
 }
 

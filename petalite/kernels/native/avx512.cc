@@ -28,8 +28,8 @@ constexpr int kFarAhead = 6144;  // where products leave memory no time to spare
 // products take as long as memory does: both at once only if lines are in the second cache long before.
 template <Format F, int T>
 inline void prefetch(const uint8_t* at, bool once) {
-    if ((T == 1 && F == Format::NF4) || (T <= 2 && F == Format::INT8)) return;
-    if (T >= 4 && F != Format::NF4) return _mm_prefetch(reinterpret_cast<const char*>(at + kFarAhead), _MM_HINT_T1);
+    if (T <= 2 && has_digits(F)) return;
+    if (T >= 4) return _mm_prefetch(reinterpret_cast<const char*>(at + kFarAhead), _MM_HINT_T1);
     const char* line = reinterpret_cast<const char*>(at + kAhead);
     once ? _mm_prefetch(line, _MM_HINT_NTA) : _mm_prefetch(line, _MM_HINT_T0);
 }
@@ -89,111 +89,110 @@ struct Avx512 {
     }
 };
 
-// -- int8 ----------------------------------------------------------------------------------------------------
+// -- whole numbers -------------------------------------------------------------------------------------------
 
-// Of the outlier columns, which have two digits and fine codes.
-template <int T>
-inline const uint8_t* add_outliers(const Int8Tile& tile, const uint8_t* weight, bool once, __m512* total) {
-    __m512i high[T], low[T];  // in registers only where every loop over them is unrolled
-#pragma GCC unroll 12
-    for (int t = 0; t < T; ++t) high[t] = _mm512_setzero_si512(), low[t] = every(tile.fine_start()[t]);
-    const int32_t* digits = tile.fine();
-    for (int64_t k = 0; k < tile.n_fine; ++k, weight += 128, digits += T * 2) {
-        const __m512i codes = line(weight), fine_codes = line(weight + 64);
-        prefetch<Format::INT8, T>(weight, once), prefetch<Format::INT8, T>(weight + 64, once);
-#pragma GCC unroll 12
-        for (int t = 0; t < T; ++t) {
-            high[t] = dot(high[t], codes, digits[t * 2]);
-            low[t] = dot(dot(low[t], codes, digits[t * 2 + 1]), fine_codes, digits[t * 2]);
+// What codes stand for, 128 added. Of nf4 the levels, four times over: a look-up takes six bits, of which two are
+// another code's.
+inline __m512i nf4_values(__m512i codes) {
+    const __m128i once = _mm_loadu_si128(reinterpret_cast<const __m128i*>(kNf4Levels));
+    const __m512i table = _mm512_xor_si512(_mm512_broadcast_i32x4(once), _mm512_set1_epi8(int8_t(0x80)));
+    return _mm512_permutexvar_epi8(codes, table);
+}
+
+// add(values, digits) for each step of a block, which begins at `weight` and has N words of digits a step.
+template <Format F, int T, int N, typename Add>
+inline const uint8_t* over_steps(const uint8_t* weight, int step_bytes, const int32_t* digits, const int32_t* end,
+                                 bool once, Add add) {
+    while (digits < end) {
+        const __m512i codes = line(weight);
+        prefetch<F, T>(weight, once);
+        if constexpr (F == Format::INT8) {
+            add(codes, digits, weight);
+            weight += step_bytes, digits += N;
+        } else {
+            add(nf4_values(codes), digits, weight);
+            add(nf4_values(_mm512_srli_epi16(codes, 4)), digits + N, weight);
+            weight += 64, digits += 2 * N;
         }
-    }
-#pragma GCC unroll 12
-    for (int t = 0; t < T; ++t) {
-        const __m512i most = _mm512_sub_epi32(_mm512_slli_epi32(high[t], 8), _mm512_slli_epi32(high[t], 1));
-        const __m512 whole = _mm512_cvtepi32_ps(_mm512_add_epi32(most, low[t]));  // 254 · high + low
-        total[t] = _mm512_mul_ps(whole, _mm512_set1_ps(tile.fine_factor()[t]));
     }
     return weight;
 }
 
-template <int T>
-void int8_panel(const Linear& linear, const Int8Tile& tile, int64_t panel, bool once, float* sums) {
+// What a block's sums come to, and where the next one begins.
+template <Format F, int T>
+inline const uint8_t* add_block(const uint8_t* weight, const __m512i* whole, const float* factor, bool once,
+                                __m512* total) {
+    __m512 scale;
+    if constexpr (F == Format::NF4) {
+        scale = _mm512_loadu_ps(weight);
+        prefetch<F, T>(weight, once);
+        weight += 64;
+    }
+#pragma GCC unroll 12
+    for (int t = 0; t < T; ++t) {
+        __m512 unit = _mm512_set1_ps(factor[t]);
+        if constexpr (F == Format::NF4) unit = _mm512_mul_ps(scale, unit);
+        total[t] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(whole[t]), unit, total[t]);
+    }
+    return weight;
+}
+
+// Of the outlier columns, which have two digits and fine or second codes.
+template <Format F, int T>
+inline const uint8_t* add_outliers(const DigitTile& tile, const uint8_t* weight, bool once, __m512* total) {
+    for (int codes = 0; codes < (F == Format::NF4 ? 2 : 1); ++codes) {
+        for (int64_t b = 0; b < tile.fine_blocks(); ++b) {
+            __m512i high[T], low[T];  // in registers only where every loop over them is unrolled
+#pragma GCC unroll 12
+            for (int t = 0; t < T; ++t) high[t] = _mm512_setzero_si512(), low[t] = every(tile.fine_start(b)[t]);
+            const auto add = [&](__m512i values, const int32_t* digits, const uint8_t* at) {
+#pragma GCC unroll 12
+                for (int t = 0; t < T; ++t) {
+                    high[t] = dot(high[t], values, digits[t * 2]);
+                    low[t] = dot(low[t], values, digits[t * 2 + 1]);
+                }
+                if constexpr (F == Format::INT8) {
+                    const __m512i fine = line(at + 64);
+                    prefetch<F, T>(at + 64, once);
+#pragma GCC unroll 12
+                    for (int t = 0; t < T; ++t) low[t] = dot(low[t], fine, digits[t * 2]);
+                }
+            };
+            weight = over_steps<F, T, 2 * T>(weight, 128, tile.fine(b), tile.fine_start(b), once, add);
+#pragma GCC unroll 12
+            for (int t = 0; t < T; ++t) {  // 254 · high + low
+                const __m512i most = _mm512_sub_epi32(_mm512_slli_epi32(high[t], 8), _mm512_slli_epi32(high[t], 1));
+                low[t] = _mm512_add_epi32(most, low[t]);
+            }
+            weight = add_block<F, T>(weight, low, tile.fine_factor(b), once, total);
+        }
+    }
+    return weight;
+}
+
+template <Format F, int T>
+void digits_panel(const Linear& linear, const void* memory, int64_t panel, bool once, float* sums) {
+    const DigitTile tile(linear, memory, T);
     __m512 total[T];
-    const uint8_t* weight = add_outliers<T>(tile, linear.weight + panel * panel_bytes(linear), once, total);
+#pragma GCC unroll 12
+    for (int t = 0; t < T; ++t) total[t] = _mm512_setzero_ps();
+    const uint8_t* weight = add_outliers<F, T>(tile, linear.weight + panel * panel_bytes(linear), once, total);
     for (int64_t b = 0; b < tile.blocks(); ++b) {
-        const int32_t *digits = tile.block(b), *start = tile.start(b);
+        const int32_t* start = tile.start(b);
         __m512i whole[T];
 #pragma GCC unroll 12
         for (int t = 0; t < T; ++t) whole[t] = every(start[t]);
-        for (; digits < start; digits += T, weight += 64) {
-            const __m512i codes = line(weight);
-            prefetch<Format::INT8, T>(weight, once);
+        const auto add = [&](__m512i values, const int32_t* digits, const uint8_t*) {
 #pragma GCC unroll 12
-            for (int t = 0; t < T; ++t) whole[t] = dot(whole[t], codes, digits[t]);
-        }
-        const float* factor = tile.factor(b);
-#pragma GCC unroll 12
-        for (int t = 0; t < T; ++t)
-            total[t] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(whole[t]), _mm512_set1_ps(factor[t]), total[t]);
+            for (int t = 0; t < T; ++t) whole[t] = dot(whole[t], values, digits[t]);
+        };
+        weight = over_steps<F, T, T>(weight, 64, tile.block(b), start, once, add);
+        weight = add_block<F, T>(weight, whole, tile.factor(b), once, total);
     }
-    const __m512 scale = _mm512_loadu_ps(linear.scale + panel * kPanelRows);
+    const bool int8 = F == Format::INT8;
+    const __m512 scale = int8 ? _mm512_loadu_ps(linear.scale + panel * kPanelRows) : _mm512_set1_ps(kNf4Unit);
 #pragma GCC unroll 12
     for (int t = 0; t < T; ++t, sums += kPanelRows) _mm512_storeu_ps(sums, _mm512_mul_ps(total[t], scale));
-}
-
-// -- nf4 -----------------------------------------------------------------------------------------------------
-
-// The levels with 128 added, four times over: a look-up takes six bits, of which two are another code's.
-inline __m512i nf4_levels() {
-    const __m128i once = _mm_loadu_si128(reinterpret_cast<const __m128i*>(kNf4Levels));
-    return _mm512_xor_si512(_mm512_broadcast_i32x4(once), _mm512_set1_epi8(int8_t(0x80)));
-}
-
-template <int T>
-void nf4_panel(const Linear& linear, const void* tile, int64_t panel, bool once, float* sums) {
-    constexpr int kChains = T <= 2 ? 2 : 1;  // sums that do not wait for each other, of each digit
-    const int64_t n_blocks = Nf4Tile::blocks(linear);
-    const uint8_t* weight = linear.weight + panel * panel_bytes(linear);
-    const __m512i table = nf4_levels();
-    __m512 total[T];
-    for (int t = 0; t < T; ++t) total[t] = _mm512_setzero_ps();
-    const int32_t* block = static_cast<const int32_t*>(tile);
-    for (int64_t b = 0; b < n_blocks; ++b, weight += kNf4BlockBytes, block += Nf4Tile::kWords * T) {
-        __m512i high[kChains][T], low[kChains][T];
-        for (int c = 0; c < kChains; ++c)
-            for (int t = 0; t < T; ++t) high[c][t] = low[c][t] = _mm512_setzero_si512();
-        for (int k = 0; k < 16; k += 2) {
-            __m512i codes = line(weight + k * 32);
-            prefetch<Format::NF4, T>(weight + k * 32, once);
-            for (int half = 0; half < 2; ++half) {
-                const __m512i values = _mm512_permutexvar_epi8(codes, table);
-                const int32_t* digits = block + (k + half) * T * 2;
-                const int c = half % kChains;
-#pragma GCC unroll 12
-                for (int t = 0; t < T; ++t) {
-                    high[c][t] = dot(high[c][t], values, digits[t * 2]);
-                    low[c][t] = dot(low[c][t], values, digits[t * 2 + 1]);
-                }
-                codes = _mm512_srli_epi16(codes, 4);
-            }
-        }
-        const int32_t* start = block + 32 * T;
-        const float* factor = reinterpret_cast<const float*>(start + T);
-        const __m512 scale = _mm512_loadu_ps(weight + 512);
-        for (int t = 0; t < T; ++t) {
-            __m512i highs = high[0][t], lows = low[0][t];
-            if (kChains > 1) {
-                highs = _mm512_add_epi32(highs, high[kChains - 1][t]);
-                lows = _mm512_add_epi32(lows, low[kChains - 1][t]);
-            }
-            // 254 · high + low + start
-            const __m512i most = _mm512_sub_epi32(_mm512_slli_epi32(highs, 8), _mm512_slli_epi32(highs, 1));
-            const __m512i whole = _mm512_add_epi32(_mm512_add_epi32(most, lows), every(start[t]));
-            const __m512 unit = _mm512_mul_ps(scale, _mm512_set1_ps(factor[t]));
-            total[t] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(whole), unit, total[t]);
-        }
-    }
-    for (int t = 0; t < T; ++t, sums += kPanelRows) _mm512_storeu_ps(sums, total[t]);
 }
 
 // -- floats --------------------------------------------------------------------------------------------------
@@ -272,16 +271,15 @@ void float_panel(const Linear& linear, const void* columns, int64_t panel, bool 
 
 size_t tile_bytes(const Linear& linear, int n_tokens) {
     switch (linear.format) {
-        case Format::INT8: return Int8Tile::bytes(linear, n_tokens);
-        case Format::NF4: return Nf4Tile::bytes(linear, n_tokens);
+        case Format::INT8:
+        case Format::NF4: return DigitTile::bytes(linear, n_tokens);
         case Format::BF16: return size_t(even(linear.n_in)) * n_tokens * 2;
         default: return size_t(even(linear.n_in)) * n_tokens * 4;
     }
 }
 
 void prepare(const Linear& linear, const float* x, int64_t x_stride, int n_tokens, void* tile) {
-    const auto run = linear.format == Format::INT8   ? prepare_int8<Avx512>
-                     : linear.format == Format::NF4  ? prepare_nf4<Avx512>
+    const auto run = has_digits(linear.format)       ? prepare_digits<Avx512>
                      : linear.format == Format::BF16 ? prepare_bf16
                                                      : prepare_float;
     run(linear, x, x_stride, n_tokens, tile);
@@ -293,8 +291,8 @@ void panel_of(const Linear& linear, const void* tile, int64_t panel, bool once, 
         case Format::F32: return float_panel<Format::F32, T>(linear, tile, panel, once, sums);
         case Format::BF16: return float_panel<Format::BF16, T>(linear, tile, panel, once, sums);
         case Format::F16: return float_panel<Format::F16, T>(linear, tile, panel, once, sums);
-        case Format::INT8: return int8_panel<T>(linear, Int8Tile(linear, tile, T), panel, once, sums);
-        case Format::NF4: return nf4_panel<T>(linear, tile, panel, once, sums);
+        case Format::INT8: return digits_panel<Format::INT8, T>(linear, tile, panel, once, sums);
+        case Format::NF4: return digits_panel<Format::NF4, T>(linear, tile, panel, once, sums);
     }
 }
 

@@ -7,9 +7,9 @@
 //   INT8  16 rows × 4 inputs, a byte each, code + 128. Inputs in the order of `columns`: first the outlier columns (64 at most),
 //         filled up to whole steps, after each step its fine codes; then the others.
 //   NF4   16 rows × 8 inputs: row r's byte c holds the code of input 8i + c (lower half) and of 8i + 4 + c. After
-//         each 64 inputs, the 16 rows' scales of that block as float32: 576 bytes a block. After the inputs the
-//         outlier columns' second codes, in the order of `columns`, filled up to whole blocks too.
-// Inputs are filled up with zeros to whole steps, for NF4 to whole blocks. See quantized.py for what codes mean.
+//         each 64 inputs, the 16 rows' scales of that block as float32: 576 bytes a block. Inputs in the order of `columns`:
+//         the outlier columns, once more these for their second codes, and the others, each filled up to whole blocks.
+// Inputs are filled up with zeros to whole steps. See quantized.py for what codes mean.
 #pragma once
 
 #include <cstddef>
@@ -23,14 +23,17 @@ constexpr int kNf4BlockBytes = kPanelRows * kNf4Block / 2 + kPanelRows * 4;
 
 enum class Format : int32_t { F32 = 0, BF16 = 1, F16 = 2, INT8 = 3, NF4 = 4 };
 
+// Whether products are of whole numbers.
+constexpr bool has_digits(Format format) { return format == Format::INT8 || format == Format::NF4; }
+
 // y (T, n_out) = x (T, n_in) · Wᵀ + bias. Filled in by Python (native/linears.py); nothing here is owned.
 struct Linear {
     Format format;
     int32_t n_out, n_in;
-    int32_t n_fine;          // INT8, NF4: outlier columns with a second digit
+    int32_t n_fine;          // INT8, NF4: outlier columns, which have a second digit or code
     const uint8_t* weight;   // panels, `panel_bytes` each
     const float* scale;      // INT8: of each row, filled up to whole panels. Else null
-    const int32_t* columns;  // INT8: (n_in), the outlier columns, then the others. NF4: (n_fine). Each < n_in. Else null
+    const int32_t* columns;  // INT8, NF4: (n_in), the outlier columns, then the others, each < n_in. Else null
     const float* bias;       // (n_out), or null
 };
 
@@ -44,7 +47,8 @@ inline int64_t panel_bytes(Format format, int64_t n_in, int64_t n_fine) {
         case Format::BF16:
         case Format::F16: return (n_in + 1) / 2 * 64;
         case Format::INT8: return ((n_fine + 3) / 4 * 2 + (n_in - n_fine + 3) / 4) * 64;
-        case Format::NF4: return (round_up(n_in, kNf4Block) + round_up(n_fine, kNf4Block)) / kNf4Block * kNf4BlockBytes;
+        case Format::NF4:
+            return (2 * round_up(n_fine, kNf4Block) + round_up(n_in - n_fine, kNf4Block)) / kNf4Block * kNf4BlockBytes;
     }
     return 0;
 }

@@ -9,7 +9,7 @@ namespace petalite {
 
 constexpr float kSmallest = 1e-30f;  // step: keeps zeros from dividing by zero; as in kernels/int8.py
 constexpr float kDigit = 254.0f;
-constexpr float kNf4Unit = 1 / (124.11f * 254);  // what a product of a level and both digits of an input counts in
+constexpr float kNf4Unit = 1 / 124.11f;  // what levels in one digit count in
 
 // The 16 levels of nf4 (quantized.py) in one digit, as the product of bytes takes them: within 0.0037, by mean 0.0018,
 // where what nf4 itself misses is 0.036. Of all scales the one that misses least.
@@ -31,7 +31,7 @@ inline float step_of(uint32_t largest_bits) {
     return step > kSmallest ? step : kSmallest;
 }
 
-// INT8: the inputs but for outlier columns have one digit each, in blocks of 64. A block's step is a whole number of
+// The inputs but for outlier columns have one digit each, in blocks of 64. A block's step is a whole number of
 // units, of which the largest of all these inputs takes kMultiples: so sums of all blocks are whole numbers of units.
 constexpr float kMultiples = 128.0f;
 

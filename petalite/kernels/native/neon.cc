@@ -61,93 +61,87 @@ struct Neon {
 inline int8x16_t every(int32_t word) { return vreinterpretq_s8_s32(vdupq_n_s32(word)); }
 inline int8x16_t codes_at(const uint8_t* at) { return vreinterpretq_s8_u8(veorq_u8(vld1q_u8(at), vdupq_n_u8(0x80))); }
 
-// T tokens of the tile from `from` on, all 16 rows of a panel.
-template <int T>
-void int8_panel(const Linear& linear, const Int8Tile& tile, int from, int64_t panel, float* sums) {
-    const uint8_t* weight = linear.weight + panel * panel_bytes(linear);
-    const int n_tokens = tile.n_tokens;
-    float32x4_t total[kQuarters][T];
-    int32x4_t high[kQuarters][T], low[kQuarters][T];
-    for (int q = 0; q < kQuarters; ++q)
-        for (int t = 0; t < T; ++t) high[q][t] = low[q][t] = vdupq_n_s32(0);
-    const int32_t* digits = tile.fine() + from * 2;
-    for (int64_t k = 0; k < tile.n_fine; ++k, weight += 128, digits += n_tokens * 2) {
-        prefetch(weight), prefetch(weight + 64);
+// add(q, values, digits, where they are) for each quarter q and step of a block, which begins at `weight` and has `n_words`
+// of digits a step. Where the next one begins.
+template <Format F, typename Add>
+inline const uint8_t* over_steps(const uint8_t* weight, int step_bytes, const int32_t* digits, const int32_t* end,
+                                 int n_words, Add add) {
+    const int8x16_t levels = vld1q_s8(kNf4Levels);
+    while (digits < end) {
+        prefetch(weight);
         for (int q = 0; q < kQuarters; ++q) {
-            const int8x16_t codes = codes_at(weight + q * 16), fine_codes = codes_at(weight + 64 + q * 16);
-            for (int t = 0; t < T; ++t) {
-                const int8x16_t of_high = every(digits[t * 2]), of_low = every(digits[t * 2 + 1]);
-                high[q][t] = vdotq_s32(high[q][t], codes, of_high);
-                low[q][t] = vdotq_s32(vdotq_s32(low[q][t], codes, of_low), fine_codes, of_high);
+            const uint8_t* at = weight + q * 16;
+            if constexpr (F == Format::INT8) {
+                add(q, codes_at(at), digits, at);
+            } else {
+                const uint8x16_t both = vld1q_u8(at);
+                add(q, vqtbl1q_s8(levels, vandq_u8(both, vdupq_n_u8(15))), digits, at);
+                add(q, vqtbl1q_s8(levels, vshrq_n_u8(both, 4)), digits + n_words, at);
             }
         }
+        weight += F == Format::INT8 ? step_bytes : 64;
+        digits += F == Format::INT8 ? n_words : 2 * n_words;
     }
+    return weight;
+}
+
+// What a block's sums come to, and where the next one begins.
+template <Format F, int T>
+inline const uint8_t* add_block(const uint8_t* weight, const int32x4_t (*whole)[T], const float* factor,
+                                float32x4_t (*total)[T]) {
     for (int q = 0; q < kQuarters; ++q) {
         for (int t = 0; t < T; ++t) {
-            const int32x4_t whole = vmlaq_n_s32(low[q][t], high[q][t], 254);
-            total[q][t] = vmulq_n_f32(vcvtq_f32_s32(whole), tile.fine_factor()[from + t]);
+            float32x4_t unit = vdupq_n_f32(factor[t]);
+            if constexpr (F == Format::NF4) unit = vmulq_f32(vreinterpretq_f32_u8(vld1q_u8(weight + q * 16)), unit);
+            total[q][t] = vfmaq_f32(total[q][t], vcvtq_f32_s32(whole[q][t]), unit);
+        }
+    }
+    return F == Format::NF4 ? weight + 64 : weight;
+}
+
+// T tokens of the tile from `from` on, all 16 rows of a panel.
+template <Format F, int T>
+void digits_panel(const Linear& linear, const void* memory, int n_tokens, int from, int64_t panel, float* sums) {
+    const DigitTile tile(linear, memory, n_tokens);
+    const uint8_t* weight = linear.weight + panel * panel_bytes(linear);
+    float32x4_t total[kQuarters][T];
+    for (int q = 0; q < kQuarters; ++q)
+        for (int t = 0; t < T; ++t) total[q][t] = vdupq_n_f32(0);
+    for (int codes = 0; codes < (F == Format::NF4 ? 2 : 1); ++codes) {
+        for (int64_t b = 0; b < tile.fine_blocks(); ++b) {
+            int32x4_t high[kQuarters][T], low[kQuarters][T];
+            for (int q = 0; q < kQuarters; ++q)
+                for (int t = 0; t < T; ++t) high[q][t] = low[q][t] = vdupq_n_s32(0);
+            const auto add = [&](int q, int8x16_t values, const int32_t* digits, const uint8_t* at) {
+                for (int t = 0; t < T; ++t) {
+                    const int8x16_t of_high = every(digits[t * 2]);
+                    high[q][t] = vdotq_s32(high[q][t], values, of_high);
+                    low[q][t] = vdotq_s32(low[q][t], values, every(digits[t * 2 + 1]));
+                    if constexpr (F == Format::INT8) low[q][t] = vdotq_s32(low[q][t], codes_at(at + 64), of_high);
+                }
+            };
+            const int32_t* digits = tile.fine(b) + from * 2;
+            weight = over_steps<F>(weight, 128, digits, tile.fine_start(b), n_tokens * 2, add);
+            for (int q = 0; q < kQuarters; ++q)
+                for (int t = 0; t < T; ++t) low[q][t] = vmlaq_n_s32(low[q][t], high[q][t], 254);
+            weight = add_block<F, T>(weight, low, tile.fine_factor(b) + from, total);
         }
     }
     for (int64_t b = 0; b < tile.blocks(); ++b) {
         int32x4_t whole[kQuarters][T];
         for (int q = 0; q < kQuarters; ++q)
             for (int t = 0; t < T; ++t) whole[q][t] = vdupq_n_s32(0);
-        digits = tile.block(b) + from;
-        for (int64_t k = 0; k < tile.steps(b); ++k, weight += 64, digits += n_tokens) {
-            prefetch(weight);
-            for (int q = 0; q < kQuarters; ++q) {
-                const int8x16_t codes = codes_at(weight + q * 16);
-                for (int t = 0; t < T; ++t) whole[q][t] = vdotq_s32(whole[q][t], codes, every(digits[t]));
-            }
-        }
-        const float* factor = tile.factor(b) + from;
-        for (int q = 0; q < kQuarters; ++q)
-            for (int t = 0; t < T; ++t) total[q][t] = vfmaq_n_f32(total[q][t], vcvtq_f32_s32(whole[q][t]), factor[t]);
+        const auto add = [&](int q, int8x16_t values, const int32_t* digits, const uint8_t*) {
+            for (int t = 0; t < T; ++t) whole[q][t] = vdotq_s32(whole[q][t], values, every(digits[t]));
+        };
+        weight = over_steps<F>(weight, 64, tile.block(b) + from, tile.start(b), n_tokens, add);
+        weight = add_block<F, T>(weight, whole, tile.factor(b) + from, total);
     }
     for (int q = 0; q < kQuarters; ++q) {
-        const float32x4_t scale = vld1q_f32(linear.scale + panel * kPanelRows + q * 4);
+        const float32x4_t scale =
+            F == Format::INT8 ? vld1q_f32(linear.scale + panel * kPanelRows + q * 4) : vdupq_n_f32(kNf4Unit);
         for (int t = 0; t < T; ++t) vst1q_f32(sums + (from + t) * kPanelRows + q * 4, vmulq_f32(total[q][t], scale));
     }
-}
-
-template <int T>
-void nf4_panel(const Linear& linear, const void* tile, int n_tokens, int from, int64_t panel, float* sums) {
-    const uint8_t* weight = linear.weight + panel * panel_bytes(linear);
-    const int8x16_t levels = vld1q_s8(kNf4Levels);
-    float32x4_t total[kQuarters][T];
-    for (int q = 0; q < kQuarters; ++q)
-        for (int t = 0; t < T; ++t) total[q][t] = vdupq_n_f32(0);
-    const int32_t* block = static_cast<const int32_t*>(tile);
-    for (int64_t b = 0; b < Nf4Tile::blocks(linear); ++b, weight += kNf4BlockBytes, block += Nf4Tile::kWords * n_tokens) {
-        int32x4_t high[kQuarters][T], low[kQuarters][T];
-        for (int q = 0; q < kQuarters; ++q)
-            for (int t = 0; t < T; ++t) high[q][t] = low[q][t] = vdupq_n_s32(0);
-        for (int k = 0; k < 16; k += 2) {
-            prefetch(weight + k * 32);
-            for (int q = 0; q < kQuarters; ++q) {
-                const uint8x16_t both = vld1q_u8(weight + k * 32 + q * 16);
-                for (int part = 0; part < 2; ++part) {
-                    const uint8x16_t places = part ? vshrq_n_u8(both, 4) : vandq_u8(both, vdupq_n_u8(15));
-                    const int8x16_t values = vqtbl1q_s8(levels, places);
-                    const int32_t* digits = block + ((k + part) * n_tokens + from) * 2;
-                    for (int t = 0; t < T; ++t) {
-                        high[q][t] = vdotq_s32(high[q][t], values, every(digits[t * 2]));
-                        low[q][t] = vdotq_s32(low[q][t], values, every(digits[t * 2 + 1]));
-                    }
-                }
-            }
-        }
-        const float* factor = reinterpret_cast<const float*>(block + 33 * n_tokens) + from;
-        for (int q = 0; q < kQuarters; ++q) {
-            const float32x4_t scale = vreinterpretq_f32_u8(vld1q_u8(weight + 512 + q * 16));
-            for (int t = 0; t < T; ++t) {
-                const int32x4_t whole = vmlaq_n_s32(low[q][t], high[q][t], 254);
-                total[q][t] = vfmaq_f32(total[q][t], vcvtq_f32_s32(whole), vmulq_n_f32(scale, factor[t]));
-            }
-        }
-    }
-    for (int q = 0; q < kQuarters; ++q)
-        for (int t = 0; t < T; ++t) vst1q_f32(sums + (from + t) * kPanelRows + q * 4, total[q][t]);
 }
 
 // -- floats --------------------------------------------------------------------------------------------------
@@ -215,16 +209,14 @@ void float_panel(const Linear& linear, const void* tile, int n_tokens, int from,
 
 size_t tile_bytes(const Linear& linear, int n_tokens) {
     switch (linear.format) {
-        case Format::INT8: return Int8Tile::bytes(linear, n_tokens);
-        case Format::NF4: return Nf4Tile::bytes(linear, n_tokens);
+        case Format::INT8:
+        case Format::NF4: return DigitTile::bytes(linear, n_tokens);
         default: return size_t(even(linear.n_in)) * n_tokens * 4;
     }
 }
 
 void prepare(const Linear& linear, const float* x, int64_t x_stride, int n_tokens, void* tile) {
-    const auto run = linear.format == Format::INT8  ? prepare_int8<Neon>
-                     : linear.format == Format::NF4 ? prepare_nf4<Neon>
-                                                    : prepare_float;
+    const auto run = has_digits(linear.format) ? prepare_digits<Neon> : prepare_float;
     run(linear, x, x_stride, n_tokens, tile);
 }
 
@@ -234,8 +226,8 @@ void panel_of(const Linear& linear, const void* tile, int n_tokens, int from, in
         case Format::F32: return float_panel<Format::F32, T>(linear, tile, n_tokens, from, panel, sums);
         case Format::BF16: return float_panel<Format::BF16, T>(linear, tile, n_tokens, from, panel, sums);
         case Format::F16: return float_panel<Format::F16, T>(linear, tile, n_tokens, from, panel, sums);
-        case Format::INT8: return int8_panel<T>(linear, Int8Tile(linear, tile, n_tokens), from, panel, sums);
-        case Format::NF4: return nf4_panel<T>(linear, tile, n_tokens, from, panel, sums);
+        case Format::INT8: return digits_panel<Format::INT8, T>(linear, tile, n_tokens, from, panel, sums);
+        case Format::NF4: return digits_panel<Format::NF4, T>(linear, tile, n_tokens, from, panel, sums);
     }
 }
 

@@ -1,7 +1,9 @@
 // NEON's products of 2 × 8 by 8 × 2 bytes (ARMv8.6: Graviton 3, Apple M2, Cortex-X2 and later), half as many as dot
-// products for nf4 and for int8 of several tokens. All else is neon.cc's.
+// products for several tokens in int8 and nf4. All else is neon.cc's.
 #if defined(__aarch64__)
 #include <arm_neon.h>
+
+#include <algorithm>
 
 #include "digits.h"
 #include "kernels.h"
@@ -55,98 +57,99 @@ struct Sums {
     int32x4_t second(int n) const { return vuzp2q_s32(pairs[0][n], pairs[1][n]); }
 };
 
-// What the outlier columns, which are few, add to a quarter of a panel.
-template <int T>
-inline void outliers(const Int8Tile& tile, int from, const uint8_t* weight, float32x4_t* total) {
-    int32x4_t high[T], low[T];
-    for (int t = 0; t < T; ++t) high[t] = low[t] = vdupq_n_s32(0);
-    const int32_t* words = tile.fine() + from * 2;
-    for (int64_t k = 0; k < tile.n_fine; ++k, weight += 128, words += tile.n_tokens * 2) {
-        const int8x16_t codes = codes_at(weight), fine = codes_at(weight + 64);
-        for (int t = 0; t < T; ++t) {
-            const int8x16_t of_high = every(words[t * 2]), of_low = every(words[t * 2 + 1]);
-            high[t] = vdotq_s32(high[t], codes, of_high);
-            low[t] = vdotq_s32(vdotq_s32(low[t], codes, of_low), fine, of_high);
+// What codes at `at` stand for, of eight inputs: two steps.
+template <Format F>
+inline void values_at(const uint8_t* at, int step_bytes, int8x16_t* values) {
+    if constexpr (F == Format::INT8) {
+        values[0] = codes_at(at), values[1] = codes_at(at + step_bytes);
+    } else {
+        const int8x16_t levels = vld1q_s8(kNf4Levels);
+        const uint8x16_t both = vld1q_u8(at);
+        values[0] = vqtbl1q_s8(levels, vandq_u8(both, vdupq_n_u8(15)));
+        values[1] = vqtbl1q_s8(levels, vshrq_n_u8(both, 4));
+    }
+}
+
+// A quarter's factor of a block: of nf4 with the rows' scales, which are at `at`.
+template <Format F>
+inline float32x4_t unit_at(const uint8_t* at, float factor) {
+    if constexpr (F == Format::INT8) return vdupq_n_f32(factor);
+    else return vmulq_n_f32(vreinterpretq_f32_u8(vld1q_u8(at)), factor);
+}
+
+// What the outlier columns, which are few, add to a quarter of a panel. Where the others begin.
+template <Format F, int T>
+inline const uint8_t* outliers(const DigitTile& tile, int from, const uint8_t* weight, float32x4_t* total) {
+    for (int t = 0; t < T; ++t) total[t] = vdupq_n_f32(0);
+    for (int codes = 0; codes < (F == Format::NF4 ? 2 : 1); ++codes) {
+        for (int64_t b = 0; b < tile.fine_blocks(); ++b) {
+            int32x4_t high[T], low[T];
+            for (int t = 0; t < T; ++t) high[t] = low[t] = vdupq_n_s32(0);
+            const int32_t* words = tile.fine(b) + from * 2;
+            for (int k = 0; k < tile.fine_steps(b); k += F == Format::NF4 ? 2 : 1) {
+                int8x16_t values[2];
+                if constexpr (F == Format::NF4) values_at<F>(weight, 0, values);
+                else values[0] = codes_at(weight);
+                for (int i = 0; i < (F == Format::NF4 ? 2 : 1); ++i, words += tile.n_tokens * 2) {
+                    for (int t = 0; t < T; ++t) {
+                        const int8x16_t of_high = every(words[t * 2]);
+                        high[t] = vdotq_s32(high[t], values[i], of_high);
+                        low[t] = vdotq_s32(low[t], values[i], every(words[t * 2 + 1]));
+                        if constexpr (F == Format::INT8) low[t] = vdotq_s32(low[t], codes_at(weight + 64), of_high);
+                    }
+                }
+                weight += F == Format::NF4 ? 64 : 128;
+            }
+            for (int t = 0; t < T; ++t)
+                total[t] = vfmaq_f32(total[t], vcvtq_f32_s32(vmlaq_n_s32(low[t], high[t], 254)),
+                                     unit_at<F>(weight, tile.fine_factor(b)[from + t]));
+            if (F == Format::NF4) weight += 64;
         }
     }
-    for (int t = 0; t < T; ++t)
-        total[t] = vmulq_n_f32(vcvtq_f32_s32(vmlaq_n_s32(low[t], high[t], 254)), tile.fine_factor()[from + t]);
+    return weight;
 }
 
 // Two tokens are the columns of one product. Of the last by itself the other column is of whatever words come next in
 // the tile, where a block's starts and factors follow its digits; its sums go nowhere.
-template <int T>
-void int8_panel(const Linear& linear, const void* memory, int n_tokens, int from, int64_t panel, float* sums) {
-    constexpr int kPairs = (T + 1) / 2;
-    const Int8Tile tile(linear, memory, n_tokens);
-    const uint8_t* weight = linear.weight + panel * panel_bytes(linear);
+template <Format F, int T>
+void digits_panel(const Linear& linear, const void* memory, int n_tokens, int from, int64_t panel, float* sums) {
+    constexpr int kPairs = (T + 1) / 2, kBytes = F == Format::INT8 ? 128 : 64;  // of eight inputs
+    const DigitTile tile(linear, memory, n_tokens);
+    const uint8_t *first = linear.weight + panel * panel_bytes(linear), *weight = first;
     float32x4_t total[kQuarters][T];
-    for (int q = 0; q < kQuarters; ++q) outliers<T>(tile, from, weight + q * 16, total[q]);
-    weight += tile.n_fine * 128;
+    for (int q = 0; q < kQuarters; ++q) weight = outliers<F, T>(tile, from, first + q * 16, total[q]) - q * 16;
     for (int64_t b = 0; b < tile.blocks(); ++b) {
         Sums<kPairs> all[kQuarters];
         const int32_t* words = tile.block(b) + from;
-        int8x16_t digits[kPairs];
-        int64_t k = 0;
-        for (; k + 1 < tile.steps(b); k += 2, weight += 128, words += n_tokens * 2) {
-            prefetch(weight), prefetch(weight + 64);
+        int8x16_t digits[kPairs], values[2];
+        int k = 0;
+        for (; k + 1 < tile.steps(b); k += 2, weight += kBytes, words += n_tokens * 2) {
+            prefetch(weight), prefetch(weight + kBytes - 64);
             for (int p = 0; p < kPairs; ++p) digits[p] = digits_at(words + p * 2, words + n_tokens + p * 2);
-            for (int q = 0; q < kQuarters; ++q)
-                all[q].add(codes_at(weight + q * 16), codes_at(weight + 64 + q * 16), digits);
+            for (int q = 0; q < kQuarters; ++q) {
+                values_at<F>(weight + q * 16, 64, values);
+                all[q].add(values[0], values[1], digits);
+            }
         }
-        if (k < tile.steps(b)) {  // the last of all, one more step of four inputs, and none to go with it
+        if (k < tile.steps(b)) {  // int8's last of all, one more step of four inputs, and none to go with it
             const int32_t none[2] = {0, 0};
             for (int p = 0; p < kPairs; ++p) digits[p] = digits_at(words + p * 2, none);
             for (int q = 0; q < kQuarters; ++q) all[q].add(codes_at(weight + q * 16), vdupq_n_s8(0), digits);
         }
-        const float* factor = tile.factor(b) + from;
         for (int q = 0; q < kQuarters; ++q) {
             for (int t = 0; t < T; ++t) {
                 const int32x4_t whole = t % 2 ? all[q].second(t / 2) : all[q].first(t / 2);
-                total[q][t] = vfmaq_n_f32(total[q][t], vcvtq_f32_s32(whole), factor[t]);
+                const float32x4_t unit = unit_at<F>(weight + q * 16, tile.factor(b)[from + t]);
+                total[q][t] = vfmaq_f32(total[q][t], vcvtq_f32_s32(whole), unit);
             }
         }
+        if (F == Format::NF4) weight += 64;
     }
     for (int q = 0; q < kQuarters; ++q) {
-        const float32x4_t scale = vld1q_f32(linear.scale + panel * kPanelRows + q * 4);
+        const float32x4_t scale =
+            F == Format::INT8 ? vld1q_f32(linear.scale + panel * kPanelRows + q * 4) : vdupq_n_f32(kNf4Unit);
         for (int t = 0; t < T; ++t) vst1q_f32(sums + (from + t) * kPanelRows + q * 4, vmulq_f32(total[q][t], scale));
     }
-}
-
-template <int T>
-void nf4_panel(const Linear& linear, const void* tile, int n_tokens, int from, int64_t panel, float* sums) {
-    const uint8_t* weight = linear.weight + panel * panel_bytes(linear);
-    const int8x16_t levels = vld1q_s8(kNf4Levels);
-    float32x4_t total[kQuarters][T];
-    for (int q = 0; q < kQuarters; ++q)
-        for (int t = 0; t < T; ++t) total[q][t] = vdupq_n_f32(0);
-    const int32_t* block = static_cast<const int32_t*>(tile);
-    for (int64_t b = 0; b < Nf4Tile::blocks(linear); ++b, weight += kNf4BlockBytes, block += Nf4Tile::kWords * n_tokens) {
-        Sums<T> all[kQuarters];
-        for (int k = 0; k < 16; k += 2) {
-            prefetch(weight + k * 32);
-            int8x16_t digits[T];
-            for (int t = 0; t < T; ++t) {
-                const int32_t* words = block + (k * n_tokens + from + t) * 2;
-                digits[t] = digits_at(words, words + n_tokens * 2);  // high ones, low ones
-            }
-            for (int q = 0; q < kQuarters; ++q) {
-                const uint8x16_t both = vld1q_u8(weight + k * 32 + q * 16);
-                all[q].add(vqtbl1q_s8(levels, vandq_u8(both, vdupq_n_u8(15))), vqtbl1q_s8(levels, vshrq_n_u8(both, 4)),
-                           digits);
-            }
-        }
-        const float* factor = reinterpret_cast<const float*>(block + 33 * n_tokens) + from;
-        for (int q = 0; q < kQuarters; ++q) {
-            const float32x4_t scale = vreinterpretq_f32_u8(vld1q_u8(weight + 512 + q * 16));
-            for (int t = 0; t < T; ++t) {
-                const int32x4_t whole = vmlaq_n_s32(all[q].second(t), all[q].first(t), 254);
-                total[q][t] = vfmaq_f32(total[q][t], vcvtq_f32_s32(whole), vmulq_n_f32(scale, factor[t]));
-            }
-        }
-    }
-    for (int q = 0; q < kQuarters; ++q)
-        for (int t = 0; t < T; ++t) vst1q_f32(sums + (from + t) * kPanelRows + q * 4, total[q][t]);
 }
 
 size_t tile_bytes(const Linear& linear, int n_tokens) { return neon_kernels.tile_bytes(linear, n_tokens); }
@@ -157,20 +160,18 @@ void prepare(const Linear& linear, const float* x, int64_t x_stride, int n_token
 
 // Of up to as many tokens as have sums of 16 rows that fill half of the 32 registers.
 using Panel = void (*)(const Linear&, const void* tile, int n_tokens, int from, int64_t panel, float* sums);
-constexpr Panel kInt8Panels[4] = {int8_panel<1>, int8_panel<2>, int8_panel<3>, int8_panel<4>};
-constexpr Panel kNf4Panels[2] = {nf4_panel<1>, nf4_panel<2>};
+constexpr int kMost = 4;
+template <Format F>
+constexpr Panel kPanels[kMost] = {digits_panel<F, 1>, digits_panel<F, 2>, digits_panel<F, 3>, digits_panel<F, 4>};
 
 void multiply(const Linear& linear, const void* tile, int n_tokens, int64_t first, int64_t n_panels, bool once,
               float* sums) {
-    const bool int8 = linear.format == Format::INT8;
-    if (int8 ? n_tokens == 1 : linear.format != Format::NF4)
+    if (n_tokens == 1 || !has_digits(linear.format))
         return neon_kernels.multiply(linear, tile, n_tokens, first, n_panels, once, sums);
-    const int most = int8 ? 4 : 2;
+    const Panel* panels = linear.format == Format::INT8 ? kPanels<Format::INT8> : kPanels<Format::NF4>;
     for (int64_t panel = first; panel < first + n_panels; ++panel, sums += n_tokens * kPanelRows) {
-        for (int from = 0; from < n_tokens; from += most) {
-            const int now = n_tokens - from < most ? n_tokens - from : most;
-            (int8 ? kInt8Panels : kNf4Panels)[now - 1](linear, tile, n_tokens, from, panel, sums);
-        }
+        for (int from = 0; from < n_tokens; from += kMost)
+            panels[std::min(n_tokens - from, kMost) - 1](linear, tile, n_tokens, from, panel, sums);
     }
 }
 

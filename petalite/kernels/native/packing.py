@@ -62,7 +62,7 @@ class PackedWeight:
     shape: tuple[int, int]  # K is filled up to whole blocks for nf4, as in `Nf4Weight`
     panels: Tensor  # (ceil(N / 16), bytes of a panel) uint8
     n_fine: int = 0  # int8 and nf4: outlier columns
-    columns: Tensor | None = None  # int8: (K,) int32, outlier columns, then the others; nf4: (C,) int32
+    columns: Tensor | None = None  # int8 and nf4: (K,) int32, outlier columns, then the others
     scales: Tensor | None = None  # int8: (N filled up to whole panels,) float32
 
     @property
@@ -190,9 +190,9 @@ def int8_packed(n_in: int, panels: Tensor, fine_columns: Tensor, scales: Tensor)
 
 
 def nf4_packed(shape: tuple[int, int], panels: Tensor, fine_columns: Tensor) -> PackedWeight:
-    """Of panels and (C,) int64 or int32."""
-    columns = fine_columns.to(torch.int32).contiguous()
-    return PackedWeight(Format.NF4, shape, panels, len(columns), columns)
+    """Of panels and (C,) int64."""
+    columns = column_order(fine_columns, shape[1]).to(torch.int32)
+    return PackedWeight(Format.NF4, shape, panels, len(fine_columns), columns)
 
 
 def _pack_int8(library: Library, weight: Int8Weight) -> PackedWeight:

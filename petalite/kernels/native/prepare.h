@@ -19,31 +19,32 @@ struct DigitSums {
     int32_t high, low;
 };
 
-// 64 inputs with zeros where there are fewer: x[columns[i]], or x[i] where there are no columns.
+// 64 inputs x[columns[i]], with zeros where there are fewer.
 struct Inputs {
     alignas(64) float values[64] = {};
 
     constexpr Inputs() = default;
     Inputs(const float* x, const int32_t* columns, int64_t n) {
-        if (columns) for (int64_t i = 0; i < (n < 64 ? n : 64); ++i) values[i] = x[columns[i]];
-        else std::memcpy(values, x, size_t(n < 64 ? n : 64) * 4);
+        for (int64_t i = 0; i < (n < 64 ? n : 64); ++i) values[i] = x[columns[i]];
     }
 };
 
 template <typename Isa>
-void prepare_int8(const Linear& linear, const float* x, int64_t x_stride, int n_tokens, void* memory) {
+void prepare_digits(const Linear& linear, const float* x, int64_t x_stride, int n_tokens, void* memory) {
     static constexpr Inputs zeros;
-    const Int8Tile tile(linear, memory, n_tokens);
+    const DigitTile tile(linear, memory, n_tokens);
+    const int highs = linear.format == Format::INT8 ? 255 : 254;  // int8's high digits meet fine codes, too
     const int64_t n_rest = linear.n_in - linear.n_fine;
     for (int t = 0; t < n_tokens; ++t, x += x_stride) {
-        const Inputs outliers(x, linear.columns, linear.n_fine);
-        const float step = step_of(Isa::largest(outliers.values));
-        const bool bad = std::isnan(step);
-        const DigitSums sums = Isa::two_digits(bad ? zeros.values : outliers.values, bad ? 1.0f : 1 / step,
-                                               tile.fine() + t * 2, n_tokens * 2, int(tile.n_fine));
-        tile.fine_start()[t] = -128 * (255 * sums.high + sums.low);  // high digits meet fine codes, too
-        tile.fine_factor()[t] = step / kDigit;
-
+        for (int64_t b = 0; b < tile.fine_blocks(); ++b) {
+            const Inputs inputs(x, linear.columns + b * 64, linear.n_fine - b * 64);
+            const float step = step_of(Isa::largest(inputs.values));
+            const bool bad = std::isnan(step);
+            const DigitSums sums = Isa::two_digits(bad ? zeros.values : inputs.values, bad ? 1.0f : 1 / step,
+                                                   tile.fine(b) + t * 2, n_tokens * 2, tile.fine_steps(b));
+            tile.fine_start(b)[t] = -128 * (highs * sums.high + sums.low);
+            tile.fine_factor(b)[t] = step / kDigit;
+        }
         uint32_t largest = 0;
         for (int64_t b = 0; b < tile.blocks(); ++b) {
             const Inputs inputs(x, linear.columns + linear.n_fine + b * 64, n_rest - b * 64);
@@ -59,28 +60,7 @@ void prepare_int8(const Linear& linear, const float* x, int64_t x_stride, int n_
             const float factor = tile.factor(b)[t] = multiple_of(bits, unit) * unit;
             const bool bad = std::isnan(factor);
             tile.start(b)[t] = -128 * Isa::one_digit(bad ? zeros.values : inputs.values, bad ? 1.0f : 1 / factor,
-                                                     tile.block(b) + t, n_tokens, int(tile.steps(b)));
-        }
-    }
-}
-
-template <typename Isa>
-void prepare_nf4(const Linear& linear, const float* x, int64_t x_stride, int n_tokens, void* memory) {
-    static constexpr Inputs zeros;
-    const int64_t n_own = round_up(linear.n_in, kNf4Block) / kNf4Block;
-    for (int t = 0; t < n_tokens; ++t, x += x_stride) {
-        int32_t* block = static_cast<int32_t*>(memory);
-        for (int64_t b = 0; b < Nf4Tile::blocks(linear); ++b, block += Nf4Tile::kWords * n_tokens) {
-            const int64_t own = b * kNf4Block, fine = (b - n_own) * kNf4Block;
-            const Inputs inputs = b < n_own ? Inputs(x + own, nullptr, linear.n_in - own)
-                                            : Inputs(x, linear.columns + fine, linear.n_fine - fine);
-            const float step = step_of(Isa::largest(inputs.values));
-            const bool bad = std::isnan(step);
-            const DigitSums sums = Isa::two_digits(bad ? zeros.values : inputs.values, bad ? 1.0f : 1 / step,
-                                                   block + t * 2, n_tokens * 2, Nf4Tile::kSteps);
-            int32_t* start = block + 32 * n_tokens;
-            start[t] = -128 * (254 * sums.high + sums.low);
-            reinterpret_cast<float*>(start + n_tokens)[t] = step * kNf4Unit;
+                                                     tile.block(b) + t, n_tokens, tile.steps(b));
         }
     }
 }

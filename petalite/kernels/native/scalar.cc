@@ -63,65 +63,62 @@ uint32_t dot4(const uint8_t* codes, int32_t digits) {
     return sum;
 }
 
-void multiply_int8(const Linear& linear, const void* memory, int n_tokens, int64_t first, int64_t n_panels,
-                   float* sums) {
-    const Int8Tile tile(linear, memory, n_tokens);
-    for (int64_t panel = first; panel < first + n_panels; ++panel) {
-        const uint8_t* weight = linear.weight + panel * panel_bytes(linear);
-        const uint8_t* rest = weight + tile.n_fine * 128;
-        for (int t = 0; t < n_tokens; ++t) {
-            for (int r = 0; r < kPanelRows; ++r) {
-                uint32_t high = 0, low = uint32_t(tile.fine_start()[t]);
-                for (int64_t k = 0; k < tile.n_fine; ++k) {
-                    const int32_t* digits = tile.fine() + (k * n_tokens + t) * 2;
-                    high += dot4(weight + k * 128 + r * 4, digits[0]);
-                    low += dot4(weight + k * 128 + r * 4, digits[1]) + dot4(weight + k * 128 + 64 + r * 4, digits[0]);
-                }
-                float sum = float(int32_t(254 * high + low)) * tile.fine_factor()[t];
-                for (int64_t b = 0; b < tile.blocks(); ++b) {
-                    uint32_t whole = uint32_t(tile.start(b)[t]);
-                    for (int64_t k = 0; k < tile.steps(b); ++k)
-                        whole += dot4(rest + (b * Int8Tile::kSteps + k) * 64 + r * 4, tile.block(b)[k * n_tokens + t]);
-                    sum = std::fma(float(int32_t(whole)), tile.factor(b)[t], sum);
-                }
-                *sums++ = sum * linear.scale[panel * kPanelRows + r];
-            }
-        }
+// What row r multiplies with the inputs of a block's step k, 128 added.
+void values_at(Format format, const uint8_t* block, int step_bytes, int k, int r, uint8_t* values) {
+    if (format == Format::INT8) {
+        std::memcpy(values, block + k * step_bytes + r * 4, 4);
+        return;
+    }
+    for (int c = 0; c < 4; ++c) {
+        const uint8_t byte = block[k / 2 * 64 + r * 4 + c];
+        values[c] = uint8_t(kNf4Levels[k % 2 ? byte >> 4 : byte & 15] + 128);
     }
 }
 
-void multiply_nf4(const Linear& linear, const void* memory, int n_tokens, int64_t first, int64_t n_panels,
-                  float* sums) {
-    uint8_t levels[16];
-    for (int i = 0; i < 16; ++i) levels[i] = uint8_t(kNf4Levels[i] + 128);
-    for (int64_t panel = first; panel < first + n_panels; ++panel, sums += n_tokens * kPanelRows) {
-        const uint8_t* weight = linear.weight + panel * panel_bytes(linear);
-        for (int i = 0; i < n_tokens * kPanelRows; ++i) sums[i] = 0;
-        const int32_t* block = static_cast<const int32_t*>(memory);
-        for (int64_t b = 0; b < Nf4Tile::blocks(linear); ++b, weight += kNf4BlockBytes) {
-            const int32_t* start = block + 32 * n_tokens;
-            const float* factor = reinterpret_cast<const float*>(start + n_tokens);
-            for (int t = 0; t < n_tokens; ++t) {
-                for (int r = 0; r < kPanelRows; ++r) {
-                    uint32_t of_high = 0, of_low = 0;
-                    for (int k = 0; k < 16; ++k) {
-                        uint8_t values[4];
-                        for (int c = 0; c < 4; ++c) {
-                            const uint8_t byte = weight[k / 2 * 64 + r * 4 + c];
-                            values[c] = levels[k % 2 ? byte >> 4 : byte & 15];
-                        }
-                        const int32_t* digits = block + (k * n_tokens + t) * 2;
-                        of_high += dot4(values, digits[0]);
-                        of_low += dot4(values, digits[1]);
-                    }
-                    const float scale = load<float>(weight + 512 + r * 4) * factor[t];
-                    const int32_t whole = int32_t(of_high * 254 + of_low + uint32_t(start[t]));
-                    float& sum = sums[t * kPanelRows + r];
-                    sum = std::fma(float(whole), scale, sum);
-                }
+// Row r's product with token t.
+float multiply_row(const Linear& linear, const DigitTile& tile, const uint8_t* block, int r, int t) {
+    const bool int8 = linear.format == Format::INT8;
+    uint8_t values[4];
+    float sum = 0;
+    const auto add = [&](uint32_t whole, float factor) {  // and on to the next block
+        if (int8) sum = std::fma(float(int32_t(whole)), factor, sum);
+        else sum = std::fma(float(int32_t(whole)), load<float>(block + 512 + r * 4) * factor, sum);
+    };
+    for (int codes = 0; codes < (int8 ? 1 : 2); ++codes) {
+        for (int64_t b = 0; b < tile.fine_blocks(); ++b) {
+            uint32_t high = 0, low = uint32_t(tile.fine_start(b)[t]);
+            for (int k = 0; k < tile.fine_steps(b); ++k) {
+                const int32_t* digits = tile.fine(b) + (k * tile.n_tokens + t) * 2;
+                values_at(linear.format, block, 128, k, r, values);
+                high += dot4(values, digits[0]);
+                low += dot4(values, digits[1]);
+                if (int8) low += dot4(block + k * 128 + 64 + r * 4, digits[0]);
             }
-            block += Nf4Tile::kWords * n_tokens;
+            add(254 * high + low, tile.fine_factor(b)[t]);
+            block += int8 ? tile.fine_steps(b) * 128 : kNf4BlockBytes;
         }
+    }
+    for (int64_t b = 0; b < tile.blocks(); ++b) {
+        uint32_t whole = uint32_t(tile.start(b)[t]);
+        for (int k = 0; k < tile.steps(b); ++k) {
+            values_at(linear.format, block, 64, k, r, values);
+            whole += dot4(values, tile.block(b)[k * tile.n_tokens + t]);
+        }
+        add(whole, tile.factor(b)[t]);
+        block += int8 ? tile.steps(b) * 64 : kNf4BlockBytes;
+    }
+    return sum;
+}
+
+void multiply_digits(const Linear& linear, const void* memory, int n_tokens, int64_t first, int64_t n_panels,
+                     float* sums) {
+    const DigitTile tile(linear, memory, n_tokens);
+    for (int64_t panel = first; panel < first + n_panels; ++panel) {
+        const uint8_t* weight = linear.weight + panel * panel_bytes(linear);
+        for (int t = 0; t < n_tokens; ++t)
+            for (int r = 0; r < kPanelRows; ++r)
+                *sums++ = multiply_row(linear, tile, weight, r, t) *
+                          (linear.format == Format::INT8 ? linear.scale[panel * kPanelRows + r] : kNf4Unit);
     }
 }
 
@@ -165,24 +162,20 @@ void multiply_float(const Linear& linear, const void* memory, int n_tokens, int6
 
 size_t tile_bytes(const Linear& linear, int n_tokens) {
     switch (linear.format) {
-        case Format::INT8: return Int8Tile::bytes(linear, n_tokens);
-        case Format::NF4: return Nf4Tile::bytes(linear, n_tokens);
+        case Format::INT8:
+        case Format::NF4: return DigitTile::bytes(linear, n_tokens);
         default: return size_t(even(linear.n_in)) * n_tokens * 4;
     }
 }
 
 void prepare(const Linear& linear, const float* x, int64_t x_stride, int n_tokens, void* tile) {
-    const auto run = linear.format == Format::INT8  ? prepare_int8<Scalar>
-                     : linear.format == Format::NF4 ? prepare_nf4<Scalar>
-                                                    : prepare_float;
+    const auto run = has_digits(linear.format) ? prepare_digits<Scalar> : prepare_float;
     run(linear, x, x_stride, n_tokens, tile);
 }
 
 void multiply(const Linear& linear, const void* tile, int n_tokens, int64_t first, int64_t n_panels, bool,
               float* sums) {
-    const auto run = linear.format == Format::INT8  ? multiply_int8
-                     : linear.format == Format::NF4 ? multiply_nf4
-                                                    : multiply_float;
+    const auto run = has_digits(linear.format) ? multiply_digits : multiply_float;
     run(linear, tile, n_tokens, first, n_panels, sums);
 }
 

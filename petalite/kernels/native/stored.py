@@ -47,7 +47,7 @@ def packed_weight(form: Form, n_out: int, n_in: int, tensors: Mapping[str, Tenso
     check_columns(columns, len(columns), n_in)
     if form is Int8Weight:
         return int8_packed(n_in, panels, columns, tensors["scales"])
-    return nf4_packed((n_out, n_in + -n_in % NF4_BLOCK), panels, columns)
+    return nf4_packed((n_out, n_in + (len(columns) - n_in) % NF4_BLOCK), panels, columns)
 
 
 def layout(library: Library, form: Form) -> str:
