@@ -132,10 +132,14 @@ def _using(found: Library, name: str) -> Iterator[None]:
 
 
 def _medians(works: dict[str, Callable[[], object]], rounds: int) -> dict[str, float]:
-    """Seconds of each, taken in turns."""
+    """Seconds of each, taken in turns, the second time: while the first runs, threads of the one before it
+    stop spinning (torch's do after some milliseconds, which cost one token's product at two threads a
+    third).
+    """
     samples: dict[str, list[float]] = {name: [] for name in works}
     for _ in range(rounds + 1):  # the first is warming up
         for name, work in works.items():
+            work()
             began_s = time.perf_counter()
             work()
             samples[name].append(time.perf_counter() - began_s)
