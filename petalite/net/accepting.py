@@ -49,7 +49,11 @@ class Acceptor:
         """Accept connections there; the addresses with the actual ports."""
         bound = []
         for family, *_, sockaddr in await resolve(address):
-            listener = _listener(family, sockaddr, address)
+            try:
+                listener = socket.create_server(sockaddr, family=family, backlog=_BACKLOG)
+            except OSError as error:
+                raise InvalidAddress(f"cannot listen on {address}: {error.strerror or error}") from error
+            listener.setblocking(False)
             self._tasks.append(self._spawn(self._accept(listener)))
             bound.append(multiaddr_of(listener.getsockname()))
         return bound
@@ -106,21 +110,6 @@ class Acceptor:
             reason = str(error) or "it took too long"
             self._journal.note("handshake:failed", code=ErrorCode.PROTOCOL, reason=reason, address=address)
             self._gate.reputation.blame(prefix_of(address), _POINTS.get(type(error), 0.0), monotonic())
-
-
-def _listener(family: int, sockaddr: Any, address: Multiaddr) -> socket.socket:
-    listener = socket.socket(family, socket.SOCK_STREAM)
-    try:
-        listener.setblocking(False)
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        if family == socket.AF_INET6:
-            listener.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
-        listener.bind(sockaddr)
-        listener.listen(_BACKLOG)
-    except OSError as error:
-        listener.close()
-        raise InvalidAddress(f"cannot listen on {address}: {error.strerror or error}") from error
-    return listener
 
 
 def claimed_addresses(hello: Hello, seen: Multiaddr) -> list[Multiaddr]:

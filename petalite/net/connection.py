@@ -13,37 +13,16 @@ from collections.abc import Callable
 from types import MappingProxyType
 
 from petalite.errors import ErrorCode, Flood, LocalProtocolError, RemoteProtocolError, StreamLimitExceeded
+from petalite.net import frames
 from petalite.net.credit import Windows
-from petalite.net.frames import (
-    FIN,
-    HEADER_BYTES,
-    MAX_DATA_BYTES,
-    OPENING,
-    U32,
-    U64,
-    FrameType,
-    check,
-    decode_reason,
-    encode,
-    encode_reason,
-)
+from petalite.net.frames import HEADER_BYTES, MAX_DATA_BYTES, U32, U64, FrameType, encode
 from petalite.net.limits import TokenBucket
 from petalite.net.receiving import Receiver
 from petalite.net.sending import FLAGS_SHIFT, HEADER, Sender
-from petalite.net.states import (
-    CLOSED,
-    OPENED,
-    RECEIVED,
-    SENDING,
-    SENT,
-    STATE_STEPS,
-    TAKING,
-    Event,
-    State,
-)
+from petalite.net.states import CLOSED, OPENED, RECEIVED, SENDING, SENT, STATE_STEPS, TAKING, Event, State
 from petalite.net.streams import PRIORITIES, Priority, Stream
 
-_FIN, _OPENING = FIN << FLAGS_SHIFT, OPENING << FLAGS_SHIFT
+_FIN, _OPENING = frames.FIN << FLAGS_SHIFT, frames.OPENING << FLAGS_SHIFT
 _NOT_MESSAGE = ~(_FIN | _OPENING | 0xFFFF)  # what a MESSAGE, which is type 0, has none of
 
 MAX_OPENED = 0x7FFF_FFFF  # that one end opens in a connection's life: ids have 32 bits
@@ -82,12 +61,12 @@ class Connection:
     def goaway(self, code: int, reason: str) -> None:
         """Take no more streams from the peer and open none; those that are open go on."""
         self._step("goaway")
-        self.sender.control.send(encode(FrameType.GOAWAY, payload=encode_reason(code, reason)))
+        self.sender.control.send(encode(FrameType.GOAWAY, payload=frames.encode_reason(code, reason)))
 
     def close(self, code: int, reason: str) -> None:
         """End everything; the peer hears why."""
         if self.state is not CLOSED:
-            self.sender.control.send(encode(FrameType.CLOSE, payload=encode_reason(code, reason)))
+            self.sender.control.send(encode(FrameType.CLOSE, payload=frames.encode_reason(code, reason)))
         self._step("close")
 
     def _step(self, step: str) -> None:
@@ -174,7 +153,7 @@ class Connection:
             if head & _NOT_MESSAGE == 0 != stream_id and length <= MAX_DATA_BYTES and position <= end:
                 self._on_message(stream_id, head, plain[begin:position])
                 continue
-            kind = check(head >> 24, head >> FLAGS_SHIFT & 0xFF, head & 0xFFFF, stream_id, length)
+            kind = frames.check(head >> 24, head >> FLAGS_SHIFT & 0xFF, head & 0xFFFF, stream_id, length)
             if position > end:
                 raise RemoteProtocolError(f"a record ends inside a frame of type {head >> 24:#04x}")
             if kind is not None:
@@ -279,11 +258,11 @@ class Connection:
             self.receiver.rtt_s += (max(0.0, sample_s) - self.receiver.rtt_s) / 8  # RFC 6298
 
     def _on_close(self, _stream_id: int, _head: int, payload: memoryview) -> None:
-        self.close_code, self.close_reason = decode_reason(payload)
+        self.close_code, self.close_reason = frames.decode_reason(payload)
         self._step("close")
 
     def _on_goaway(self, _stream_id: int, _head: int, payload: memoryview) -> None:
-        self.close_code, self.close_reason = decode_reason(payload)
+        self.close_code, self.close_reason = frames.decode_reason(payload)
         self.peer_left = True
         self.events.append((Event.ROOM, None))
 

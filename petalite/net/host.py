@@ -300,7 +300,9 @@ class Host:
         priority: Priority = Priority.NORMAL,
     ) -> Message:
         """One request, one answer, dialling included. Raises what the peer raised, as its class."""
-        call = await self._begin(peer, method, body, buffers, timeout_s, priority, fin=True)
+        call = await self.open(
+            peer, method, body, buffers, timeout_s=timeout_s, priority=priority, finished=True
+        )
         try:
             return await call.receive() or Message()
         finally:
@@ -315,27 +317,13 @@ class Host:
         *,
         timeout_s: float | None = None,
         priority: Priority = Priority.NORMAL,
+        finished: bool = False,
     ) -> Call:
-        """A call that goes on: `async with await host.open(…) as call`, or its owner must `end` it."""
-        call = await self._begin(peer, method, body, buffers, timeout_s, priority, fin=False)
-        try:
-            await call.sent()
-        except BaseException:
-            call.end()
-            raise
-        return call
+        """A call that goes on: `async with await host.open(…) as call`, or its owner must `end` it.
 
-    async def _begin(
-        self,
-        peer: Peer,
-        method: str,
-        body: Body,
-        buffers: Sequence[Buffer],
-        timeout_s: float | None,
-        priority: Priority,
-        fin: bool,
-    ) -> Call:
-        """Send a request to the peer, dialled if need be; with `fin`, as the only message."""
+        On return the request's buffers are the caller's again. `finished`: there is nothing else to send;
+        then they are when the answer is here.
+        """
         link = self._usable_link(peer)
         if link is None:
             began_at = monotonic()
@@ -348,7 +336,13 @@ class Host:
         header, segments = messages.encode([REQUEST, body or {}, None, method, deadline_ms], buffers)
         call = Call(link, lane, lane.connection.open_stream(priority), method)
         call.set_deadline(timeout_s)
-        lane.write(call.stream, header, segments, fin)
+        lane.write(call.stream, header, segments, finished)
+        if not finished:
+            try:
+                await call.sent()
+            except BaseException:
+                call.end()
+                raise
         return call
 
     def _usable_link(self, peer: Peer) -> Link | None:

@@ -10,24 +10,15 @@ from collections.abc import Callable, Sequence
 from struct import Struct
 
 from petalite.errors import LocalProtocolError
-from petalite.net.frames import (
-    BLOCK_BYTES,
-    FIN,
-    MAX_DATA_BYTES,
-    MESSAGE_COST,
-    U32,
-    U64,
-    FrameType,
-    encode,
-    opening,
-)
+from petalite.net import frames
+from petalite.net.frames import BLOCK_BYTES, MAX_DATA_BYTES, MESSAGE_COST, U32, U64, FrameType, encode
 from petalite.net.scheduling import Batch, ControlQueue, Turns
 from petalite.net.states import FIN_STEP, FINISH, FINISHING, RECEIVED, SENDING, SENT, Event, Step
 from petalite.net.streams import Priority, Segment, Stream
 
 FLAGS_SHIFT = 16  # a frame's header with type, flags and aux as one number
 HEADER = Struct(">III")
-_FIN = FIN << FLAGS_SHIFT
+_FIN = frames.FIN << FLAGS_SHIFT
 _MESSAGE, _HEAD, _BLOCK = (kind << 24 for kind in (FrameType.MESSAGE, FrameType.HEAD, FrameType.BLOCK))
 _FRAME_OVERHEAD_BYTES = 64  # at most: its header, and that of the record which a BLOCK ends, and its own
 _EXPRESS_CONTROL = 64  # control frames that fit into a record in front of a small message
@@ -53,7 +44,7 @@ class Sender:
 
     def open(self, stream: Stream) -> None:
         """Tell the peer of a new stream: in its first message if that is written next, and is small."""
-        stream.opening = encode(FrameType.MESSAGE, stream.id, flags=opening(stream.priority))
+        stream.opening = encode(FrameType.MESSAGE, stream.id, flags=frames.opening(stream.priority))
         self.control.send(stream.opening)
 
     def write(
@@ -94,7 +85,7 @@ class Sender:
         self.sent += cost
         head = _MESSAGE | len(header)
         if control.waiting and control.recall(stream.opening):
-            head |= opening(stream.priority) << FLAGS_SHIFT
+            head |= frames.opening(stream.priority) << FLAGS_SHIFT
         if fin:
             head |= _FIN
             self._fin(stream)
