@@ -394,9 +394,11 @@ class Call:
             self.end(keep_queued=True)
 
     async def _serve(self) -> None:
-        if self.stream.receive is RECEIVING:  # most requests are here as a whole, and need no timer
+        request = self._poll()  # most are here as a whole
+        if request is None:
             self.set_deadline(REQUEST_TIMEOUT_S)
-        request, method = await self.receive(), self._served
+            request = await self.receive()
+        method = self._served
         if request is None or method is None:
             raise BadMessage("a call without a request")
         self.request, self._begun = request, True
@@ -420,7 +422,8 @@ class Call:
             return
         message = reply if isinstance(reply, Message) else Message(reply)
         self._write([MESSAGE, message.body, None], message.buffers, fin=True)
-        await self.sent()
+        if self.stream.queued:
+            await self.sent()
 
     def _tell(self, error: PetaliteError) -> None:
         """Let the peer know why its call failed, if it can still hear it."""
