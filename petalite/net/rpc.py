@@ -361,7 +361,12 @@ class Call:
         told = self._wake(error)
         if self._waiter is not None and not self._waiter.done():
             self._waiter.set_exception(error)
-        elif not told and self.task is not None and self.task is not asyncio.current_task(self._link.loop):
+        elif (
+            self.task is not None
+            and self._begun  # else it looks for an error itself, and a task that did not run would not `end`
+            and not told
+            and self.task is not asyncio.current_task(self._link.loop)
+        ):
             self.task.cancel()
 
     def _wake(self, error: PetaliteError | None) -> bool:
@@ -401,6 +406,8 @@ class Call:
         method = self._served
         if request is None or method is None:
             raise BadMessage("a call without a request")
+        if self._error is not None:
+            raise self._error
         self.request, self._begun = request, True
         if method.running >= method.policy.max_concurrent:
             raise ResourceLimit(f"{self.method!r} already runs {method.running} calls")

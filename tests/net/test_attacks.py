@@ -346,6 +346,29 @@ async def test_ten_thousand_opens_and_resets(host: Host) -> None:
     await eventually(lambda: not host._handlers)
 
 
+@pytest.mark.parametrize("frame", [FrameType.RESET_STREAM, FrameType.STOP_SENDING])
+async def test_a_call_given_up_before_its_handler_began_is_forgotten(host: Host, frame: FrameType) -> None:
+    """In the same record as it began: the handler never runs, and the stream ends."""
+    ran: list[object] = []
+
+    async def handler(call: Call) -> None:
+        ran.append(call)
+
+    host.serve("never", handler)
+    async with attacker(host) as enemy:
+        await enemy.send(
+            open_stream(1)
+            + message(1, request("never"), fin=frame is FrameType.STOP_SENDING)
+            + encode(frame, 1, U32.pack(7))
+            + open_stream(3)
+            + message(3, request("echo"), fin=True)
+        )
+        await eventually(lambda: host.is_connected(enemy.identity.peer_id))
+        connection = host._links[enemy.identity.peer_id].lanes[0].connection
+        await eventually(lambda: connection._peer_ended == 2)
+    assert not ran
+
+
 async def test_a_peer_that_provokes_answers_and_never_reads(host: Host) -> None:
     """rust-yamux CVE-2024-32984: what waits for it has a bound, in frames and in bytes."""
     async with attacker(host) as enemy:
