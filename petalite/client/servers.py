@@ -31,7 +31,6 @@ from petalite.swarm.messages import (
     FROM_SERVER,
     SESSION_METHOD,
     FromClient,
-    FromServer,
     LinkDown,
     OpenSession,
     Probe,
@@ -197,15 +196,16 @@ class RemoteHop:
 
     async def _read(self) -> None:
         error: PetaliteError = ConnectionLost("the server ended the session unasked")
+        self._call.eager = self._heard
         try:
             while (message := await self._call.receive()) is not None:
-                self._heard(read(FROM_SERVER, message.body), message)
+                self._heard(message)
         except PetaliteError as failure:
             error = failure
         self._listener.lost(error)
 
-    def _heard(self, said: FromServer, message: Message) -> None:
-        match said:
+    def _heard(self, message: Message) -> bool:
+        match said := read(FROM_SERVER, message.body):
             case StepDone():
                 if len(message.buffers) > 1:
                     raise BadMessage(f"an answer carries one buffer, found {len(message.buffers)}")
@@ -216,3 +216,4 @@ class RemoteHop:
             case Progress():
                 if self._probed is not None and not self._probed.done():
                     self._probed.set_result(said)
+        return True

@@ -79,8 +79,9 @@ class Call:
 
     # fmt: off
     __slots__ = (
-        "_begun", "_body", "_deadline", "_error", "_header", "_lane", "_link", "_methods", "_senders",
-        "_served", "_timeout_s", "_timer", "_waiter", "method", "request", "stream", "task",
+        "_begun", "_body", "_deadline", "_error", "_header", "_lane", "_left", "_link", "_methods",
+        "_senders", "_served", "_timeout_s", "_timer", "_waiter", "eager", "method", "request", "stream",
+        "task",
     )
     # fmt: on
     request: Message  # the server's end: the call's first message
@@ -104,6 +105,10 @@ class Call:
         self._body: memoryview | None = None  # into memory that was set aside for them
         self._error: PetaliteError | None = None
         self._waiter: asyncio.Future[None] | None = None  # of whom receives
+        # While `receive` waits, takes messages inside the event that brings them, a turn of the loop sooner;
+        # what it returns False for, `receive` returns, and what it raises, `receive` raises.
+        self.eager: Callable[[Message], bool] | None = None
+        self._left: Message | None = None  # by it
         self._senders: list[asyncio.Future[None]] | None = None  # of those whose messages are not all sent
         self._timeout_s: float | None = None
         self._deadline: float | None = None  # on the loop's clock
@@ -158,7 +163,7 @@ class Call:
     async def receive(self) -> Message | None:
         """The next message; None when the peer has finished."""
         try:
-            while (message := self._poll()) is None:
+            while (message := self._left or self._poll()) is None:
                 if self._error is not None:
                     raise self._error
                 if self.stream.receive is RECEIVED:
@@ -174,6 +179,7 @@ class Call:
             if self._begun:
                 self.cancel(bad.code)
             raise
+        self._left = None
         return message
 
     async def finish(self) -> None:
@@ -214,7 +220,7 @@ class Call:
         if self._body is not None:
             self._release()
         stream, connection = self.stream, self._lane.connection
-        stream.owner = None
+        stream.owner = self.eager = None
         self._error = self._error or Cancelled("the call is over")
         if stream.send >= SENT and stream.receive >= RECEIVED and not stream.inbox:
             return  # as most calls end
@@ -229,7 +235,7 @@ class Call:
         """What happened to the call's stream."""
         if event is READABLE:
             if self._waiter is not None and not self._waiter.done():
-                self._waiter.set_result(None)
+                self._arrived(self._waiter)
         elif event is Event.DRAINED:
             self._wake(None)
         elif event is Event.RESET:
@@ -247,6 +253,19 @@ class Call:
         self._fail(ConnectionLost(f"{self.peer.short()}: {error}") if lost else error)
 
     # -- within ------------------------------------------------------------------------------------
+
+    def _arrived(self, waiter: asyncio.Future[None]) -> None:
+        """Messages, or a part of one, or the end, while somebody waits in `receive`."""
+        try:
+            while self.eager is not None and (message := self._poll()) is not None:
+                if not self.eager(message):
+                    self._left = message
+                    break
+        except Exception as error:
+            waiter.set_exception(error)
+            return
+        if not waiter.done() and (self.eager is None or self._left or self.stream.receive is RECEIVED):
+            waiter.set_result(None)
 
     def _by_peer(self, did: str) -> str:
         return f"{self.peer.short()} {did} the call to {self.method!r}"

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -129,6 +130,7 @@ class Session:
 
     async def _listen(self) -> None:
         """The client's stream, to its end."""
+        self.call.eager = self._take
         while (message := await self.call.receive()) is not None:
             command = read(FROM_CLIENT, message.body)
             match command:
@@ -149,6 +151,14 @@ class Session:
                 case Probe():
                     await self._send(self.call, write(Progress(self._received, self._sent)))
 
+    def _take(self, message: Message) -> bool:
+        """A decode step that there is room for: by far the most of what comes."""
+        command = None if len(self._inbox) else read(FROM_CLIENT, message.body)
+        if not isinstance(command, Step):
+            return False
+        self._accept(command, message)
+        return True
+
     def _check_count(self) -> None:
         if len(self._inbox) >= INBOX_STEPS:
             raise ResourceLimit(f"{len(self._inbox)} steps wait here; send no more before some are answered")
@@ -156,8 +166,15 @@ class Session:
     async def follow(self, call: Call) -> None:
         """Take steps from a predecessor that named our token, until it ends or another takes its place."""
         self.take_place(call)
+        call.eager = partial(self._take_push, call)
         while (message := await call.receive()) is not None:
             await self.push(call, message)
+
+    def _take_push(self, source: Onward, message: Message) -> bool:
+        if len(self._inbox) or self._predecessor is not source:
+            return False
+        self._accept(read({Step.KIND: Step}, message.body), message)
+        return True
 
     def take_place(self, source: Onward) -> None:
         """From now on `source` is the predecessor; the one before is cut off."""

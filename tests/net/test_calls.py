@@ -20,7 +20,7 @@ from petalite.errors import (
     SessionGap,
     UnknownMethod,
 )
-from petalite.net import Call, Host, MethodPolicy, Priority
+from petalite.net import Call, Host, Message, MethodPolicy, Priority
 from petalite.net.schema import between
 
 from .hosts import Watched, echo
@@ -100,6 +100,44 @@ async def test_server_stream_and_client_stream(two: tuple[Host, Host]) -> None:
         reply = await call.receive()
         assert reply is not None
         assert reply.body == {"total": sum(range(500))}
+
+
+async def test_eager_takes_what_comes_while_somebody_waits(two: tuple[Host, Host]) -> None:
+    """In the stream's order, whoever takes them; what it raises, and the end, come to who waits."""
+    caller, server = two
+    eager: list[int] = []
+    taken: asyncio.Queue[int] = asyncio.Queue()
+
+    def take(message: Message) -> bool:
+        size: int = message.body["size"]
+        if size == 13:
+            raise SessionGap("no")
+        if size % 2:
+            return False
+        eager.append(size)
+        taken.put_nowait(size)
+        return True
+
+    async def read(call: Call) -> None:
+        while (message := await call.receive()) is not None:
+            assert len(message.buffers[0]) == message.body["size"]
+            taken.put_nowait(message.body["size"])
+
+    async with await caller.open(server.peer_id, "stream", timeout_s=10) as call:
+        call.eager = take
+        reading = asyncio.create_task(read(call))
+        await asyncio.sleep(0)
+        for sizes in ([0], [2, 400_000], [1], [4, 3, 6]):
+            for size in sizes:
+                await call.send({"size": size}, [bytes(size)])
+            assert [await taken.get() for _ in sizes] == sizes
+        await call.send({"size": 13}, [b""])
+        with pytest.raises(SessionGap, match="no"):
+            await reading
+        reading = asyncio.create_task(read(call))
+        await call.finish()
+        await reading
+        assert {0, 2, 400_000} <= set(eager)
 
 
 async def test_a_handler_that_says_nothing_is_an_empty_answer(two: tuple[Host, Host]) -> None:
