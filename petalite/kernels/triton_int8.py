@@ -84,16 +84,18 @@ def _others(x, columns, digits, factors, n_tokens, n_given, n_blocks, BLOCKS: tl
 
 
 @triton.jit
-def _digits(x, columns, digits, factors, n_given, n_blocks, BLOCKS: tl.constexpr):
-    """x (T, n_given), columns (64 · (1 + B)) → digits (T, 64 · (2 + B)) int8: high and low ones of outliers,
-    those of the other blocks; factors (1 + B, T), by which sums of digits are in the scale of x.
+def _digits(x, columns, digits, factors, n_given, n_fine_blocks, n_blocks, BLOCKS: tl.constexpr):
+    """x (T, n_given), columns (64 · (F + B)) → digits (T, 64 · (2 F + B)) int8: high and low ones of each
+    block of outliers, those of the other blocks; factors (F + B, T), by which sums of digits are in the
+    scale of x.
     """
     token, n_tokens = tl.program_id(0).to(tl.int64), tl.num_programs(0)
     x += token * n_given
-    digits += token * (n_blocks + 2) * _BLOCK
+    digits += token * (n_blocks + 2 * n_fine_blocks) * _BLOCK
     factors += token
-    _outliers(x, columns, digits, factors, n_given)
-    columns, digits, factors = columns + _BLOCK, digits + 2 * _BLOCK, factors + n_tokens
+    for _ in range(n_fine_blocks):
+        _outliers(x, columns, digits, factors, n_given)
+        columns, digits, factors = columns + _BLOCK, digits + 2 * _BLOCK, factors + n_tokens
     _others(x, columns, digits, factors, n_tokens, n_given, n_blocks, BLOCKS)
 
 
@@ -146,6 +148,16 @@ def _product(
     tl.store(place, sums.to(y.dtype.element_ty), mask=here & there)
 
 
+def in_digits(x: Tensor, columns: Tensor, n_fine_blocks: int, n_blocks: int) -> tuple[Tensor, Tensor]:
+    """Digits and factors of x, on the device that is current; see `_digits`."""
+    n_tokens = len(x)
+    digits = x.new_empty(n_tokens, (2 * n_fine_blocks + n_blocks) * BLOCK, dtype=torch.int8)
+    factors = x.new_empty(n_fine_blocks + n_blocks, n_tokens, dtype=torch.float32)
+    sizes = (x.shape[1], n_fine_blocks, n_blocks)
+    _digits[(n_tokens,)](x, columns, digits, factors, *sizes, BLOCKS=16, enable_fp_fusion=False)
+    return digits, factors
+
+
 class TritonInt8(FrozenLinear):
     """x (T, K or less) → (T, N) in the dtype of x."""
 
@@ -170,16 +182,12 @@ class TritonInt8(FrozenLinear):
         if not n_tokens:
             return y
         n_blocks = width // BLOCK - 2
-        digits = x.new_empty(n_tokens, width, dtype=torch.int8)
-        factors = x.new_empty(1 + n_blocks, n_tokens, dtype=torch.float32)
         tokens = 16 if n_tokens <= 16 else 32 if n_tokens <= 32 else 64
         out, stages = (32, 5) if tokens == 16 else (64, 3)  # the smaller a step, the more are on their way
         grid = (triton.cdiv(n_out, out), triton.cdiv(n_tokens, tokens))
         bias = self._scales if self._bias is None else self._bias
         with torch.cuda.device_of(x):
-            _digits[(n_tokens,)](
-                *(x, self._columns, digits, factors, x.shape[1], n_blocks), BLOCKS=16, enable_fp_fusion=False
-            )
+            digits, factors = in_digits(x, self._columns, 1, n_blocks)
             _product[grid](
                 *(digits, factors, self._codes, self._scales, bias, y, n_tokens, n_out, n_blocks),
                 HAS_BIAS=self._bias is not None,

@@ -1,9 +1,9 @@
-"""Products with nf4 weights on a GPU, in Triton: codes become levels in registers, for few tokens.
+"""Products with nf4 weights on a GPU, in Triton, in two launches; to the bit those of the native kernels.
 
-A step takes one block of 64 codes of some rows: half a byte each, the even inputs above, the odd ones
-below, so that two products of 32 inputs take both. Inputs come in the codes' order, those of outlier
-columns twice. Of many tokens the weights are unpacked first, some rows at a time. Imports triton, so it is
-loaded by `kernels.linear` where a GPU is.
+Digits of the inputs are made as for int8. Then codes become levels of one digit in registers: half a byte
+each, the even inputs' above, the odd ones' below, so that two products of 32 inputs take both. A block's sum
+is a whole number; blocks are added in order, in float32, as on a CPU (native/digits.h, native/scalar.cc).
+Imports triton, so it is loaded by `kernels.linear` where a GPU is.
 """
 
 from __future__ import annotations
@@ -12,107 +12,117 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.nn.functional import linear
 
 from petalite.kernels.frozen import FrozenLinear
 from petalite.kernels.quantized import NF4_BLOCK, NF4_LEVELS, Nf4Weight
+from petalite.kernels.triton_int8 import in_digits
 
-_MANY_TOKENS = 128  # beyond, a product of unpacked weights is faster
-_ROWS = 4096  # that are unpacked at a time
+_BLOCK = tl.constexpr(NF4_BLOCK)
 _HALF = tl.constexpr(NF4_BLOCK // 2)
+_STEPS = 124.11  # levels are whole numbers of them
+_UNIT = tl.constexpr(0.008057367987930775)  # 1 / 124.11 in float32
 
 
 @triton.jit
-def _of_block(sums, even, odd, packed, scales, levels, out, n_out, n_blocks, block, PRECISION: tl.constexpr):
-    """`sums` (T, N) and what one block of inputs, `even` and `odd` ones (T, 32), adds to them."""
-    pair = tl.arange(0, _HALF)
-    place = packed + out[None, :].to(tl.int64) * n_blocks * _HALF + block * _HALF + pair[:, None]
-    both = tl.load(place, mask=out[None, :] < n_out, other=0).to(tl.int32)
-    above = tl.load(levels + (both >> 4))
-    below = tl.load(levels + (both & 15))
-    part = tl.dot(even.to(tl.float32), above, input_precision=PRECISION)
-    part = tl.dot(odd.to(tl.float32), below, acc=part, input_precision=PRECISION)
-    scale = tl.load(scales + out.to(tl.int64) * n_blocks + block, mask=out < n_out, other=0.0)
-    return sums + part * scale[None, :]
+def _levels(packed, levels, there):
+    """Those of the even inputs of a block, and of the odd ones, (32, N) int8 each."""
+    both = tl.load(packed, mask=there, other=0).to(tl.int32)
+    return tl.load(levels + (both >> 4)), tl.load(levels + (both & 15))
+
+
+@triton.jit
+def _sums(digits, here, even, odd):
+    """Of (T, 64) digits with those levels, (T, N) int32."""
+    part = tl.dot(tl.load(digits, mask=here, other=0), even, out_dtype=tl.int32)
+    return tl.dot(tl.load(digits + 1, mask=here, other=0), odd, acc=part, out_dtype=tl.int32)
 
 
 @triton.jit
 def _product(
-    x,
+    digits,
+    factors,
     packed,
     scales,
-    columns,
     levels,
     bias,
     y,
     n_tokens,
     n_out,
-    n_given,
+    n_fine_blocks,
     n_blocks,
     HAS_BIAS: tl.constexpr,
-    PRECISION: tl.constexpr,
     TOKENS: tl.constexpr,
     OUT: tl.constexpr,
 ):
-    """x (T, n_given), packed (N, blocks · 32), scales (N, blocks), columns (blocks · 64) → y (T, N)."""
+    """digits (T, 64 · (2 F + B)) int8 and factors (F + B, T); packed (N, 32 · (2 F + B)) and scales
+    (N, 2 F + B) → y (T, N).
+    """
     out = tl.program_id(0) * OUT + tl.arange(0, OUT)
     token = tl.program_id(1) * TOKENS + tl.arange(0, TOKENS)
-    row = x + token[:, None].to(tl.int64) * n_given
-    there = token[:, None] < n_tokens
-    pair = 2 * tl.arange(0, _HALF)
+    here, there = (token < n_tokens)[:, None], (out < n_out)[None, :]
+    n_all, pair = 2 * n_fine_blocks + n_blocks, tl.arange(0, _HALF)
+    digits += token[:, None].to(tl.int64) * n_all * _BLOCK + 2 * pair[None, :]
+    packed += out[None, :].to(tl.int64) * n_all * _HALF + pair[:, None]
+    scales += out.to(tl.int64) * n_all
+    factors += token
     sums = tl.zeros((TOKENS, OUT), dtype=tl.float32)
-    for block in range(n_blocks):
-        at = block * 2 * _HALF + pair
-        first, second = tl.load(columns + at)[None, :], tl.load(columns + at + 1)[None, :]
-        even = tl.load(row + first, mask=there & (first < n_given), other=0.0)
-        odd = tl.load(row + second, mask=there & (second < n_given), other=0.0)
-        sums = _of_block(sums, even, odd, packed, scales, levels, out, n_out, n_blocks, block, PRECISION)
+    for block in range(2 * n_fine_blocks):  # first codes, then second ones
+        fine = block % n_fine_blocks
+        even, odd = _levels(packed + block * _HALF, levels, there)
+        high = digits + 2 * fine * _BLOCK
+        whole = _sums(high, here, even, odd) * 254 + _sums(high + _BLOCK, here, even, odd)
+        scale = tl.load(scales + block, mask=out < n_out, other=0.0)[None, :]
+        factor = tl.load(factors + fine * n_tokens, mask=token < n_tokens, other=0.0)[:, None]
+        sums = tl.fma(whole.to(tl.float32), scale * factor, sums)
+    factors -= n_fine_blocks * n_tokens
+    for block in range(2 * n_fine_blocks, n_all):
+        even, odd = _levels(packed + block * _HALF, levels, there)
+        whole = _sums(digits + block * _BLOCK, here, even, odd)
+        scale = tl.load(scales + block, mask=out < n_out, other=0.0)[None, :]
+        factor = tl.load(factors + block * n_tokens, mask=token < n_tokens, other=0.0)[:, None]
+        sums = tl.fma(whole.to(tl.float32), scale * factor, sums)
+    sums *= _UNIT
     if HAS_BIAS:
         sums += tl.load(bias + out, mask=out < n_out, other=0.0).to(tl.float32)[None, :]
     place = y + token[:, None].to(tl.int64) * n_out + out[None, :]
-    tl.store(place, sums.to(y.dtype.element_ty), mask=there & (out[None, :] < n_out))
+    tl.store(place, sums.to(y.dtype.element_ty), mask=here & there)
 
 
 class TritonNf4(FrozenLinear):
-    """x (T, K or less) → (T, N) in the dtype of x; levels in float32, or TF32 for inputs of 16 bits."""
+    """x (T, K or less) → (T, N) in the dtype of x."""
 
     def __init__(self, weight: Nf4Weight, bias: Tensor | None) -> None:
         self._weight = weight
-        self._inputs = weight.inputs()
         self._bias = bias
-        self._levels = torch.tensor(NF4_LEVELS, device=weight.packed.device)
-        self.nbytes = weight.nbytes + (bias.nbytes if bias is not None else 0)
+        self._n_fine_blocks = -(-len(weight.fine_columns) // NF4_BLOCK)
+        self._columns = weight.inputs()[self._n_fine_blocks * NF4_BLOCK :].int()
+        levels = [round(level * _STEPS) for level in NF4_LEVELS]
+        self._levels = torch.tensor(levels, dtype=torch.int8, device=weight.packed.device)
+        held = weight.nbytes + self._columns.nbytes
+        self.nbytes = held + (bias.nbytes if bias is not None else 0)
 
     def product(self, x: Tensor) -> Tensor:
         x = x.contiguous()
-        if len(x) > _MANY_TOKENS:
-            return self._unpacked(x)
         weight, n_tokens, n_out = self._weight, len(x), self._weight.shape[0]
         y = x.new_empty(n_tokens, n_out)
         if not n_tokens:
             return y
-        tokens, out = (16, 32) if n_tokens <= 16 else (32, 64)
+        n_fine_blocks = self._n_fine_blocks
+        n_blocks = weight.scales.shape[1] - 2 * n_fine_blocks
+        tokens, out = (16, 32) if n_tokens <= 16 else (32, 64) if n_tokens <= 32 else (64, 64)
         grid = (triton.cdiv(n_out, out), triton.cdiv(n_tokens, tokens))
-        sizes = (n_tokens, n_out, x.shape[1], weight.scales.shape[1])
-        parts = (weight.packed, weight.scales, self._inputs, self._levels)
+        bias = weight.scales if self._bias is None else self._bias
         with torch.cuda.device_of(x):
+            digits, factors = in_digits(x, self._columns, n_fine_blocks, n_blocks)
             _product[grid](
-                *(x, *parts, self._levels if self._bias is None else self._bias, y, *sizes),
+                *(digits, factors, weight.packed, weight.scales, self._levels, bias, y),
+                *(n_tokens, n_out, n_fine_blocks, n_blocks),
                 HAS_BIAS=self._bias is not None,
-                PRECISION="ieee" if x.dtype == torch.float32 else "tf32",  # which 16-bit inputs fit into
                 TOKENS=tokens,
                 OUT=out,
-                enable_fp_fusion=True,
+                enable_fp_fusion=False,
             )
         return y
-
-    def _unpacked(self, x: Tensor) -> Tensor:
-        weight, results = self._weight, []
-        for packed, scales in zip(weight.packed.split(_ROWS), weight.scales.split(_ROWS), strict=True):
-            dense = Nf4Weight(packed, scales, weight.fine_columns).dense()[:, : x.shape[1]]
-            results.append(linear(x, dense.to(x.dtype)))
-        y = torch.cat(results, dim=1)
-        return y if self._bias is None else y + self._bias
 
     def dense(self) -> Tensor:
         return self._weight.dense()

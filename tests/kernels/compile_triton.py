@@ -21,9 +21,9 @@ POINTERS = {
     **dict.fromkeys(("factors", "scales", "levels", "table", "out"), "*fp32"),
     **dict.fromkeys(("packed", "nearest"), "*u8"),
     **dict.fromkeys(("x", "y", "bias", "hidden"), "*bf16"),
-    "columns": "*i64",
+    "columns": "*i32",
 }
-INT8 = {"columns": "*i32"}
+NF4 = {"levels": "*i8"}
 Q8 = {"codes": "*u8", "scales": "*fp16"}
 WIDE = dict.fromkeys(("x", "y", "bias"), "*fp32")
 FEW, MANY = {"TOKENS": 16, "OUT": 32}, {"TOKENS": 32, "OUT": 64}
@@ -38,11 +38,11 @@ def attention(dtype: torch.dtype, window: int, alibi: bool) -> dict[str, Any]:
 
 
 KERNELS: list[tuple[Any, str, dict[str, Any], dict[str, str]]] = [
-    (triton_int8._digits, "int8", {"BLOCKS": 16}, INT8),
+    (triton_int8._digits, "int8", {"BLOCKS": 16}, {}),
     (triton_int8._product, "few", {"HAS_BIAS": True, "STAGES": 5, **FEW}, {}),
     (triton_int8._product, "many", {"HAS_BIAS": True, "STAGES": 3, "TOKENS": 64, "OUT": 64}, {}),
-    (triton_nf4._product, "tf32", {"HAS_BIAS": True, "PRECISION": "tf32", **FEW}, {}),
-    (triton_nf4._product, "ieee", {"HAS_BIAS": False, "PRECISION": "ieee", **MANY}, WIDE),
+    (triton_nf4._product, "nf4_few", {"HAS_BIAS": True, **FEW}, NF4),
+    (triton_nf4._product, "nf4_many", {"HAS_BIAS": False, **MANY}, NF4 | WIDE),
     (triton_q8._encode, "q8", {"BLOCKS": 16}, Q8),
     (triton_q8._decode, "q8", {"BLOCKS": 16}, Q8),
     (triton_attention._append, "heads", HEADS, ATTENTION | {"heads": "*bf16"}),

@@ -15,7 +15,7 @@ from torch import Tensor
 from petalite.kernels import dynamic8, linear, native
 from petalite.kernels.native.linears import NativeLinear
 from petalite.kernels.quantized import FORMATS, Int8Weight, Nf4Weight, column_order
-from tests.kernels.meaning import int8_meaning
+from tests.kernels.meaning import int8_meaning, nf4_meaning
 
 pytest.importorskip("triton")
 from petalite.kernels import triton_q8
@@ -25,6 +25,10 @@ from petalite.kernels.triton_nf4 import TritonNf4
 HERE = "cpu" if not torch.cuda.is_available() else "cuda"
 SMALLEST_SHARED_BYTES = 99 << 10  # that a block of threads may have, of all GPUs of capability 8 and later
 SHAPES = [(96, 64), (33, 200), (17, 5), (48, 643)]
+
+
+KINDS = [(Int8Weight, TritonInt8), (Nf4Weight, TritonNf4)]
+kinds = pytest.mark.parametrize(("form", "kind"), KINDS, ids=FORMATS)
 
 
 @pytest.fixture(params=["interpreted", pytest.param("gpu", marks=pytest.mark.gpu)])
@@ -54,6 +58,7 @@ def on(device: torch.device, weight: Int8Weight | Nf4Weight) -> Int8Weight | Nf4
     return type(weight)(**{name: tensor.to(device) for name, tensor in weight.tensors().items()})
 
 
+@kinds
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("n_tokens", [1, 5, 34])
 @pytest.mark.parametrize(
@@ -65,8 +70,10 @@ def on(device: torch.device, weight: Int8Weight | Nf4Weight) -> Int8Weight | Nf4
     ],
     ids=str,
 )
-def test_int8_is_what_it_is_defined_as(
+def test_products_are_what_they_are_defined_as(
     device: torch.device,
+    form: type[Int8Weight] | type[Nf4Weight],
+    kind: type,
     shape: tuple[int, int],
     n_tokens: int,
     dtype: torch.dtype,
@@ -75,11 +82,11 @@ def test_int8_is_what_it_is_defined_as(
     rounding: float,
 ) -> None:
     """With and without a bias; of fewer inputs than columns; of 16 bits, to what the result is rounded to."""
-    made, bias = Int8Weight.quantize(weights(shape)), torch.randn(shape[0])
+    made, bias = form.quantize(weights(shape)), torch.randn(shape[0])
     x = awkward(n_tokens, shape[1])[:, : shape[1] - missing].clamp(-most, most).to(dtype)
-    product, terms = int8_meaning(made, x)
+    product, terms = int8_meaning(made, x) if isinstance(made, Int8Weight) else nf4_meaning(made, x)
     for some in (None, bias):
-        found = TritonInt8(on(device, made), None if some is None else some.to(device))(x.to(device))
+        found = kind(on(device, made), None if some is None else some.to(device))(x.to(device))
         assert found.dtype == dtype
         expected, size = (product, terms) if some is None else (product + some, terms + some.abs())
         off = (found.cpu().double() - expected).abs()
@@ -88,18 +95,24 @@ def test_int8_is_what_it_is_defined_as(
 
 
 @pytest.mark.skipif(native.library() is None, reason="no native kernels are built, or torch's are forced")
+@kinds
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_int8_has_the_bits_of_the_native_kernels(device: torch.device, shape: tuple[int, int]) -> None:
-    made, bias, x = Int8Weight.quantize(weights(shape)), torch.randn(shape[0]), awkward(21, shape[1])
-    found = TritonInt8(on(device, made), bias.to(device))(x.to(device))
+def test_products_have_the_bits_of_the_native_kernels(
+    device: torch.device, form: type, kind: type, shape: tuple[int, int]
+) -> None:
+    made, bias, x = form.quantize(weights(shape)), torch.randn(shape[0]), awkward(21, shape[1])
+    found = kind(on(device, made), bias.to(device))(x.to(device))
     assert torch.equal(found.cpu(), NativeLinear(made, bias)(x))
 
 
 @pytest.mark.filterwarnings("ignore:(invalid value|overflow):RuntimeWarning")  # of the interpreter's numpy
+@kinds
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
-def test_int8_of_a_token_that_is_not_finite_is_not(device: torch.device, value: float) -> None:
-    weight = Int8Weight.quantize(weights((48, 200)))
-    made, x = TritonInt8(on(device, weight), None), torch.randn(4, 200)
+def test_the_product_of_a_token_that_is_not_finite_is_not(
+    device: torch.device, form: type, kind: type, value: float
+) -> None:
+    weight = form.quantize(weights((48, 200)))
+    made, x = kind(on(device, weight), None), torch.randn(4, 200)
     before = made(x.to(device))
     outlier, other = column_order(weight.fine_columns, 200)[[0, -1]]
     x[1, outlier], x[2, other] = value, value
@@ -108,8 +121,9 @@ def test_int8_of_a_token_that_is_not_finite_is_not(device: torch.device, value: 
     assert torch.equal(before[::3], after[::3])
 
 
-def test_int8_alone_and_batched(device: torch.device) -> None:
-    made = TritonInt8(on(device, Int8Weight.quantize(weights((48, 200)))), None)
+@kinds
+def test_alone_and_batched(device: torch.device, form: type, kind: type) -> None:
+    made = kind(on(device, form.quantize(weights((48, 200)))), None)
     x = awkward(40, 200).to(device)
     together = made(x)
     assert torch.equal(together[4:7], torch.cat([made(row) for row in x[4:7].split(1)]))
@@ -117,32 +131,15 @@ def test_int8_alone_and_batched(device: torch.device) -> None:
     assert made(x[:0]).shape == (0, 48)
 
 
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-@pytest.mark.parametrize(
-    ("dtype", "bound"), [(torch.float32, 1e-6), (torch.bfloat16, 5e-3), (torch.float16, 1e-3)], ids=str
-)
-def test_nf4_is_near_its_meaning(
-    device: torch.device, shape: tuple[int, int], dtype: torch.dtype, bound: float
-) -> None:
-    """For few tokens and for so many that weights are unpacked; of 16 bits, what the result is rounded to."""
-    made, bias = Nf4Weight.quantize(weights(shape)), torch.randn(shape[0]).to(dtype)
-    dense = made.dense()[:, : shape[1]].double()
-    kernel = TritonNf4(on(device, made), bias.to(device))
-    for n_tokens in (1, 18, 130):
-        x = torch.randn(n_tokens, shape[1]).to(dtype)
-        expected = x.double() @ dense.t() + bias.double()
-        found = kernel(x.to(device)).cpu()
-        assert found.dtype == dtype
-        assert float((found.double() - expected).norm() / expected.norm()) < bound
-
-
-@pytest.mark.parametrize("kind", [TritonInt8, TritonNf4])
-def test_weights_come_back_out_and_gradients_pass(device: torch.device, kind: type) -> None:
-    made = {TritonInt8: Int8Weight, TritonNf4: Nf4Weight}[kind].quantize(weights((33, 200)))
+@kinds
+def test_weights_come_back_out_and_gradients_pass(device: torch.device, form: type, kind: type) -> None:
+    made = form.quantize(weights((33, 200)))
     kernel = kind(on(device, made), None)
     assert torch.equal(kernel.dense().cpu(), made.dense())
-    # int8: 25 outlier columns' two codes and 175 others', in whole blocks; scales; columns in int32.
-    assert kernel.nbytes == (33 * 5 * 64 + 33 * 4 + 4 * 64 * 4 if kind is TritonInt8 else made.nbytes)
+    # int8: 25 outlier columns' two codes and 175 others', in whole blocks; scales; columns in int32. nf4
+    # has 50.
+    columns = 4 * 64 * 4
+    assert kernel.nbytes == columns + (33 * 5 * 64 + 33 * 4 if form is Int8Weight else made.nbytes)
     x = torch.randn(3, 200, device=device, requires_grad=True)
     kernel(x).sum().backward()
     assert x.grad is not None
