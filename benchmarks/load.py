@@ -1,4 +1,8 @@
-"""Loading blocks from a cold disk, beside reading the same bytes, and the memory that it takes."""
+"""Loading blocks from a cold disk, beside reading the same bytes, and the memory that it takes.
+
+Both in processes that differ in nothing else: what the system has to do for new memory depends on how long
+ago somebody freed it.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +12,6 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import time
 from pathlib import Path
 
 import torch
@@ -27,61 +30,93 @@ def run() -> Report:
     return report
 
 
-_LOADER = """
+_CHILD = """
 import json, pathlib, re, sys, time, torch
 from petalite.model.checkpoint import Checkpoint
 from petalite.model.span import load_span
-model, quant, tiny, cache = sys.argv[1:]
+how, model, quant, tiny, cache, *source = sys.argv[1:]
 load_span(Checkpoint.open(tiny), 0, 1, dtype=torch.bfloat16, quant=quant)  # what is done once in a process
 def kib(what):
     return int(re.search(what + r":\\s+(\\d+) kB", pathlib.Path("/proc/self/status").read_text())[1])
+def read(room):
+    for path in source:
+        done = 0
+        with open(path, "rb", buffering=0) as file:
+            while count := file.readinto(room(path, done)):
+                done += count
+held = {}
+def kept(path, done):
+    if path not in held:
+        held[path] = torch.empty(pathlib.Path(path).stat().st_size, dtype=torch.uint8).numpy()
+    return memoryview(held[path])[done : done + (1 << 22)]
+buffer = bytearray(1 << 22)
 pathlib.Path("/proc/self/clear_refs").write_text("5")  # the peak starts from here
-checkpoint, before = Checkpoint.open(model), kib("VmRSS")
+checkpoint, before, nbytes = Checkpoint.open(model), kib("VmRSS"), 0
 began = time.perf_counter()
-n_blocks = checkpoint.config.n_blocks
-span = load_span(checkpoint, 0, n_blocks, dtype=torch.bfloat16, quant=quant, cache=pathlib.Path(cache))
+if how == "read":
+    read(lambda path, done: buffer)
+elif how == "keep":
+    read(kept)
+else:
+    cache = pathlib.Path(cache) span = load_span(checkpoint, 0, checkpoint.config.n_blocks,
+    dtype=torch.bfloat16, quant=quant, cache=cache) nbytes = span.nbytes
 seconds = time.perf_counter() - began
-print(json.dumps([seconds, 1024 * (kib("VmHWM") - before), span.nbytes]))
+print(json.dumps([seconds, 1024 * (kib("VmHWM") - before), nbytes]))
 """
 _LOADS = (("none", "bfloat16"), ("int8", "int8, quantizing"), ("int8", "int8, from cache"))
 
 
 def _load(report: Report) -> None:
-    """Each load in a process of its own, its files dropped from the page cache before it; plain reads of the
-    same bytes in turns with it.
+    """Each load, and each plain read of the same bytes, in a process of its own, in turns; files are dropped
+    from the page cache before each.
     """
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         shard, tiny = _model(folder / "model", BLOCKS), _model(folder / "tiny", 1)
         weights = shard / "model.safetensors"
-        block_bytes = weights.stat().st_size / BLOCKS
         for quant, what in _LOADS:
-            source = list(folder.glob("cache/*/*")) if "cache" in what else [weights]
-            samples = []
+            source = sorted(folder.glob("cache/*/*")) if "cache" in what else [weights]
+            arguments = [shard, quant, tiny, folder / "cache", *source]
+            samples: dict[str, list[list[float]]] = {"read": [], "keep": [], "load": []}
             for _ in range(1 if "quantizing" in what else ROUNDS):
-                read_s = sum(map(_read_s, source))
-                for path in folder.rglob("*.safetensors"):
-                    _drop(path)
-                command = [sys.executable, "-c", _LOADER, shard, quant, tiny, folder / "cache"]
-                output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-                samples.append((read_s, *json.loads(output)))
-            read_s, load_s, peak, held = map(statistics.median, zip(*samples, strict=True))
-            report.rows.append((f"cold read of {what}", read_s, "s"))
-            report.rows.append((f"load as {what}", load_s, "s"))
-            ratio = statistics.median(sample[0] / sample[1] for sample in samples)
-            over = (peak - held) / block_bytes
-            report.rows.append((f"load as {what}: most memory beyond the weights held", over, "blocks"))
-            report.results[f"load_{what}"] = {
-                "read_s": read_s,
-                "load_s": load_s,
-                "read_over_load": ratio,
-                "peak_bytes": peak,
-                "weights_bytes": held,
-            }
-            if "quantizing" not in what:
-                name = f"{what}: cold read / load"
-                report.checks.append(Check(name, ratio, "×", REACH_LOAD, "at least"))
-            report.checks.append(Check(f"{what}: memory beyond the weights", over, "blocks", 1.0))
+                for how, taken in samples.items():
+                    for path in folder.rglob("*.safetensors"):
+                        _drop(path)
+                    command = [sys.executable, "-c", _CHILD, how, *arguments]
+                    done = subprocess.run(command, check=True, capture_output=True, text=True)
+                    taken.append(json.loads(done.stdout))
+            _add(report, what, samples, weights.stat().st_size / BLOCKS)
+
+
+def _add(report: Report, what: str, samples: dict[str, list[list[float]]], block_bytes: float) -> None:
+    seconds = {how: [sample[0] for sample in taken] for how, taken in samples.items()}
+    read_s, keep_s, load_s = map(statistics.median, seconds.values())
+    peak, held = (statistics.median(sample[place] for sample in samples["load"]) for place in (1, 2))
+    ratios = [
+        statistics.median(read / load for read, load in zip(seconds[how], seconds["load"], strict=True))
+        for how in ("read", "keep")
+    ]
+    over = (peak - held) / block_bytes
+    report.rows += [
+        (f"cold read of {what}", read_s, "s"),
+        (f"cold read of {what} into memory that is kept", keep_s, "s"),
+        (f"load as {what}", load_s, "s"),
+        (f"{what}: cold read into memory that is kept / load", ratios[1], "×"),
+        (f"load as {what}: most memory beyond the weights held", over, "blocks"),
+    ]
+    report.results[f"load_{what}"] = {
+        "read_s": read_s,
+        "keep_s": keep_s,
+        "load_s": load_s,
+        "read_over_load": ratios[0],
+        "keep_over_load": ratios[1],
+        "peak_bytes": peak,
+        "weights_bytes": held,
+    }
+    if "quantizing" not in what:
+        name = f"{what}: cold read / load"
+        report.checks.append(Check(name, ratios[0], "×", REACH_LOAD, "at least"))
+    report.checks.append(Check(f"{what}: memory beyond the weights", over, "blocks", 1.0))
 
 
 def _model(folder: Path, n_blocks: int) -> Path:
@@ -109,14 +144,3 @@ def _drop(path: Path) -> None:
     with path.open("rb") as file:
         os.fsync(file.fileno())
         os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-
-
-def _read_s(path: Path) -> float:
-    """One cold read from beginning to end into one buffer."""
-    buffer = bytearray(1 << 22)
-    _drop(path)
-    began_s = time.perf_counter()
-    with path.open("rb", buffering=0) as file:
-        while file.readinto(buffer):
-            pass
-    return time.perf_counter() - began_s

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import Executor, ThreadPoolExecutor
 from pathlib import Path
 
 import torch
@@ -23,6 +24,7 @@ from petalite.kernels.quantized import FORMATS, NONE
 from petalite.model.block import Block
 from petalite.model.bloom import BloomBlock
 from petalite.model.checkpoint import Checkpoint
+from petalite.model.compute import FEW_BYTES
 from petalite.model.llama import LlamaBlock
 from petalite.model.mixtral import MixtralBlock
 from petalite.model.parts import Gathered, Parts, Rows
@@ -38,12 +40,15 @@ from petalite.model.quantfolder import (
     write_folder,
 )
 from petalite.model.reading import AHEAD, Stream, Wanted
+from petalite.model.system import take_pages
 
 logger = logging.getLogger(__name__)
 
 COMPUTE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 BLOCKS: Mapping[str, type[Block]] = {"llama": LlamaBlock, "mixtral": MixtralBlock, "bloom": BloomBlock}
+
+_PAGERS = 2  # threads that take memory
 
 Progress = Callable[[int, int], None]  # (done, total)
 
@@ -74,13 +79,14 @@ def load_blocks(
         )
     quant = chosen_format(checkpoint, quant)
     kernel = linear.pick(device, dtype, quant)
-    make = _Maker(checkpoint, dtype, device, quant, kernel, cache)
     blocks = []
-    with Stream(make.wanted(range(start, end)), AHEAD) as stream:
-        for index in range(start, end):
-            blocks.append(make.block(index, stream))
-            if progress is not None:
-                progress(index + 1 - start, end - start)
+    with ThreadPoolExecutor(_PAGERS, "petalite-pages") as pages:
+        make = _Maker(checkpoint, dtype, device, quant, kernel, cache, pages)
+        with Stream(make.wanted(range(start, end)), AHEAD) as stream:
+            for index in range(start, end):
+                blocks.append(make.block(index, stream))
+                if progress is not None:
+                    progress(index + 1 - start, end - start)
     checkpoint.check_unchanged()
     return blocks, kernel, quant
 
@@ -154,7 +160,10 @@ class _Maker:
         quant: str,
         kernel: linear.LinearKernel,
         cache: Path | None,
+        pages: Executor,
     ) -> None:
+        """`pages`: takes memory from the system while something else is waited for."""
+        self._pages = pages
         self._config = checkpoint.config
         self._dtype, self._device, self._kernel = dtype, device, kernel
         self._quant = quant
@@ -179,7 +188,10 @@ class _Maker:
                 kept = self._finished.find(index)
             elif self._kept is not None:
                 kept = find_kept(self._kept, index)
-            yield from self._parts.wanted(index) if kept is None else kept.wanted()
+            for each in self._parts.wanted(index) if kept is None else kept.wanted():
+                if each.into is not None:
+                    self._early(each.into)
+                yield each
 
     def block(self, index: int, stream: Stream) -> Block:
         """The block of the tensors that come next. Raises InvalidCheckpoint."""
@@ -225,8 +237,15 @@ class _Maker:
         if self._quant != NONE:
             return Gathered((n_out, n_in))
         if self._native is not None:
-            return DenseRows(self._native, self._dtype, (n_out, n_in))
+            rows = DenseRows(self._native, self._dtype, (n_out, n_in))
+            self._early(rows.weight.panels)
+            return rows
         return Gathered((n_out, n_in), self._dtype, self._device)
+
+    def _early(self, memory: Tensor) -> None:
+        """It will be written soon. What the system does for new memory takes as long as reading does."""
+        if memory.nbytes > FEW_BYTES:
+            self._pages.submit(take_pages, memory)
 
     def _built(
         self,

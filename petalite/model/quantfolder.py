@@ -152,11 +152,12 @@ class KeptBlock:
     checksum: str | None
 
     def wanted(self) -> Iterator[Wanted]:
-        """Its tensors; what is packed already is read to where it stays."""
+        """Its tensors, each read to where it stays."""
         for name, info in self.infos.items():
-            into = None
             if self.library is not None and name.endswith(".panels"):
                 into = panel_memory(self.library, info.shape)
+            else:
+                into = torch.empty(info.shape, dtype=DTYPES[info.dtype])
             yield Wanted(self, name, self.path, info, into)
 
     def read(self, stream: Stream) -> tuple[dict[str, Tensor], Linears]:

@@ -8,19 +8,24 @@ Knows files; knows no model.
 
 from __future__ import annotations
 
+import errno
 import os
+import threading
+import time
 from collections import deque
-from collections.abc import Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
-from io import FileIO
+from functools import partial
 from pathlib import Path
+from weakref import finalize
 
 import torch
 from torch import Tensor
 
 from petalite.errors import InvalidCheckpoint
+from petalite.model.system import is_cached, open_direct
 from petalite.model.tensorfile import DTYPES, TensorInfo
 
 _PIECE_BYTES = 2 << 20
@@ -30,8 +35,12 @@ _FEW_ROWS = 16
 _READ_ON_BYTES = 16 << 20  # more than a kernel reads beyond what it is asked for
 _KNOWN_BYTES = 24 << 20  # how far ahead is looked
 _BEGINNING_BYTES = 2 << 20  # of what comes next that is asked for early
+_SECTOR = 4096  # what direct reads begin and end at, and the least that all disks take
+_TRIED_BYTES = 32 << 20  # after which a disk is known to be slow
+_SLOW_BYTES_S = 200e6  # of one thread
 _ANNOUNCEMENT_BYTES = 1 << 20  # of one call; kernels drop what is beyond their limit
-AHEAD = 3  # pieces that a thread reads before they are asked for
+AHEAD = 4  # pieces that are read before they are asked for
+_READERS = 2  # of so many at a time
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,54 +72,31 @@ class Piece:
         return self.first + len(self.rows)
 
 
-def pieces(wanted: Iterable[Wanted], n_buffers: int) -> Generator[Piece]:
-    """All rows of the tensors in order, in buffers that are used again in turn. `wanted` is advanced early.
-
-    A file that ends early or cannot be read gives a piece with an error, after which come those of another
-    owner.
-    """
-    buffers = [torch.empty(0, dtype=torch.uint8)] * n_buffers
-    with _Files() as files:
-        failed: object = None
-        place = -1
-        for of, first, end in _in_time(_cut(wanted), files):
-            if of.owner is failed:
-                continue  # and uses up no turn: in the other buffers are pieces that wait
-            start, stop = _bytes(of, first, end)
-            place = (place + 1) % len(buffers)
-            if of.into is not None:
-                data = of.into.view(-1).view(torch.uint8)[start - of.info.start : stop - of.info.start]
-            else:
-                if len(buffers[place]) < stop - start:
-                    buffers[place] = torch.empty(max(stop - start, _PIECE_BYTES), dtype=torch.uint8)
-                data = buffers[place][: stop - start]
-            try:
-                files.read(of.path, start, data)
-            except InvalidCheckpoint as error:
-                failed = of.owner
-                yield Piece(of, first, data, error)
-                continue
-            yield Piece(of, first, data.view(DTYPES[of.info.dtype]).view(end - first, *of.info.shape[1:]))
-
-
 class Stream:
     """Pieces as whoever makes something of them asks for them: tensor by tensor, in the order of `wanted`."""
 
     def __init__(self, wanted: Iterable[Wanted], ahead: int = 0) -> None:
-        """Read by a thread that is `ahead` pieces early, or with 0 when they are asked for. Close it."""
-        self._pieces = pieces(wanted, ahead + 1)
-        self._reader = ThreadPoolExecutor(1, "petalite-reader") if ahead else None
+        """Read by threads that are `ahead` pieces early, or with 0 when they are asked for. Close it.
+        `wanted` is advanced early too, by one of the threads.
+        """
+        self._files = _Files()
+        self._cuts = _in_time(_cut(wanted), self._files)
+        self._buffers = [_Buffer() for _ in range(ahead + 1)]
+        self._turn = -1
+        self._planner = ThreadPoolExecutor(1, "petalite-reader-plan") if ahead else None
+        self._readers = ThreadPoolExecutor(_READERS, "petalite-reader") if ahead else None
+        self._coming: deque[Future[Callable[[], Piece] | None]] = deque()
         self._ahead = ahead
-        self._coming: deque[Future[Piece | None]] = deque()
         self._next: Piece | None = None
 
     def __enter__(self) -> Stream:
         return self
 
     def __exit__(self, *about: object) -> None:
-        if self._reader is not None:
-            self._reader.shutdown(cancel_futures=True)
-        self._pieces.close()
+        for threads in (self._planner, self._readers):
+            if threads is not None:
+                threads.shutdown(cancel_futures=True)
+        self._files.close()
 
     def peek(self) -> Wanted:
         """The tensor that is next."""
@@ -131,7 +117,7 @@ class Stream:
                 return
 
     def tensor(self, name: str) -> Tensor:
-        """The whole of the next tensor, in memory of its own."""
+        """The whole of the next tensor, where it is wanted or in memory of its own."""
         whole: Tensor | None = None
         for piece in self.rows(name):
             if whole is None:
@@ -154,13 +140,23 @@ class Stream:
 
     def _take(self) -> Piece | None:
         if self._next is None:
-            if self._reader is None:
-                self._next = next(self._pieces, None)
+            if self._planner is None:
+                get = self._plan()
             else:
                 while len(self._coming) <= self._ahead:
-                    self._coming.append(self._reader.submit(next, self._pieces, None))
-                self._next = self._coming.popleft().result()
+                    self._coming.append(self._planner.submit(self._plan))
+                get = self._coming.popleft().result()
+            self._next = None if get is None else get()
         return self._next
+
+    def _plan(self) -> Callable[[], Piece] | None:
+        """The next piece, once it is read. It lies in a buffer that no other of those early has."""
+        cut = next(self._cuts, None)
+        if cut is None:
+            return None
+        self._turn = (self._turn + 1) % len(self._buffers)
+        read = partial(_read, cut, self._files.file(cut[0].path), self._buffers[self._turn])
+        return read if self._readers is None else self._readers.submit(read).result
 
 
 Cut = tuple[Wanted, int, int]  # rows [first, end) of a tensor
@@ -191,6 +187,7 @@ class _Run:
     start: int
     end: int
     announced: int  # up to here
+    placed: bool  # some of it goes where it is wanted, and so by way of the page cache
 
 
 def _in_time(cuts: Iterator[Cut], files: _Files) -> Iterator[Cut]:
@@ -213,8 +210,9 @@ def _in_time(cuts: Iterator[Cut], files: _Files) -> Iterator[Cut]:
         n_bytes += stop - start
         if runs and runs[-1].path == cut[0].path and runs[-1].end == start:
             runs[-1].end = stop
+            runs[-1].placed |= cut[0].into is not None
         else:
-            runs.append(_Run(cut[0].path, start, stop, start))
+            runs.append(_Run(cut[0].path, start, stop, start, cut[0].into is not None))
         while n_bytes > _KNOWN_BYTES:
             early = next_cut()
             start, stop = _bytes(*early)
@@ -224,21 +222,144 @@ def _in_time(cuts: Iterator[Cut], files: _Files) -> Iterator[Cut]:
         yield next_cut()
 
 
+class _Buffer:
+    """Memory for one piece after the other, at an address that direct reads take."""
+
+    def __init__(self) -> None:
+        self._memory = torch.empty(0, dtype=torch.uint8)
+
+    def room(self, nbytes: int) -> Tensor:
+        """(nbytes,) uint8; what it held is gone."""
+        if len(self._memory) < nbytes:
+            memory = torch.empty(_SECTOR + max(nbytes, _PIECE_BYTES) * 5 // 4, dtype=torch.uint8)
+            self._memory = memory[-memory.data_ptr() % _SECTOR :]
+        return self._memory[:nbytes]
+
+
+def _read(cut: Cut, file: _File | InvalidCheckpoint, buffer: _Buffer) -> Piece:
+    of, first, end = cut
+    try:
+        if isinstance(file, InvalidCheckpoint):
+            raise file
+        start, stop = _bytes(*cut)
+        if of.into is None:
+            data = file.read(start, stop, buffer)
+        else:
+            data = of.into.view(-1).view(torch.uint8)[start - of.info.start : stop - of.info.start]
+            file.fill(start, data)
+    except InvalidCheckpoint as error:
+        return Piece(of, first, torch.empty(0), error)
+    dtype = DTYPES[of.info.dtype]
+    if data.storage_offset() % dtype.itemsize:
+        data = data.clone()
+    return Piece(of, first, data.view(dtype).view(end - first, *of.info.shape[1:]))
+
+
+class _File:
+    """An open file; it is closed when nobody has it any more, since pieces of it may be under way."""
+
+    def __init__(self, path: Path) -> None:
+        """Raises InvalidCheckpoint."""
+        self._path = path
+        try:
+            self.plain = path.open("rb", buffering=0)
+        except OSError as error:
+            raise self._unreadable(error) from error
+        finalize(self, self.plain.close)
+        self._lock = threading.Lock()  # a file has one position
+        self._reads_on = True
+        self._direct = open_direct(path)
+        if self._direct is not None:
+            finalize(self, os.close, self._direct)
+        self._refused = False
+        self._direct_bytes, self._direct_s = 0, 0.0
+
+    @property
+    def is_direct(self) -> bool:
+        """Whether it is read past the page cache, but for what is there: its pages would take as much new
+        memory as the weights. A disk so slow that this does not matter is worth them at the next start.
+        """
+        slow = self._direct_bytes > _TRIED_BYTES and self._direct_bytes < _SLOW_BYTES_S * self._direct_s
+        return self._direct is not None and not self._refused and not slow
+
+    def read_on(self, on: bool) -> None:
+        """Whether the kernel shall read on by itself. Raises OSError."""
+        if on != self._reads_on:
+            advice = os.POSIX_FADV_NORMAL if on else os.POSIX_FADV_RANDOM
+            os.posix_fadvise(self.plain.fileno(), 0, 0, advice)
+            self._reads_on = on
+
+    def read(self, start: int, stop: int, buffer: _Buffer) -> Tensor:
+        """Bytes [start, stop) in the buffer, on any thread. Raises InvalidCheckpoint."""
+        try:
+            if self.is_direct and is_cached(self.plain.fileno(), start, stop) is False:
+                try:
+                    return self._read_directly(start, stop, buffer)
+                except OSError as error:
+                    if error.errno != errno.EINVAL:  # of a file system that wants more
+                        raise
+                    self._refused = True
+        except OSError as error:
+            raise self._unreadable(error) from error
+        data = buffer.room(stop - start)
+        self.fill(start, data)
+        return data
+
+    def fill(self, start: int, data: Tensor) -> None:
+        """All of `data` (n,) uint8 with bytes from `start` on, by way of the page cache. Raises
+        InvalidCheckpoint.
+        """
+        view, done = memoryview(data.numpy()), 0  # type: ignore[arg-type]
+        try:
+            with self._lock:
+                self.plain.seek(start)
+                while done < len(view):
+                    count = self.plain.readinto(view[done:])
+                    if not count:
+                        raise self._truncated(start + done)
+                    done += count
+        except OSError as error:
+            raise self._unreadable(error) from error
+
+    def _read_directly(self, start: int, stop: int, buffer: _Buffer) -> Tensor:
+        assert self._direct is not None
+        began_s, begin = time.perf_counter(), start // _SECTOR * _SECTOR
+        data = buffer.room(-(-stop // _SECTOR) * _SECTOR - begin)
+        view, done = memoryview(data.numpy()), 0  # type: ignore[arg-type]
+        while begin + done < stop:
+            count = os.preadv(self._direct, [view[done:]], begin + done)
+            done += count
+            if begin + done < stop and (not count or count % _SECTOR):
+                raise self._truncated(begin + done)
+        self._direct_bytes += done
+        self._direct_s += time.perf_counter() - began_s
+        return data[start - begin : stop - begin]
+
+    def _unreadable(self, error: OSError) -> InvalidCheckpoint:
+        return InvalidCheckpoint(f"cannot read {self._path}: {error.strerror or error}")
+
+    def _truncated(self, end: int) -> InvalidCheckpoint:
+        return InvalidCheckpoint(f"{self._path} is truncated: it ends after byte {end}")
+
+
 class _Files:
-    """Open files, the last few."""
+    """Open files, the last few. For one thread."""
 
     _MOST = 16
 
     def __init__(self) -> None:
-        self._open: dict[Path, FileIO] = {}
-        self._reads_on: dict[Path, bool] = {}
+        self._open: dict[Path, _File] = {}
 
-    def __enter__(self) -> _Files:
-        return self
+    def close(self) -> None:
+        """Let go of all."""
+        self._open.clear()
 
-    def __exit__(self, *about: object) -> None:
-        while self._open:
-            self._open.popitem()[1].close()
+    def file(self, path: Path) -> _File | InvalidCheckpoint:
+        """Or why there is none."""
+        try:
+            return self._file(path)
+        except InvalidCheckpoint as error:
+            return error
 
     def tell(self, runs: Sequence[_Run], start: int, stop: int) -> None:
         """Bytes [start, stop) of the first run will be read now, its others and the other runs' soon. Errors
@@ -249,48 +370,31 @@ class _Files:
         """
         if not hasattr(os, "posix_fadvise"):
             return
-        with suppress(OSError):
+        with suppress(OSError, InvalidCheckpoint):
             run, file = runs[0], self._file(runs[0].path)
-            reads_on = run.end - stop > _READ_ON_BYTES or run.end >= os.fstat(file.fileno()).st_size
-            if self._reads_on.get(run.path, True) != reads_on:
-                advice = os.POSIX_FADV_NORMAL if reads_on else os.POSIX_FADV_RANDOM
-                os.posix_fadvise(file.fileno(), 0, 0, advice)
-                self._reads_on[run.path] = reads_on
-            if not reads_on:
-                run.announced = max(run.announced, start)
-                self._announce(run, run.end)
+            if run.placed or not file.is_direct:
+                reads_on = run.end - stop > _READ_ON_BYTES or run.end >= os.fstat(file.plain.fileno()).st_size
+                file.read_on(reads_on)
+                if not reads_on:
+                    run.announced = max(run.announced, start)
+                    self._announce(run, run.end)
             for other in list(runs)[1:]:
                 self._announce(other, other.start + _BEGINNING_BYTES)
 
     def _announce(self, run: _Run, end: int) -> None:
+        file = self._file(run.path)
+        if file.is_direct and not run.placed:
+            return
         while run.announced < min(end, run.end):
             length = min(end, run.end, run.announced + _ANNOUNCEMENT_BYTES) - run.announced
-            descriptor = self._file(run.path).fileno()
-            os.posix_fadvise(descriptor, run.announced, length, os.POSIX_FADV_WILLNEED)
+            os.posix_fadvise(file.plain.fileno(), run.announced, length, os.POSIX_FADV_WILLNEED)
             run.announced += length
 
-    def read(self, path: Path, start: int, into: Tensor) -> None:
-        """Raises InvalidCheckpoint."""
-        view = memoryview(into.numpy())  # type: ignore[arg-type]
-        done = 0
-        try:
-            file = self._file(path)
-            file.seek(start)
-            while done < len(view):
-                count = file.readinto(view[done:])
-                if not count:
-                    raise InvalidCheckpoint(f"{path} is truncated: it ends after byte {start + done}")
-                done += count
-        except OSError as error:
-            raise InvalidCheckpoint(f"cannot read {path}: {error.strerror or error}") from error
-
-    def _file(self, path: Path) -> FileIO:
+    def _file(self, path: Path) -> _File:
         file = self._open.pop(path, None)
         if file is None:
-            file = path.open("rb", buffering=0)
+            file = _File(path)
             if len(self._open) == self._MOST:
-                oldest = next(iter(self._open))
-                self._open.pop(oldest).close()
-                self._reads_on.pop(oldest, None)
+                self._open.pop(next(iter(self._open)))
         self._open[path] = file
         return file

@@ -4,6 +4,7 @@ file is asked for.
 
 from __future__ import annotations
 
+import errno
 import itertools
 import os
 import threading
@@ -17,7 +18,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from petalite.errors import InvalidCheckpoint
-from petalite.model.reading import AHEAD, Stream, Wanted, pieces
+from petalite.model import reading
+from petalite.model.reading import AHEAD, Stream, Wanted
 from petalite.model.tensorfile import TensorInfo, read_header
 
 TENSORS: dict[str, Tensor] = {
@@ -122,19 +124,76 @@ def test_a_file_that_ends_early_spoils_its_owner_alone(path: Path, tmp_path: Pat
         stream.skip("third")
 
 
-@pytest.mark.parametrize("skipped", range(6))
-def test_what_is_skipped_takes_no_buffer_from_pieces_that_wait(
-    path: Path, tmp_path: Path, skipped: int
-) -> None:
-    cut = tmp_path / "cut.safetensors"
-    cut.write_bytes(path.read_bytes())
-    header = read_header(cut)
-    os.truncate(cut, header["vector"].start)
-    spoilt = itertools.repeat(Wanted("spoilt", "vector", cut, header["vector"]), 1 + skipped)
-    before, after = wanted(path, "before", ("vector",)), wanted(path, "after", ("number",))
-    first, error, last = pieces(itertools.chain(before, spoilt, after), 3)
-    assert error.error is not None
-    assert torch.equal(first.rows, TENSORS["vector"]) and last.rows.item() == TENSORS["number"].item()
+@pytest.fixture(params=["direct", "cached", "refused", "no direct reads"])
+def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """How bytes come: past the page cache where the disk here allows it, else by way of it."""
+    if request.param == "no direct reads":
+        monkeypatch.setattr(reading, "open_direct", lambda path: None)
+    elif request.param == "refused":  # at the first read, as some file systems do
+
+        def refuse(*args: object) -> int:
+            raise OSError(errno.EINVAL, "refused")
+
+        monkeypatch.setattr(os, "preadv", refuse, raising=False)
+    monkeypatch.setattr(reading, "is_cached", lambda *args: request.param == "cached")
+    return str(request.param)
+
+
+@pytest.mark.usefixtures("way")
+@pytest.mark.parametrize("shift", [0, 1, 7])
+def test_bytes_are_the_same_whichever_way_they_come(tmp_path: Path, shift: int) -> None:
+    """Also of tensors that begin at odd places of a file."""
+    data = torch.arange(5_000_000, dtype=torch.int32)
+    whole = bytes(shift) + data.numpy().tobytes()
+    (tmp_path / "x").write_bytes(whole)
+    cuts = [0, 3, 1000, 1_200_000, 4_999_999, 5_000_000]
+    tensors = [
+        Wanted("it", str(at), tmp_path / "x", TensorInfo("I32", (end - at,), shift + 4 * at, shift + 4 * end))
+        for at, end in itertools.pairwise(cuts)
+    ]
+    with Stream(tensors, AHEAD) as stream:
+        for each, (at, end) in zip(tensors, itertools.pairwise(cuts), strict=True):
+            assert torch.equal(stream.tensor(each.name), data[at:end])
+
+
+@pytest.mark.usefixtures("way")
+@pytest.mark.parametrize("missing", [1, 5000])
+def test_a_cut_off_file_is_an_error_whichever_way_it_is_read(tmp_path: Path, missing: int) -> None:
+    with (tmp_path / "x").open("wb") as file:
+        file.truncate((3 << 20) - missing)
+    info = TensorInfo("U8", (3 << 20,), 0, 3 << 20)
+    ended = (3 << 20) - missing
+    message = f"x is truncated: it ends after byte {ended}"
+    with (
+        Stream([Wanted("it", "x", tmp_path / "x", info)], AHEAD) as stream,
+        pytest.raises(InvalidCheckpoint, match=message),
+    ):
+        stream.tensor("x")
+
+
+def test_a_slow_disk_is_read_by_way_of_the_cache(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which keeps its pages for the next start; so is what the cache has already."""
+    monkeypatch.setattr(reading, "is_cached", lambda *args: False)
+    monkeypatch.setattr(reading, "_TRIED_BYTES", 1 << 20)
+    monkeypatch.setattr(reading, "_SLOW_BYTES_S", 1e30)
+    file = reading._File(path)
+    if not file.is_direct:
+        pytest.skip("the disk here takes no direct reads")
+    file.read(0, 3 << 20, reading._Buffer())
+    assert not file.is_direct
+
+
+def test_files_are_closed_when_nobody_reads_them_any_more(path: Path, tmp_path: Path) -> None:
+    """More than are kept open, each of which has pieces under way when others are opened."""
+    copies = [tmp_path / f"{number}.safetensors" for number in range(40)]
+    for copy in copies:
+        copy.write_bytes(path.read_bytes())
+    with Stream(itertools.chain.from_iterable(wanted(copy, copy) for copy in copies), AHEAD) as stream:
+        for _ in copies:
+            assert all(torch.equal(stream.tensor(name), TENSORS[name]) for name in TENSORS)
+    if Path("/proc/self/fd").exists():
+        opened = {os.path.realpath(link) for link in Path("/proc/self/fd").iterdir()}
+        assert not opened & set(map(str, copies))
 
 
 def test_a_file_that_is_not_there(tmp_path: Path, path: Path) -> None:
@@ -156,6 +215,7 @@ class Advice:
 def advice(monkeypatch: pytest.MonkeyPatch) -> Advice:
     if not hasattr(os, "posix_fadvise"):
         pytest.skip("the kernel takes no advice")
+    monkeypatch.setattr(reading, "open_direct", lambda path: None)
     found = Advice()
 
     def advise(descriptor: int, start: int, length: int, what: int) -> None:
