@@ -58,8 +58,9 @@ if how == "read":
 elif how == "keep":
     read(kept)
 else:
-    cache = pathlib.Path(cache) span = load_span(checkpoint, 0, checkpoint.config.n_blocks,
-    dtype=torch.bfloat16, quant=quant, cache=cache) nbytes = span.nbytes
+    options = {"quant": quant, "cache": pathlib.Path(cache)}
+    span = load_span(checkpoint, 0, checkpoint.config.n_blocks, dtype=torch.bfloat16, **options)
+    nbytes = span.nbytes
 seconds = time.perf_counter() - began
 print(json.dumps([seconds, 1024 * (kib("VmHWM") - before), nbytes]))
 """
