@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import os
 
 # Each is a module here with `run() -> Report`.
 BENCHMARKS = {
@@ -44,6 +45,10 @@ def main() -> None:
         "--only", metavar="PART", default="", help="of a benchmark in parts, those whose name contains PART"
     )
     arguments = parser.parse_args()
+    if (
+        arguments.name == "linear"
+    ):  # else torch's threads spin on for milliseconds, on cores that the next work needs
+        os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     for name in BENCHMARKS if arguments.name == "all" else [arguments.name]:
         module = importlib.import_module(f"benchmarks.{name}")
         known = ", ".join(getattr(module, "PARTS", ()))

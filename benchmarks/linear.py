@@ -139,7 +139,6 @@ def _medians(works: dict[str, Callable[[], object]], rounds: int) -> dict[str, f
     samples: dict[str, list[float]] = {name: [] for name in works}
     for _ in range(rounds + 1):  # the first is warming up
         for name, work in works.items():
-            work()
             began_s = time.perf_counter()
             work()
             samples[name].append(time.perf_counter() - began_s)
