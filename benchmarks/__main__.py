@@ -45,9 +45,8 @@ def main() -> None:
         "--only", metavar="PART", default="", help="of a benchmark in parts, those whose name contains PART"
     )
     arguments = parser.parse_args()
-    if (
-        arguments.name == "linear"
-    ):  # else torch's threads spin on for milliseconds, on cores that the next work needs
+    if arguments.name == "linear":
+        # Else torch's threads spin on for milliseconds, on cores that the next product needs.
         os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     for name in BENCHMARKS if arguments.name == "all" else [arguments.name]:
         module = importlib.import_module(f"benchmarks.{name}")

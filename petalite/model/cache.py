@@ -14,9 +14,8 @@ computes.
 from __future__ import annotations
 
 import itertools
-import mmap
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, TypeAlias
@@ -28,6 +27,7 @@ from petalite.errors import BadMessage, InvalidArgument, SessionGap, SessionLimi
 from petalite.kernels.attention import CausalMasks, attend
 from petalite.kernels.native.span import NativeSegment, native_addresses
 from petalite.kernels.rope import RotationTable
+from petalite.model.system import mapped
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,18 +79,7 @@ def _room(shape: CacheShape, n_blocks: int, length: int) -> Tensor:
     size = (n_blocks, 2, 1, shape.n_kv_heads, length, shape.head_dim)
     if shape.device.type != "cpu":
         return torch.empty(size, dtype=shape.dtype, device=shape.device)
-    nbytes = n_blocks * length * shape.token_bytes
-    try:
-        pages = mmap.mmap(-1, nbytes, **_PRIVATE)
-    except OSError as error:
-        raise MemoryError(f"the system has no {nbytes >> 20} MiB of addresses for a cache row") from error
-    with suppress(AttributeError, OSError):  # not Linux, or a kernel that has no huge pages
-        pages.madvise(mmap.MADV_NOHUGEPAGE)  # one token would take 2 MiB
-    return torch.frombuffer(pages, dtype=shape.dtype).view(size)
-
-
-# Shared is Python's default, and makes of every page a file's.
-_PRIVATE = {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS} if hasattr(mmap, "MAP_PRIVATE") else {}
+    return mapped(size, shape.dtype, small_pages=True)
 
 
 class KVCache:

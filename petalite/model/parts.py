@@ -19,6 +19,7 @@ from petalite.model.block import Block, linear_shapes, row_places, vector_shapes
 from petalite.model.checkpoint import Checkpoint
 from petalite.model.compute import is_finite
 from petalite.model.reading import Stream, Wanted
+from petalite.model.system import mapped
 
 _IGNORED = ("rotary_emb.inv_freq",)  # old conversions stored what the config says anyway
 
@@ -41,7 +42,9 @@ class Rows(Protocol[Made]):
 
 
 class Gathered:
-    """As a tensor, by default in the dtype that rows come in. It takes memory from the first row on."""
+    """As a tensor. It takes memory from the first row on; without a `dtype` that of the rows, for a while:
+    what is made of it takes its place.
+    """
 
     def __init__(
         self, shape: tuple[int, int], dtype: torch.dtype | None = None, device: torch.device | str = "cpu"
@@ -51,8 +54,10 @@ class Gathered:
 
     def put(self, rows: Tensor, here: Tensor, there: Tensor) -> None:
         """As `Rows` has it."""
-        if self._weight is None:
-            self._weight = torch.empty(self._shape, dtype=self._dtype or rows.dtype, device=self._device)
+        if self._weight is None and self._dtype is None:
+            self._weight = mapped(self._shape, rows.dtype)
+        elif self._weight is None:
+            self._weight = torch.empty(self._shape, dtype=self._dtype, device=self._device)
         elif self._dtype is None:
             self._weight = self._weight.to(torch.promote_types(rows.dtype, self._weight.dtype))
         self._weight.index_copy_(0, there.to(self._device), rows[here].to(self._weight))

@@ -1,7 +1,7 @@
-"""What the system is asked that Python has no function for. Where it does not know, it says so by doing
-nothing.
+"""What the system is asked about memory and files that Python has no function for. Where it does not know, it
+says so by doing nothing.
 
-Both are Linux's: cachestat(2), from 6.5 on, and madvise(2) with MADV_POPULATE_WRITE, from 5.14 on.
+Linux's alone are cachestat(2), from 6.5 on, and madvise(2) with MADV_POPULATE_WRITE, from 5.14 on.
 """
 
 from __future__ import annotations
@@ -12,13 +12,33 @@ import mmap
 import os
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
+import torch
 from torch import Tensor
 
 _CACHESTAT = 451  # the same number on every architecture that torch runs on
 _POPULATE_WRITE = 23
 _STEP_BYTES = 2 << 20
+# Shared is Python's default, and makes of every page a file's.
+_PRIVATE = {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS} if hasattr(mmap, "MAP_PRIVATE") else {}
+
+
+def mapped(size: tuple[int, ...], dtype: torch.dtype, *, small_pages: bool = False) -> Tensor:
+    """Zeros in memory that is mapped for them alone, and the system's again when nobody has them: what
+    malloc is given back it may keep, for a whole load. `small_pages`: little of it may be written. Raises
+    MemoryError.
+    """
+    nbytes = torch.Size(size).numel() * dtype.itemsize
+    try:
+        pages = mmap.mmap(-1, nbytes, **_PRIVATE)
+    except OSError as error:
+        raise MemoryError(f"the system has no {nbytes >> 20} MiB of addresses more") from error
+    if small_pages:
+        with suppress(AttributeError, OSError):  # not Linux, or a kernel that has no huge pages
+            pages.madvise(mmap.MADV_NOHUGEPAGE)  # else one token's row would take 2 MiB
+    return torch.frombuffer(pages, dtype=dtype).view(size)
 
 
 def is_cached(descriptor: int, start: int, end: int) -> bool | None:
