@@ -40,7 +40,7 @@ from petalite.model.quantfolder import (
     write_folder,
 )
 from petalite.model.reading import AHEAD, Stream, Wanted
-from petalite.model.system import take_pages
+from petalite.model.system import take_pages, trim
 
 logger = logging.getLogger(__name__)
 
@@ -232,6 +232,7 @@ class _Maker:
             if self._kept is not None:
                 made[name] = weight, bias
             yield name, weight, bias
+            trim()  # of what the next one takes anew, some comes in other sizes
 
     def _room(self, n_out: int, n_in: int) -> Rows[Tensor | PackedWeight]:
         if self._quant != NONE:

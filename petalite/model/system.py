@@ -66,9 +66,17 @@ def take_pages(memory: Tensor) -> None:
 
 @functools.cache
 def _function(name: str) -> Callable[..., Any] | None:
+    """Of the C library."""
     if not sys.platform.startswith("linux"):
         return None
     return getattr(ctypes.CDLL(None), name, None)
+
+
+def trim() -> None:
+    """Let malloc give the system what was freed. glibc keeps up to 64 MiB of it, however long."""
+    call = _function("malloc_trim")
+    if call is not None:
+        call(ctypes.c_size_t(0))
 
 
 def open_direct(path: os.PathLike[str]) -> int | None:
