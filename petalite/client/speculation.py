@@ -119,6 +119,7 @@ class Speculation:
         self._draft = Draft([])
         self._text_length = 0  # what the latest draft was made for
         self._idle_rounds = 0
+        self._has_read = False  # the drafter has seen the text so far, as its first draft makes it
 
     async def draft(self, text: Sequence[int], chooser: Chooser, most: int) -> list[int]:
         """What to send along with the last token of `text`: up to `most` guesses, often none."""
@@ -136,8 +137,10 @@ class Speculation:
         if count:
             began_s = self.clock()
             self._draft = await self._drafter.draft(text, chooser, count)
-            if self._draft.token_ids:
+            # To read a whole prompt, once, is no part of what a guess costs.
+            if self._draft.token_ids and self._has_read:
                 self.pace.observe_drafting(len(self._draft.token_ids), self.clock() - began_s)
+            self._has_read = True
         return self._draft.token_ids
 
     def observe(self, n_tokens: int, seconds: float) -> None:

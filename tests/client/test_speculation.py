@@ -340,6 +340,37 @@ class Wrong:
         pass
 
 
+class Right:
+    """Always right; its first draft reads a long prompt."""
+
+    is_free = False
+
+    def __init__(self) -> None:
+        self.now_s = 0.0
+
+    async def draft(self, text: Sequence[int], chooser: Chooser, count: int) -> Draft:
+        self.now_s += 10.0 if not self.now_s else 0.0
+        self.now_s += 0.01 * count
+        return Draft([0] * count)
+
+    def close(self) -> None:
+        pass
+
+
+def test_what_a_drafter_reads_first_is_no_part_of_a_guess() -> None:
+    async def main() -> list[int]:
+        drafter = Right()
+        speculation, text, sizes = Speculation(drafter, lambda: drafter.now_s), [0], []
+        for _ in range(2 * EXPLORE_ROUNDS):
+            drafts = await speculation.draft(text, Chooser(), 8)
+            speculation.observe(1 + len(drafts), 0.25)
+            text += [0] * (1 + len(drafts))
+            sizes.append(len(drafts))
+        return sizes
+
+    assert asyncio.run(main())[-1] >= 4
+
+
 def test_a_bad_drafter_is_asked_again_now_and_then() -> None:
     async def main() -> int:
         drafter = Wrong()
