@@ -6,11 +6,11 @@ Knows sockets and limits; what becomes of a connection whose handshake is done i
 from __future__ import annotations
 
 import asyncio
-import errno
 import logging
 import socket
 from collections.abc import Callable, Coroutine
 from dataclasses import replace
+from functools import partial
 from time import monotonic
 from typing import Any
 
@@ -25,8 +25,7 @@ from petalite.net.multiaddr import Multiaddr
 logger = logging.getLogger(__name__)
 
 _BACKLOG = 512
-_REST_S = 1.0  # when out of descriptors or memory
-_OUT_OF = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
+_REST_S = 1.0  # when out of descriptors or memory, or the network is down
 _POINTS = {HandshakeFailed: BAD_HANDSHAKE, TimeoutError: SLOW_HANDSHAKE}
 
 
@@ -54,7 +53,9 @@ class Acceptor:
             except OSError as error:
                 raise InvalidAddress(f"cannot listen on {address}: {error.strerror or error}") from error
             listener.setblocking(False)
-            self._tasks.append(self._spawn(self._accept(listener)))
+            task = self._spawn(self._accept(listener))
+            task.add_done_callback(partial(_close, listener))
+            self._tasks.append(task)
             bound.append(multiaddr_of(listener.getsockname()))
         return bound
 
@@ -65,20 +66,18 @@ class Acceptor:
 
     async def _accept(self, listener: socket.socket) -> None:
         loop = asyncio.get_running_loop()
-        with listener:
-            while True:
-                try:
-                    sock, sockaddr = await loop.sock_accept(listener)
-                    self._knock(sock, multiaddr_of(sockaddr))
-                    await asyncio.sleep(0)  # the loop's other work has its turn
-                except ConnectionAbortedError:
-                    continue
-                except OSError as error:
-                    if error.errno not in _OUT_OF:
-                        raise
-                    # The backlog waits, and the loop does not spin.
-                    logger.warning("cannot accept connections for %g s: %s", _REST_S, error.strerror)
-                    await asyncio.sleep(_REST_S)
+        while True:
+            try:
+                sock, sockaddr = await loop.sock_accept(listener)
+                self._knock(sock, multiaddr_of(sockaddr))
+                await asyncio.sleep(0)  # the loop's other work has its turn
+            except ConnectionAbortedError:
+                continue
+            except OSError as error:
+                # The backlog waits, and the loop does not spin. What a network raises here is over in time,
+                # or was one connection's: accept(2).
+                logger.warning("cannot accept connections for %g s: %s", _REST_S, error.strerror or error)
+                await asyncio.sleep(_REST_S)
 
     def _knock(self, sock: socket.socket, address: Multiaddr) -> None:
         """Begin the handshake, or refuse."""
@@ -110,6 +109,11 @@ class Acceptor:
             reason = str(error) or "it took too long"
             self._journal.note("handshake:failed", code=ErrorCode.PROTOCOL, reason=reason, address=address)
             self._gate.reputation.blame(prefix_of(address), _POINTS.get(type(error), 0.0), monotonic())
+
+
+def _close(listener: socket.socket, _: asyncio.Task[None]) -> None:
+    """Also of a task that was cancelled before it began."""
+    listener.close()
 
 
 def claimed_addresses(hello: Hello, seen: Multiaddr) -> list[Multiaddr]:
