@@ -166,7 +166,8 @@ class Receiver:
     def _drop_unread(self, stream: Stream) -> None:
         stream.inbox.clear()
         stream.target = None
-        self._read(stream, stream.received - stream.consumed)
+        coming = self._block_bytes if self.block is stream else 0  # which is read when it is here
+        self._read(stream, stream.received - stream.consumed - coming)
 
     # -- credit ------------------------------------------------------------------------------------
 

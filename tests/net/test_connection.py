@@ -302,6 +302,22 @@ def test_stop_makes_the_sender_reset() -> None:
     assert theirs.receive is Receive.RESET
 
 
+@pytest.mark.parametrize("given", [False, True], ids=["unread", "taken"])
+def test_stop_between_a_block_and_its_record_counts_it_once(given: bool) -> None:
+    end = End(False, Windows(), Windows())
+    end.take(OPEN_1 + frames.encode(FrameType.HEAD, 1, U64.pack(5000) + b"head"))
+    stream, receiver = end.core.streams[1], end.core.receiver
+    if given:
+        taken = receiver.take(stream)
+        assert taken is not None
+        receiver.expect(stream, taken[1], memoryview(bytearray(5000)))
+    end.take(frames.encode(FrameType.BLOCK, 1, U32.pack(5000)))
+    receiver.stop(stream, ErrorCode.BUSY)
+    assert receiver.consumed == MESSAGE_COST  # what has not come takes no credit back
+    end.take(bytes(5000))
+    assert receiver.consumed == receiver.received == stream.consumed == MESSAGE_COST + 5000
+
+
 def test_streams_are_forgotten_and_their_places_given_again() -> None:
     """Far more streams than are allowed at once, one after another, and some that are reset."""
     pair = Pair(SMALL, SMALL)
@@ -449,6 +465,7 @@ class Talk(RuleBasedStateMachine):
         self.written: dict[tuple[int, int], list[tuple[bytes, bytes]]] = {}
         self.read: dict[tuple[int, int], list[tuple[bytes, bytes]]] = {}
         self.stopped: set[tuple[int, int]] = set()
+        self.opened: tuple[list[Stream], list[Stream]] = [], []
         self.now = 0.0
         self.count = 0
 
@@ -460,7 +477,7 @@ class Talk(RuleBasedStateMachine):
     def open(self, end: int, priority: Priority) -> None:
         core = self.pair.ends[end].core
         if core.can_open:
-            core.open_stream(priority)
+            self.opened[end].append(core.open_stream(priority))
 
     @rule(
         end=st.integers(0, 1),
@@ -573,13 +590,14 @@ class Talk(RuleBasedStateMachine):
         self.pair.drive(self.now)
         for _ in range(50):
             for index, end in enumerate(self.pair.ends):
-                for stream in list(end.core.streams.values()):
+                theirs = [stream for stream in end.happened(Event.OPENED) if stream is not None]
+                for stream in self.opened[index] + theirs:  # also of those that are over
                     if (index, stream.id) not in self.stopped:
                         self.read[index, stream.id] = read_all(end, stream)
             self.pair.drive(self.now)
         for index, end in enumerate(self.pair.ends):
             other = self.pair.ends[1 - index].core
-            assert end.core.sender.sent == other.receiver.received
+            assert end.core.sender.sent == other.receiver.received == other.receiver.consumed
             for stream in end.core.streams.values():
                 assert not stream.inbox
                 assert not stream.outbox
