@@ -1,12 +1,14 @@
 """What is measured on a lab's hosts with nothing but sockets: `python -m benchmarks.lab.probe WHAT …`.
 
-echo PORT                      returns every UDP packet, and swallows what TCP connections bring ping
-ADDRESS PORT COUNT        prints the round trip of each UDP packet in seconds, a line each; lost: inf flood
-ADDRESS PORT BYTES       sends so much over TCP; prints the seconds until all of it was acknowledged relay
-ADDRESS PORT BYTES       takes TCP messages of that length at PORT and sends each on to ADDRESS, same port
-ring ADDRESS PORT BYTES COUNT  sends such messages, one at a time, and waits for each to come back to PORT
-through
-                               relays; prints the seconds of each trip, a line each
+echo PORT                returns every UDP packet, and swallows what TCP connections bring
+ping ADDRESS PORT COUNT  prints the round trip of each UDP packet in seconds, a line each; lost: inf
+flood ADDRESS PORT BYTES
+                         sends so much over TCP; prints the seconds until all of it was acknowledged
+relay ADDRESS PORT BYTES
+                         takes TCP messages of that length at PORT, sends each on to ADDRESS, same port
+ring ADDRESS PORT BYTES COUNT
+                         sends such messages, one at a time, and waits for each to come back to PORT
+                         through relays; prints the seconds of each trip, a line each
 """
 
 from __future__ import annotations

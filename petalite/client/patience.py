@@ -18,9 +18,8 @@ DOUBT = 4.0
 
 @dataclass(frozen=True, slots=True)
 class PatienceSettings:
-    step_s: float = (
-        30.0  # the longest a step may take, before and after learning; token_s more for each token
-    )
+    # The longest a step may take, before and after learning; token_s more for each token.
+    step_s: float = 30.0
     token_s: float = 0.25
     least_s: float = 2.0  # no deadline is shorter
     factor: float = 4.0  # a step may take so many times what is usual

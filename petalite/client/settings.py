@@ -40,9 +40,8 @@ class SessionSettings:
     recovery_s: float = 60.0  # to find and fill a replacement, in all, before the step fails
     chunk_tokens: int = 512  # a longer prefill, or replay, goes in steps of this many
     retry_s: float = 0.05  # pause before a third attempt to open hops; doubles up to two seconds
-    wire: str | None = (
-        None  # codec between machines: "q8" rounds at every edge, "q8+zstd" packs it; None: loses nothing
-    )
+    # Codec between machines: "q8" rounds at every edge, "q8+zstd" packs it; None: loses nothing.
+    wire: str | None = None
 
     def __post_init__(self) -> None:
         if self.wire is not None and self.wire not in WIRES:
@@ -54,9 +53,8 @@ class TrainingSettings:
     """Of forward and backward passes over whole batches."""
 
     part_tokens: int = 1024  # a batch goes through the chain in parts of at most about so many, or one row
-    in_flight: int = (
-        8  # parts under way at once; a batch has about as many where that leaves them large enough
-    )
+    # Parts under way at once; a batch has about as many where that leaves them large enough.
+    in_flight: int = 8
     call_s: float = 30.0  # the longest wait for a server's answer; token_s more for each token under way
     token_s: float = 0.02
     recovery_s: float = 60.0  # without progress, from a failure until the pass fails

@@ -51,9 +51,8 @@ class Work:
     """What all parts of a batch have in common."""
 
     span: Span
-    prompts: Tensor | None = (
-        None  # (blocks of the span, P, E): added to the first P tokens of what enters each
-    )
+    # (blocks of the span, P, E): added to the first P tokens of what enters each.
+    prompts: Tensor | None = None
     adapter: AdapterSource | None = None
 
     def prompts_of(self, span: Span) -> Tensor | None:

@@ -95,9 +95,8 @@ class LinearKernel:
     name: str
     make: Callable[[Any, Tensor | None], Linear]  # from a weight of its format, and a bias
     works_on: Callable[[torch.device, torch.dtype], bool]
-    min_rows: int = (
-        1  # fewer tokens than this cost as much; a caller that pads once spares every linear doing so
-    )
+    # Fewer tokens than this cost as much; a caller that pads once spares every linear doing so.
+    min_rows: int = 1
     caution: str | None = None  # what an operator should know before relying on it
 
 

@@ -42,9 +42,8 @@ class TrainingSettings:
     most_per_peer: int = 16  # of them, one peer's
     longest_wait_s: float = 60.0  # in line for memory
     kept_s: float = 120.0  # what a forward held on to is let go of then
-    piece_s: float = (
-        0.1  # a piece takes about so long, as a prefill chunk does; a decode step waits for one at most
-    )
+    # A piece takes about so long, as a prefill chunk does; a decode step waits for one at most.
+    piece_s: float = 0.1
     adapter_bytes: int = 512 << 20  # for adapters that clients sent
 
 

@@ -35,9 +35,8 @@ MAX_STEP_TOKENS = 4096  # packed in one step; longer prefills come in chunks
 MAX_LENGTH = 1 << 20  # tokens a row may be opened for
 TOKEN_BYTES = 16
 DIGEST_BYTES = 32
-DECODE_TOKENS = (
-    16  # a step of no more tokens per row is a decode step, or a draft to verify; others are prefill
-)
+# A step of no more tokens per row is a decode step, or a draft to verify; others are prefill.
+DECODE_TOKENS = 16
 
 # Which outputs of a step are wanted: every token's, each segment's last one, or none (a replay whose output
 # is downstream already).

@@ -64,9 +64,8 @@ class ServerRecord:
     free_tokens: Annotated[int, between(0, 2**40)]  # cache room over the whole span
     version: ShortText  # of petalite
     tokens_per_s: Annotated[float, between(0, 1e9)] = 0.0  # that it can carry; 0: as block_ms has it
-    prefill_ms: Annotated[float, between(0, 1e6)] = (
-        0.0  # one token of many through one block; 0: not measured
-    )
+    # One token of many through one block; 0: not measured.
+    prefill_ms: Annotated[float, between(0, 1e6)] = 0.0
     waiting_tokens: Annotated[int, between(0, 2**40)] = 0  # of all sessions' steps, when this was written
     links: Annotated[tuple[LinkTo, ...], length(0, MAX_LINKS)] = ()  # to servers of the block after its last
     serving: bool = True  # False: it is loading these blocks, and will serve them

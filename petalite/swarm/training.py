@@ -57,9 +57,8 @@ class TrainCall:
     rows: CallTokens
     tokens: CallTokens  # of each row
     codec: Text  # of hidden states and their gradients, in both directions
-    prompt_tokens: Annotated[int, between(0, MAX_CALL_TOKENS)] = (
-        0  # P: what enters a block has so many added to
-    )
+    # P: what enters a block has so many added to.
+    prompt_tokens: Annotated[int, between(0, MAX_CALL_TOKENS)] = 0
     adapter: Digest | None = None
     keep: bool = False  # forward: hold on to what backward needs, if there is room
     kept: Token | None = None  # backward: what forward held on to
@@ -107,9 +106,8 @@ class SpanInputs:
     """What a call computes from."""
 
     hidden: Tensor  # (B, T, E)
-    prompts: Tensor | None = (
-        None  # (blocks, P, E), P at most T: added to the first P tokens of what enters each
-    )
+    # (blocks, P, E), P at most T: added to the first P tokens of what enters each.
+    prompts: Tensor | None = None
     adapter: bytes | None = None  # the digest of a LoRA that the server holds
 
 
