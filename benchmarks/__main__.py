@@ -32,6 +32,20 @@ BENCHMARKS = {
 }
 
 
+def _insist_on_native_kernels(parser: argparse.ArgumentParser) -> None:
+    """Those of these sources, in the processes that a benchmark starts, too; unless told otherwise. Without
+    them torch's would serve, and their figures be taken for ours.
+    """
+    from petalite.errors import InvalidArgument  # after what torch's threads are told in the environment
+    from petalite.kernels import native
+
+    os.environ[native.VARIABLE] = os.environ.get(native.VARIABLE) or "native"
+    try:
+        native.library()
+    except InvalidArgument as error:
+        parser.error(f"{error}; or measure torch's kernels with {native.VARIABLE}=torch")
+
+
 def main() -> None:
     names = "\n".join(f"  {name:<10} {what}" for name, what in BENCHMARKS.items())
     parser = argparse.ArgumentParser(
@@ -48,6 +62,7 @@ def main() -> None:
     if arguments.name == "linear":
         # Else torch's threads spin on for milliseconds, on cores that the next product needs.
         os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    _insist_on_native_kernels(parser)
     for name in BENCHMARKS if arguments.name == "all" else [arguments.name]:
         module = importlib.import_module(f"benchmarks.{name}")
         known = ", ".join(getattr(module, "PARTS", ()))

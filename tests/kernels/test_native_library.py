@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+import benchmarks.__main__ as benchmarks
 from petalite.errors import InvalidArgument
 from petalite.kernels import native
 from petalite.kernels.native import VARIABLE, library
@@ -99,6 +100,27 @@ def test_a_library_of_other_sources_or_of_none_is_not_used(
     (tmp_path / built.name).unlink()  # what is loaded stays as it was
     (tmp_path / built.name).write_bytes(b"\x7fELF, and then nothing")
     assert library() is None
+
+
+@needs_library
+def test_benchmarks_refuse_a_library_of_other_sources(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """They would measure torch's kernels. Those who want that say so."""
+    monkeypatch.setenv(VARIABLE, "")
+    shutil.copy(next(iter(native._FOLDER.glob("kernels.*so"))), tmp_path)
+    (tmp_path / "common.h").write_text("// changed since")
+    monkeypatch.setattr(native, "_FOLDER", tmp_path)
+    monkeypatch.setattr("sys.argv", ["benchmarks", "gpu", "--only", "no such part"])
+    with pytest.raises(SystemExit):
+        benchmarks.main()
+    refusal = capsys.readouterr().err
+    assert "other sources" in refusal and "make native" in refusal and f"{VARIABLE}=torch" in refusal
+    library.cache_clear()
+    monkeypatch.setenv(VARIABLE, "torch")
+    with pytest.raises(SystemExit):
+        benchmarks.main()
+    assert "no part" in capsys.readouterr().err
 
 
 @needs_library
