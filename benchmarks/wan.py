@@ -34,7 +34,8 @@ SMOLLM2_SPANS = ("0:10", "10:20", "20:30")
 PROMPT = "The history of the city begins with"
 NEW_TOKENS = 40
 PREFILL_TOKENS, CHUNK_TOKENS = 2048, 128
-BARE_PORT, BARE_BYTES = 31331, 1152  # a message of the tiny model's
+BARE_PORT = 31331
+BARE_BYTES = {"tiny": 4 * 256 + 128, "SmolLM2": 4 * 576 + 128}  # a step: float32 states, and the rest
 LOOPBACK = "loopback"
 CODEC_ROUNDS = 3
 PARTS = (*(f"{rtt_ms} ms" for rtt_ms in RTTS_MS), "prefill", "codecs")
@@ -57,7 +58,8 @@ async def _measure(only: str) -> Report:
         tiny = str(tiny_llama(Path(folder) / "tiny", **sizes))
         for rtt_ms in RTTS_MS:
             if only in f"{rtt_ms} ms":
-                await _bare_ring(report, rtt_ms)
+                for name, nbytes in BARE_BYTES.items():
+                    await _bare_ring(report, rtt_ms, name, nbytes)
                 await _steps(report, rtt_ms, "tiny", tiny, TINY_SPANS, ["steps", {}])
                 text = ["generate", {"prompt": PROMPT, "new_tokens": NEW_TOKENS}]
                 smollm2 = str(smollm2_folder())
@@ -87,19 +89,18 @@ async def _steps(
         _check(report, rtt_ms, name, rows["ring"][0])
 
 
-async def _bare_ring(report: Report, rtt_ms: int) -> None:
+async def _bare_ring(report: Report, rtt_ms: int, name: str, nbytes: int) -> None:
     """What the lab and the kernel take of a step: as many bytes through the same ring, by sockets alone."""
     with contextlib.suppress(LabUnavailable):
         async with Lab(_hosts(rtt_ms)) as lab:
             for host, successor in itertools.pairwise((*SERVERS, "client")):
-                await _probe(lab, host, "relay", lab.address(successor), BARE_PORT, BARE_BYTES)
-            going = await _probe(lab, "client", "ring", lab.address("s1"), BARE_PORT, BARE_BYTES, NEW_TOKENS)
+                await _probe(lab, host, "relay", lab.address(successor), BARE_PORT, nbytes)
+            going = await _probe(lab, "client", "ring", lab.address("s1"), BARE_PORT, nbytes, NEW_TOKENS)
             assert going.stdout is not None
             trips_ms = [float(line) * 1e3 for line in (await going.stdout.read()).split()]
-        report.rows.append(
-            (f"{rtt_ms} ms", "sockets alone, a round", "ring", statistics.median(trips_ms), "", "")
-        )
-        report.results[f"{rtt_ms} ms sockets alone"] = {"step_ms": statistics.median(trips_ms)}
+        trip_ms = statistics.median(trips_ms)
+        report.rows.append((f"{rtt_ms} ms", f"sockets alone, a round of {name}'s", "ring", trip_ms, "", ""))
+        report.results[f"{rtt_ms} ms {name} sockets alone"] = {"step_ms": trip_ms}
 
 
 async def _probe(lab: Lab, host: str, *arguments: object) -> asyncio.subprocess.Process:
