@@ -95,16 +95,16 @@ class _Found:
             for prompt in PROMPTS
         ]
         stop = tokenizer.encode("<|im_end|>")[-1]
-        self.answers = [_until(answer, stop) for answer in _greedy(span, edges, self.prompts)]
+        self.answers = [_until(answer, stop) for answer in greedy(span, edges, self.prompts, NEW_TOKENS)]
 
 
-def _greedy(span: BlockSpan, edges: Edges, prompts: list[list[int]]) -> list[list[int]]:
-    """NEW_TOKENS for each prompt, a token of each in every step."""
+def greedy(span: BlockSpan, edges: Edges, prompts: list[list[int]], new_tokens: int) -> list[list[int]]:
+    """The likeliest tokens behind each prompt, one of each in every step."""
     cache = span.new_cache()
-    rows = [cache.open_row(len(prompt) + NEW_TOKENS) for prompt in prompts]
+    rows = [cache.open_row(len(prompt) + new_tokens) for prompt in prompts]
     answers: list[list[int]] = [[] for _ in prompts]
     fed = prompts
-    for _ in range(NEW_TOKENS):
+    for _ in range(new_tokens):
         segments = [Segment(row, cache.length(row), len(ids)) for row, ids in zip(rows, fed, strict=True)]
         output = span.forward(edges.embed([token for ids in fed for token in ids]), segments, cache)
         last = torch.tensor([len(ids) for ids in fed]).cumsum(0) - 1

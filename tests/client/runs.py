@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import random
-from collections.abc import Coroutine
+from collections.abc import Callable, Coroutine, Iterator
 from typing import Any, TypeVar
 
 import pytest
@@ -15,7 +15,7 @@ from petalite.client.settings import SessionSettings
 from petalite.net.identity import PeerId
 from petalite.sim import loop
 from petalite.swarm.spans import Span
-from tests.client.fakes import E, FakeSwarm, reference
+from tests.client.fakes import CLIENT, E, FakeSwarm, reference
 
 T = TypeVar("T")
 WHOLE = Span(0, 6)
@@ -74,3 +74,26 @@ def messages_of_a_run(pushing: bool) -> list[tuple[PeerId, PeerId]]:
 
     run(main())
     return sent
+
+
+Deed = Callable[[FakeSwarm], Coroutine[Any, Any, T]]
+
+
+def with_a_death(spans: dict[int, Span], deed: Deed[T], fatal: int = -1, end: int = 0) -> tuple[T, int]:
+    """What `deed` gives, and how many messages it takes; the server at one end of message `fatal` dies."""
+    swarm = FakeSwarm(spans)
+
+    def on_message(number: int, source: PeerId, target: PeerId) -> None:
+        victim = (source, target)[end]
+        if number == fatal and victim != CLIENT:
+            swarm.net.kill(victim)
+
+    swarm.net.on_message = on_message
+    return run(deed(swarm)), swarm.net.messages
+
+
+def with_each_death(spans: dict[int, Span], deed: Deed[T], messages: int) -> Iterator[T]:
+    """What `deed` gives with a death at either end of each of so many messages."""
+    for fatal in range(messages):
+        for end in (0, 1):
+            yield with_a_death(spans, deed, fatal, end)[0]

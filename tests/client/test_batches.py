@@ -5,7 +5,6 @@ does.
 from __future__ import annotations
 
 import asyncio
-import random
 from collections.abc import Iterator
 from typing import Any
 
@@ -21,10 +20,9 @@ from petalite.client.session import Session
 from petalite.client.settings import SessionSettings
 from petalite.client.sync import DistributedModel
 from petalite.errors import InvalidArgument, PromptTooLong
-from petalite.net.identity import PeerId
-from petalite.sim import loop
 from petalite.swarm.spans import Span
-from tests.client.fakes import CLIENT, E, FakeSwarm
+from tests.client.fakes import E, FakeSwarm
+from tests.client.runs import with_a_death, with_each_death
 from tests.client.test_speculation import FakeEdges, Here
 from tests.helpers.checkpoints import tiny_llama
 
@@ -119,23 +117,10 @@ def test_a_death_at_any_message_of_a_batch_changes_nothing() -> None:
             await Batch(session, edges, thread).generate(prompts, choosers, 10, take)
         return found
 
-    def run(fatal: int | None, end: int = 0) -> tuple[list[list[int]], int]:
-        swarm = FakeSwarm(spans)
-
-        def on_message(number: int, source: PeerId, target: PeerId) -> None:
-            victim = (source, target)[end]
-            if number == fatal and victim != CLIENT:
-                swarm.net.kill(victim)
-
-        swarm.net.on_message = on_message
-        random.seed(0)
-        return loop.run(batch(swarm)), swarm.net.messages
-
-    expected, messages = run(None)
+    expected, messages = with_a_death(spans, batch)
     assert [len(row) for row in expected] == [3, 5, 7]
-    for fatal in range(messages):
-        for end in (0, 1):
-            assert run(fatal, end)[0] == expected
+    for result in with_each_death(spans, batch, messages):
+        assert result == expected
 
 
 async def test_cancelling_a_batch(tmp_path: Any) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import random
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +15,9 @@ from petalite.client.penalties import Penalties
 from petalite.client.session import Session
 from petalite.client.settings import SessionSettings
 from petalite.errors import InvalidArgument, PromptTooLong
-from petalite.net.identity import PeerId
-from petalite.sim import loop
 from petalite.swarm.spans import Span
-from tests.client.fakes import CLIENT, E, FakeSwarm
+from tests.client.fakes import E, FakeSwarm
+from tests.client.runs import with_a_death, with_each_death
 from tests.client.test_speculation import FakeEdges, Here
 from tests.helpers.checkpoints import tiny_llama
 
@@ -105,23 +103,10 @@ def test_a_death_at_any_message_of_a_beam_search_changes_nothing() -> None:
             how = BeamSettings(3, length_penalty=0.5)
             return await beam_search(batch, [0, 1, 2, 0], how, Penalties(), max_new_tokens=8, stop_ids={1})
 
-    def run(fatal: int | None, end: int = 0) -> tuple[list[Beam], int]:
-        swarm = FakeSwarm(spans)
-
-        def on_message(number: int, source: PeerId, target: PeerId) -> None:
-            victim = (source, target)[end]
-            if number == fatal and victim != CLIENT:
-                swarm.net.kill(victim)
-
-        swarm.net.on_message = on_message
-        random.seed(0)
-        return loop.run(search(swarm)), swarm.net.messages
-
-    expected, messages = run(None)
+    expected, messages = with_a_death(spans, search)
     assert len(expected) == 3
-    for fatal in range(messages):
-        for end in (0, 1):
-            assert run(fatal, end)[0] == expected
+    for result in with_each_death(spans, search, messages):
+        assert result == expected
 
 
 def test_searches_that_cannot_work(folder: Path) -> None:

@@ -27,10 +27,10 @@ from petalite.client.settings import SessionSettings
 from petalite.client.speculation import EXPLORE_ROUNDS, MOST_DRAFTS, SIZES, Draft, Pace, Speculation
 from petalite.client.sync import DistributedModel
 from petalite.errors import InvalidArgument
-from petalite.net.identity import PeerId
 from petalite.sim import loop
 from petalite.swarm.spans import Span
-from tests.client.fakes import CLIENT, E, FakeSwarm
+from tests.client.fakes import E, FakeSwarm
+from tests.client.runs import with_a_death, with_each_death
 from tests.helpers.checkpoints import tiny_llama
 
 PROMPT = list(b"one two three one two three one two")
@@ -193,27 +193,12 @@ async def over_fakes(swarm: FakeSwarm, drafts: bool) -> list[int]:
 def test_a_death_at_any_message_of_a_speculative_run_changes_nothing() -> None:
     spans = {1: Span(0, 2), 2: Span(2, 4), 3: Span(4, 6), 4: Span(0, 3), 5: Span(3, 6)}
 
-    def run(drafts: bool, fatal: int | None = None, end: int = 0) -> tuple[list[int], list[Any]]:
-        swarm = FakeSwarm(spans)
-        sent: list[tuple[PeerId, PeerId]] = []
-
-        def on_message(number: int, source: PeerId, target: PeerId) -> None:
-            sent.append((source, target))
-            victim = (source, target)[end]
-            if number == fatal and victim != CLIENT:
-                swarm.net.kill(victim)
-
-        swarm.net.on_message = on_message
-        random.seed(0)
-        return loop.run(over_fakes(swarm, drafts)), sent
-
-    plain, long = run(False)
-    speculative, short = run(True)
+    plain, long = with_a_death(spans, partial(over_fakes, drafts=False))
+    speculative, short = with_a_death(spans, partial(over_fakes, drafts=True))
     assert speculative == plain
-    assert len(short) < 0.8 * len(long)
-    for fatal in range(len(short)):
-        for end in (0, 1):
-            assert run(True, fatal, end)[0] == plain, f"message {fatal}"
+    assert short < 0.8 * long
+    for result in with_each_death(spans, partial(over_fakes, drafts=True), short):
+        assert result == plain
 
 
 def test_cancelling_at_any_point_frees_every_hop() -> None:

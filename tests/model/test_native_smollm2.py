@@ -5,11 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-import torch
 from torch import Tensor
 
 import benchmarks.quality
-from benchmarks.quality import PROMPTS
+from benchmarks.quality import PROMPTS, greedy
 from petalite.kernels import linear, native
 from petalite.model.cache import Segment
 from petalite.model.checkpoint import Checkpoint
@@ -28,22 +27,6 @@ def load(smollm2: Path) -> tuple[BlockSpan, Edges]:
     return load_span(checkpoint, 0, 30, quant="int8"), load_edges(checkpoint, quant="int8")
 
 
-def greedy(span: BlockSpan, edges: Edges, prompts: list[list[int]]) -> list[list[int]]:
-    """NEW_TOKENS of each, all prompts in each step."""
-    cache = span.new_cache()
-    rows = [cache.open_row(len(prompt) + NEW_TOKENS) for prompt in prompts]
-    answers: list[list[int]] = [[] for _ in prompts]
-    fed = prompts
-    for _ in range(NEW_TOKENS):
-        segments = [Segment(row, cache.length(row), len(ids)) for row, ids in zip(rows, fed, strict=True)]
-        output = span.forward(edges.embed([token for ids in fed for token in ids]), segments, cache)
-        last = torch.tensor([len(ids) for ids in fed]).cumsum(0) - 1
-        fed = [[token] for token in edges.head(output[last]).argmax(-1).tolist()]
-        for answer, (token,) in zip(answers, fed, strict=True):
-            answer.append(token)
-    return answers
-
-
 @pytest.mark.slow
 def test_twenty_answers_in_int8_are_the_same_alone_and_in_company(smollm2: Path) -> None:
     tokenizer = load_tokenizer(Checkpoint.open(smollm2))
@@ -53,7 +36,8 @@ def test_twenty_answers_in_int8_are_the_same_alone_and_in_company(smollm2: Path)
     ]
     span, edges = load(smollm2)
     assert span._native is not None
-    assert greedy(span, edges, prompts) == [greedy(span, edges, [prompt])[0] for prompt in prompts]
+    alone = [greedy(span, edges, [prompt], NEW_TOKENS)[0] for prompt in prompts]
+    assert greedy(span, edges, prompts, NEW_TOKENS) == alone
 
 
 def logprobs(smollm2: Path) -> Tensor:
