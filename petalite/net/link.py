@@ -158,7 +158,7 @@ class Link:
     def _fail_calls(self, lane: Lane, error: PetaliteError) -> None:
         """A lane is gone, and its calls with it."""
         self._changed.set()
-        self.memory.release(lane.connection.receiver.reserved)
+        self.memory.release(lane.connection.receiver.end())
         for stream in list(lane.connection.streams.values()):
             if stream.owner is not None:
                 stream.owner.lost(error)

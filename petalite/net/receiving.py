@@ -79,6 +79,12 @@ class Receiver:
         self.reserved -= freed
         return freed
 
+    def end(self) -> int:
+        """The lane is gone: set no more memory aside; how much was."""
+        self._reserve_memory = lambda _size: False
+        freed, self.reserved, self._allowance = self.reserved, 0, 0
+        return freed
+
     # -- what comes --------------------------------------------------------------------------------
 
     def message(self, stream: Stream, head: bool, split: int, payload: memoryview, fin: bool) -> None:

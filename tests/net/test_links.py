@@ -6,6 +6,7 @@ import asyncio
 import json
 import resource
 import socket
+import time
 from typing import Any
 
 import pytest
@@ -27,7 +28,7 @@ from petalite.net.handshake import Hello
 from petalite.net.limits import VIOLATION, Limits
 from petalite.net.link import Timers
 
-from .hosts import Net, echo, echo_stream, eventually
+from .hosts import Net, Watched, echo, echo_stream, eventually
 
 # -- lanes -----------------------------------------------------------------------------------------
 
@@ -220,6 +221,56 @@ async def test_a_message_that_stops_after_its_header_gives_its_memory_back(two: 
         sending.cancel()
     call.end()
     await eventually(lambda: server._gate.memory.used < 50_000_000)
+
+
+async def test_what_a_lost_peer_left_unread_takes_no_memory_for_ever(net: Net) -> None:
+    """It is dropped behind the loss, and to drop it is to read it, which lets the window grow."""
+    windows = Windows(connection_bytes=65_536, allowance_bytes=0)
+    server, caller = await net.host(HostSettings(windows=windows), listen=True), await net.host()
+    watched = Watched()
+    server.serve("deaf", watched)
+    call = await caller.open(server.addresses[0], "deaf")
+    await watched.started.wait()
+    receiver = server._links[caller.peer_id].lanes[0].connection.receiver
+    receiver.rtt_s = 10.0
+    sending = asyncio.gather(*(call.send({}, [bytes(20_000)]) for _ in range(10)), return_exceptions=True)
+    await eventually(lambda: receiver.received >= 65_536)
+    await caller.close()
+    await sending
+    await eventually(lambda: not server._handlers)
+    assert receiver.received == receiver.consumed
+    assert server._gate.memory.used == 0
+
+
+async def test_a_link_that_fell_silent_gives_each_lanes_memory_back_once(net: Net) -> None:
+    """The interactive lane is given up; the bulk lane, which goes with it, has its turn in the same tick."""
+    settings = HostSettings(windows=Windows(connection_bytes=65_536))
+    server, caller = await net.host(settings, listen=True), await net.host()
+    go_on, read = asyncio.Event(), asyncio.Event()
+
+    async def slow(call: Call) -> None:
+        await go_on.wait()
+        for _ in range(10):
+            await call.receive()
+        read.set()
+        await asyncio.Event().wait()
+
+    server.serve("slow", slow)
+    call = await caller.open(server.addresses[0], "slow", priority=Priority.BULK)
+    for _ in range(10):
+        await call.send({}, [bytes(20_000)])
+    link = server._links[caller.peer_id]
+    receiver = link.lanes[1].connection.receiver
+    await eventually(lambda: receiver.received > 200_000)
+    go_on.set()
+    await read.wait()
+    assert server._gate.memory.used == receiver.reserved > 0
+    link.lanes[0].connection.ping(0.0)
+    link.lanes[0].last_received = float("-inf")
+    link.tick(time.monotonic())
+    assert link.closed
+    assert server._gate.memory.used == 0
+    call.end()
 
 
 async def test_a_methods_rate_is_kept_per_peer(two: tuple[Host, Host]) -> None:
