@@ -310,6 +310,7 @@ class Lane:
         if self._linger is not None:
             self._linger.cancel()
         if self._fd >= 0:
+            self.connection.close(ErrorCode.OK, "")  # who waits for a place on it looks for another lane
             self._loop.remove_reader(self._fd)
             self._loop.remove_writer(self._fd)
             self._sock.close()

@@ -76,6 +76,27 @@ async def test_a_lost_bulk_lane_ends_its_own_calls_alone(two: tuple[Host, Host])
     assert len(link.lanes) == 2
 
 
+async def test_who_waits_for_a_place_on_a_bulk_lane_that_is_lost_goes_on_the_other(net: Net) -> None:
+    settings = HostSettings(windows=Windows(streams=2))
+    caller, server = await net.host(), await net.host(settings, listen=True)
+    server.serve("echo", echo)
+    server.serve("stream", echo_stream)
+    calls = [
+        await caller.open(server.addresses[0], "stream", priority=Priority.BULK, timeout_s=5)
+        for _ in range(2)
+    ]
+    link = caller._links[server.peer_id]
+    waiting = asyncio.create_task(link.lane_for(Priority.BULK, None))
+    await asyncio.sleep(0)
+    lane = link.lanes[1]
+    lane.abort()
+    link.lane_lost(lane, ConnectionLost("cut"), guilty=False)
+    async with asyncio.timeout(5):
+        assert await waiting is link.lanes[0]
+    for call in calls:
+        call.end()
+
+
 async def test_bulk_goes_on_the_one_lane_where_no_other_can_be_opened(net: Net) -> None:
     """The accepting end, whose peer does not listen: there is nowhere to dial."""
     caller, server = await net.host(), await net.host(listen=True)
