@@ -262,8 +262,8 @@ class Call:
                     self._left = message
                     break
         except Exception as error:
-            waiter.set_exception(error)
-            return
+            if not waiter.done():  # else the call was given up meanwhile
+                waiter.set_exception(error)
         if not waiter.done() and (self.eager is None or self._left or self.stream.receive is RECEIVED):
             waiter.set_result(None)
 

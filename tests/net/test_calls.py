@@ -140,6 +140,27 @@ async def test_eager_takes_what_comes_while_somebody_waits(two: tuple[Host, Host
         assert {0, 2, 400_000} <= set(eager)
 
 
+async def test_eager_may_give_the_call_up(two: tuple[Host, Host]) -> None:
+    """And raise, which comes too late: the link's other calls go on."""
+    caller, server = two
+    reported: list[object] = []
+    asyncio.get_running_loop().set_exception_handler(lambda _, context: reported.append(context))
+    async with await caller.open(server.peer_id, "stream", timeout_s=10) as call:
+
+        def take(message: Message) -> bool:
+            call.cancel()
+            raise SessionGap("too late")
+
+        call.eager = take
+        reading = asyncio.create_task(call.receive())
+        await call.send({})
+        echoed = asyncio.create_task(caller.call(server.peer_id, "echo", timeout_s=5))
+        with pytest.raises(Cancelled):
+            await reading
+        await echoed
+    assert not reported
+
+
 async def test_a_handler_that_says_nothing_is_an_empty_answer(two: tuple[Host, Host]) -> None:
     caller, server = two
 
