@@ -224,7 +224,7 @@ class Call:
         self._error = self._error or Cancelled("the call is over")
         if stream.send >= SENT and stream.receive >= RECEIVED and not stream.inbox:
             return  # as most calls end
-        if stream.send is SENDING or (stream.queued and not keep_queued and stream.receive is RECEIVING):
+        if stream.send is SENDING or (stream.queued and not keep_queued):
             connection.sender.reset(stream, ErrorCode.CANCELLED)
         if stream.receive is RECEIVING or stream.inbox:
             connection.receiver.stop(stream, ErrorCode.CANCELLED)

@@ -476,6 +476,20 @@ async def test_a_window_that_stays_shut(host: Host) -> None:
         await ended.wait()
 
 
+async def test_an_answer_before_the_question_is_read(host: Host) -> None:
+    """And no credit for the rest of it: the call is over, and holds neither its buffers nor its place."""
+    async with attacker(host) as enemy:
+        await eventually(lambda: host.is_connected(enemy.identity.peer_id))
+        calling = asyncio.create_task(
+            host.call(enemy.identity.peer_id, "ask", buffers=[bytes(8 * HELLO.stream_bytes)], timeout_s=5)
+        )
+        link = host._links[enemy.identity.peer_id]
+        await eventually(lambda: link.calls == 1)
+        await enemy.send(message(2, msgpack.packb([0, {}, []]), fin=True))
+        await calling
+        await eventually(lambda: not link.calls)
+
+
 async def test_everything_urgent_gains_nothing(host: Host) -> None:
     """A peer's class orders its own answers, up to what the method allows."""
     seen: list[int] = []
