@@ -221,7 +221,7 @@ class Call:
             self._release()
         stream, connection = self.stream, self._lane.connection
         stream.owner = self.eager = None
-        self._error = self._error or Cancelled("the call is over")
+        self._fail(Cancelled("the call is over"))
         if stream.send >= SENT and stream.receive >= RECEIVED and not stream.inbox:
             return  # as most calls end
         if stream.send is SENDING or (stream.queued and not keep_queued):

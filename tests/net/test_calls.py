@@ -255,6 +255,18 @@ async def test_what_a_caller_gets_wrong(two: tuple[Host, Host]) -> None:
 # -- deadlines and giving up -----------------------------------------------------------------------
 
 
+async def test_who_waits_for_a_call_that_another_task_ends_is_told(two: tuple[Host, Host]) -> None:
+    caller, server = two
+    server.serve("deaf", Watched())
+    call = await caller.open(server.peer_id, "deaf", timeout_s=60)
+    waiting = [asyncio.create_task(call.receive()), asyncio.create_task(call.send({}, [bytes(30_000_000)]))]
+    await asyncio.sleep(0)
+    call.end()
+    async with asyncio.timeout(5):
+        results = await asyncio.gather(*waiting, return_exceptions=True)
+    assert [type(result) for result in results] == [Cancelled, Cancelled]
+
+
 class WatchedReceiving(Watched):
     async def wait(self, call: Call) -> None:
         await call.receive()
