@@ -324,14 +324,14 @@ class Host:
         On return the request's buffers are the caller's again. `finished`: there is nothing else to send;
         then they are when the answer is here.
         """
-        link = self._usable_link(peer)
+        link, began_at = self._usable_link(peer), monotonic()
         if link is None:
-            began_at = monotonic()
-            link = await self.connect(peer, timeout_s=min(timeout_s or CONNECT_TIMEOUT_S, CONNECT_TIMEOUT_S))
-            timeout_s = None if timeout_s is None else max(0.0, timeout_s - (monotonic() - began_at))
+            connect_s = CONNECT_TIMEOUT_S if timeout_s is None else min(timeout_s, CONNECT_TIMEOUT_S)
+            link = await self.connect(peer, timeout_s=connect_s)
         lane = link.lanes[0]
         if priority is BULK or link.error is not None or not lane.connection.can_open:
-            lane = await link.lane_for(priority, timeout_s)
+            lane = await link.lane_for(priority, _left(timeout_s, began_at))
+        timeout_s = _left(timeout_s, began_at)
         deadline_ms = 0 if timeout_s is None else min(max(1, int(timeout_s * 1000)), MAX_DEADLINE_MS)
         header, segments = messages.encode([REQUEST, body or {}, None, method, deadline_ms], buffers)
         call = Call(link, lane, lane.connection.open_stream(priority), method)
@@ -441,3 +441,7 @@ class Host:
         for link in list(self._all_links):
             link.close(ErrorCode.SHUTDOWN, "the host is closing")
         await asyncio.gather(*(lane.gone.wait() for lane in self._lanes))
+
+
+def _left(timeout_s: float | None, began_at: float) -> float | None:
+    return None if timeout_s is None else max(0.0, began_at + timeout_s - monotonic())

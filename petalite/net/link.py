@@ -102,9 +102,9 @@ class Link:
 
     async def lane_for(self, priority: Priority, timeout_s: float | None) -> Lane:
         """Where to open a call of this class, once there is room for it."""
-        lane = self.lanes[0] if priority is not BULK else await self._bulk_lane()
         try:
             async with asyncio.timeout(timeout_s):
+                lane = self.lanes[0] if priority is not BULK else await self._bulk_lane()
                 while self.error is None and not lane.connection.can_open:
                     if not lane.connection.exhausted:
                         self._changed.clear()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import socket
 from dataclasses import dataclass
 from typing import Annotated, Any
 
@@ -19,11 +20,13 @@ from petalite.errors import (
     ResourceLimit,
     SessionGap,
     UnknownMethod,
+    Unreachable,
 )
-from petalite.net import Call, Host, Message, MethodPolicy, Priority
+from petalite.net import Call, Host, HostSettings, Message, MethodPolicy, Multiaddr, Priority
+from petalite.net.credit import Windows
 from petalite.net.schema import between
 
-from .hosts import Watched, echo
+from .hosts import Net, Watched, echo, echo_stream
 
 # -- calls -----------------------------------------------------------------------------------------
 
@@ -294,6 +297,40 @@ async def test_a_deadline_travels_and_ends_both_sides(two: tuple[Host, Host]) ->
     with pytest.raises(DeadlineExceeded, match="slow"):
         await caller.call(server.peer_id, "slow", timeout_s=0.05)
     assert await handler.ended is asyncio.CancelledError
+
+
+async def test_what_a_call_waits_for_before_it_begins_counts(net: Net) -> None:
+    """A place among the streams: what is left travels."""
+    caller, server = await net.host(), await net.host(HostSettings(windows=Windows(streams=1)), listen=True)
+    server.serve("stream", echo_stream)
+
+    async def left(call: Call) -> dict[str, float | None]:
+        return {"s": call.remaining_s()}
+
+    server.serve("left", left)
+    async with await caller.open(server.addresses[0], "stream"):
+        waiting = asyncio.create_task(caller.call(server.peer_id, "left", timeout_s=10))
+        await asyncio.sleep(0.05)
+    assert (await waiting).body["s"] <= 9.95
+
+
+async def test_a_deadline_holds_while_a_bulk_lane_is_dialled(
+    two: tuple[Host, Host], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    caller, server = two
+    monkeypatch.setattr(caller, "open_bulk_lane", lambda _link: asyncio.Event().wait())
+    async with asyncio.timeout(5):
+        with pytest.raises(DeadlineExceeded):
+            await caller.call(server.peer_id, "echo", timeout_s=0.05, priority=Priority.BULK)
+
+
+async def test_without_time_nobody_is_dialled_for_long(net: Net) -> None:
+    caller, other = await net.host(), await net.host()
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        address = Multiaddr("ip4", "127.0.0.1", silent.getsockname()[1], other.peer_id)
+        async with asyncio.timeout(2):
+            with pytest.raises(Unreachable):
+                await caller.call(address, "echo", timeout_s=0.0)
 
 
 async def test_a_cancelled_caller_ends_the_handler(two: tuple[Host, Host]) -> None:
