@@ -54,7 +54,7 @@ class Acceptor:
                 raise InvalidAddress(f"cannot listen on {address}: {error.strerror or error}") from error
             listener.setblocking(False)
             task = self._spawn(self._accept(listener))
-            task.add_done_callback(partial(_close, listener))
+            task.add_done_callback(partial(_close_on_failure, listener))
             self._tasks.append(task)
             bound.append(multiaddr_of(listener.getsockname()))
         return bound
@@ -67,12 +67,12 @@ class Acceptor:
     async def _accept(self, listener: socket.socket) -> None:
         loop = asyncio.get_running_loop()
         while True:
+            await asyncio.sleep(0)  # the loop's other work has its turn
             try:
                 sock, sockaddr = await loop.sock_accept(listener)
                 self._knock(sock, multiaddr_of(sockaddr))
-                await asyncio.sleep(0)  # the loop's other work has its turn
             except ConnectionAbortedError:
-                continue
+                pass
             except OSError as error:
                 # The backlog waits, and the loop does not spin. What a network raises here is over in time,
                 # or was one connection's: accept(2).
@@ -88,6 +88,7 @@ class Acceptor:
             sock.close()
             return
         task = self._spawn(self._welcome(sock, address))
+        task.add_done_callback(partial(_close_on_failure, sock))
         evicted = self._gate.begin_handshake(task, prefix)
         if isinstance(evicted, asyncio.Task):
             self._journal.note("handshake:refused", code=ErrorCode.RESOURCE_LIMIT)
@@ -102,18 +103,17 @@ class Acceptor:
             async with asyncio.timeout(self._gate.limits.handshake_s):
                 rtt_s, _ = await converse(sock, handshake, b"")
             self._established(Established(address, sock, handshake, rtt_s))
-        except BaseException as error:
+        except (PetaliteError, OSError) as error:
             sock.close()
-            if not isinstance(error, PetaliteError | OSError):
-                raise
             reason = str(error) or "it took too long"
             self._journal.note("handshake:failed", code=ErrorCode.PROTOCOL, reason=reason, address=address)
             self._gate.reputation.blame(prefix_of(address), _POINTS.get(type(error), 0.0), monotonic())
 
 
-def _close(listener: socket.socket, _: asyncio.Task[None]) -> None:
-    """Also of a task that was cancelled before it began."""
-    listener.close()
+def _close_on_failure(sock: socket.socket, task: asyncio.Task[None]) -> None:
+    """When the task that has it was cancelled, perhaps before it began, or failed."""
+    if task.cancelled() or task.exception() is not None:
+        sock.close()
 
 
 def claimed_addresses(hello: Hello, seen: Multiaddr) -> list[Multiaddr]:

@@ -211,6 +211,45 @@ async def test_accepting_goes_on_whatever_it_raised(net: Net, monkeypatch: pytes
     await caller.call(server.addresses[0], "echo", {}, timeout_s=5)
 
 
+async def test_a_handshake_that_is_ended_before_it_began_leaves_no_socket(
+    net: Net, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server, caller = await net.host(listen=True), await net.host()
+    knock, socks = server._acceptor._knock, list[socket.socket]()
+
+    def knocked(sock: socket.socket, address: Multiaddr) -> None:
+        knock(sock, address)
+        socks.append(sock)
+        (task,) = server._gate._handshakes
+        assert isinstance(task, asyncio.Task)
+        task.cancel()
+
+    monkeypatch.setattr(server._acceptor, "_knock", knocked)
+    with pytest.raises(PetaliteError):
+        await caller.connect(server.addresses[0])
+    assert [sock.fileno() for sock in socks] == [-1]
+
+
+async def test_connections_that_are_aborted_in_the_backlog_leave_the_loop_its_turns(
+    net: Net, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server, turns, aborted = await net.host(listen=True), 0, list[int]()
+
+    def knocked(sock: socket.socket, _address: Multiaddr) -> None:
+        sock.close()
+        aborted.append(turns)
+        raise ConnectionAbortedError
+
+    monkeypatch.setattr(server._acceptor, "_knock", knocked)
+    with contextlib.ExitStack() as stack:
+        for _ in range(10):
+            stack.enter_context(socket.create_connection(("127.0.0.1", server.addresses[0].port)))
+        while len(aborted) < 10:
+            turns += 1
+            await asyncio.sleep(0)
+    assert len(set(aborted)) == 10
+
+
 # -- records ---------------------------------------------------------------------------------------
 
 
