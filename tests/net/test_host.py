@@ -104,7 +104,7 @@ async def test_a_stopped_peer_is_given_up_after_the_stated_silence(
 ) -> None:
     """SIGSTOP: the socket stays open and nothing answers."""
     process, address = child
-    caller = await net.host(HostSettings(timers=Timers(ping_every_s=0.1, dead_after_s=1.0)))
+    caller = await net.host(HostSettings(timers=Timers(ping_every_s=0.1, dead_after_s=0.5)))
     async with await caller.open(address, "hang") as call:
         assert await call.receive() is not None
         process.send_signal(signal.SIGSTOP)
