@@ -39,7 +39,8 @@ class MemoryCall:
         self.on_the_way: deque[Callable[[], None]] = deque()
         self._arrived: deque[Message | None] = deque()
         self._error: PetaliteError | None = None
-        self._changed = asyncio.Event()
+        self._waiter: asyncio.Future[None] | None = None  # of whom receives
+        self.eager: Callable[[Message], bool] | None = None  # as `net.Call` has it
         self._over = False
 
     async def send(self, body: Mapping[str, Any], buffers: Sequence[Any] = ()) -> None:
@@ -58,8 +59,8 @@ class MemoryCall:
         while not self._arrived:
             if self._error is not None:
                 raise self._error
-            self._changed.clear()
-            await self._changed.wait()
+            self._waiter = asyncio.get_running_loop().create_future()
+            await self._waiter
         return self._arrived.popleft()
 
     def end(self) -> None:
@@ -74,15 +75,32 @@ class MemoryCall:
     # -- the network's side
 
     def put(self, message: Message | None) -> None:
-        if not self._over:
-            self._arrived.append(message)
-            self._changed.set()
+        if self._over:
+            return
+        waiter = None if message is None else self._waiting()
+        if waiter is not None and message is not None and self.eager is not None:
+            try:
+                if self.eager(message):
+                    return
+            except Exception as error:
+                if not waiter.done():  # else it gave the call up
+                    waiter.set_exception(error)
+                return
+        self._arrived.append(message)
+        self._wake()
+
+    def _waiting(self) -> asyncio.Future[None] | None:
+        return self._waiter if self._waiter is not None and not self._waiter.done() else None
+
+    def _wake(self) -> None:
+        if (waiter := self._waiting()) is not None:
+            waiter.set_result(None)
 
     def fail(self, error: PetaliteError) -> None:
         if not self._over:
             self._over = True
             self._error = error
-            self._changed.set()
+            self._wake()
             if self.task is not None:
                 self.task.cancel()
 
@@ -99,7 +117,7 @@ class MemoryCall:
         """What arrived before is read first."""
         if not self._over:
             self._error = error
-            self._changed.set()
+            self._wake()
 
 
 class MemoryHost:
