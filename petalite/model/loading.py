@@ -80,13 +80,16 @@ def load_blocks(
     quant = chosen_format(checkpoint, quant)
     kernel = linear.pick(device, dtype, quant)
     blocks = []
-    with ThreadPoolExecutor(_PAGERS, "petalite-pages") as pages:
-        make = _Maker(checkpoint, dtype, device, quant, kernel, cache, pages)
+    pages = ThreadPoolExecutor(_PAGERS, "petalite-pages")
+    make = _Maker(checkpoint, dtype, device, quant, kernel, cache, pages)
+    try:
         with Stream(make.wanted(range(start, end)), AHEAD) as stream:
             for index in range(start, end):
                 blocks.append(make.block(index, stream))
                 if progress is not None:
                     progress(index + 1 - start, end - start)
+    finally:
+        pages.shutdown(cancel_futures=True)  # after an error nobody wants them
     checkpoint.check_unchanged()
     return blocks, kernel, quant
 

@@ -7,16 +7,19 @@ strangers' rows; over the whole model and over spans joined end to end.
 from __future__ import annotations
 
 import itertools
+import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from petalite.errors import BadTensor, InvalidArgument, InvalidCheckpoint, WrongSpan
+from petalite.model import loading
 from petalite.model.cache import Segment
 from petalite.model.checkpoint import Checkpoint
 from petalite.model.edges import Edges, load_edges
@@ -270,6 +273,26 @@ def test_weights_that_are_not_numbers_name_their_block(value: float, tmp_path: P
         load_span(checkpoint, 0, 3)
     with pytest.raises(InvalidCheckpoint, match=r"NaN or Inf in 'model.norm.weight'"):
         load_edges(checkpoint)
+
+
+def test_after_an_error_no_memory_is_taken_early(tmp_path: Path, monkeypatch) -> None:
+    """That of linears whose blocks will not be read: four in each."""
+    model = tiny_llama(tmp_path)
+    tensors = load_file(model / "model.safetensors")
+    tensors["model.layers.0.input_layernorm.weight"][0] = torch.nan
+    save_file(tensors, model / "model.safetensors")
+    taken, never = [], threading.Event()
+
+    def take(memory: Tensor) -> None:
+        taken.append(memory.nbytes)
+        never.wait(0.05)
+
+    monkeypatch.setattr(loading, "FEW_BYTES", 0)
+    monkeypatch.setattr(loading, "take_pages", take)
+    checkpoint = Checkpoint.open(model)
+    with pytest.raises(InvalidCheckpoint, match="block 0 has NaN"):
+        load_span(checkpoint, 0, 3)
+    assert len(taken) < 3 * 4
 
 
 def test_a_tensor_that_the_config_knows_nothing_of(tmp_path: Path) -> None:
