@@ -7,7 +7,8 @@ what it was made from: {"version": 2, "quant", "name", "model_version", "blocks"
 it and of the checkpoint itself have one model id.
 
 In a cache, weights lie as native kernels have them in memory, where these serve: the file's metadata then
-have a `layout` and a `checksum`. Such a file is no use to other kernels, and is made anew there.
+have a `layout` and a `checksum`, and all tensors are read at once to where they stay. Such a file is no use
+to other kernels, and is made anew there.
 """
 
 from __future__ import annotations
@@ -34,11 +35,13 @@ from petalite.model.checkpoint import Checkpoint, QuantizedFrom
 from petalite.model.compute import is_finite
 from petalite.model.config import ModelConfig
 from petalite.model.reading import Stream, Wanted
-from petalite.model.tensorfile import DTYPES, TensorInfo, read_header, read_metadata, write_tensors
+from petalite.model.system import SECTOR
+from petalite.model.tensorfile import DTYPES, TensorInfo, read_file_header, write_tensors
 
 logger = logging.getLogger(__name__)
 
 _FORMAT = 4  # of the files; a change of what quantizing gives counts it up
+_WHOLE = "*"  # of a file that is read as one tensor
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 Weight = QuantizedWeight | PackedWeight
@@ -82,7 +85,7 @@ class QuantizedBlocks:
     def find(self, index: int) -> KeptBlock:
         """A block's file, with a header as it should be. Raises InvalidCheckpoint."""
         path = self.path(index)
-        header, metadata = read_header(path), read_metadata(path)
+        header, metadata = read_file_header(path)
         found = metadata.get("layout", "")
         if found != self._layout:
             raise InvalidCheckpoint(
@@ -100,6 +103,9 @@ class QuantizedBlocks:
                     f"{path}: tensor {name!r} is {info.dtype}{list(info.shape)}, expected "
                     f"{'/'.join(map(str, dtypes))}{list(shape)}; quantize again"
                 )
+        begin = next(iter(header.values())).start
+        if self._library is not None and (list(header) != list(expected) or begin % SECTOR):
+            raise InvalidCheckpoint(f"the tensors of {path} do not lie as they are read; quantize again")
         shapes = linear_shapes(self._kind, self._config)
         in_order = {name: header[name] for name in expected}
         return KeptBlock(index, path, in_order, self._form, shapes, self._library, metadata.get("checksum"))
@@ -116,13 +122,15 @@ class QuantizedBlocks:
         self._folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=self._folder, prefix=".writing-") as folder:
             unfinished = Path(folder) / "block"
-            write_tensors(unfinished, shapes, (tensors[name].cpu() for name in names), metadata)
+            write_tensors(unfinished, shapes, (tensors[name].cpu() for name in names), metadata, SECTOR)
             with unfinished.open("rb") as file:
                 os.fsync(file.fileno())
             unfinished.replace(self.path(index))
 
     def _expected(self) -> dict[str, tuple[tuple[torch.dtype, ...], tuple[int, ...]]]:
-        """Names, dtypes and shapes, in the order in which they are read."""
+        """Names, dtypes and shapes, in the order in which they are read. Panels come first where a file stays
+        in memory as it is: so they begin where native kernels need it.
+        """
         found: dict[str, tuple[tuple[torch.dtype, ...], tuple[int, ...]]] = {}
         for part, shape in vector_shapes(self._kind, self._config).items():
             found[f"vector.{part}"] = (_FLOATS, shape)
@@ -131,7 +139,7 @@ class QuantizedBlocks:
                 found[f"linear.{name}.{field}"] = ((dtype,), shape)
             if has_bias:
                 found[f"linear.{name}.bias"] = (_FLOATS, (n_out,))
-        return found
+        return dict(sorted(found.items(), key=lambda item: not item[0].endswith(".panels")))
 
     def _fields(self, n_out: int, n_in: int) -> stored.Shapes:
         if self._library is None:
@@ -141,7 +149,7 @@ class QuantizedBlocks:
 
 @dataclass(frozen=True, slots=True)
 class KeptBlock:
-    """A block in a file, to be read linear by linear."""
+    """A block in a file."""
 
     index: int
     path: Path
@@ -152,38 +160,57 @@ class KeptBlock:
     checksum: str | None
 
     def wanted(self) -> Iterator[Wanted]:
-        """Its tensors, each read to where it stays."""
-        for name, info in self.infos.items():
-            if self.library is not None and name.endswith(".panels"):
-                into = panel_memory(self.library, info.shape)
-            else:
-                into = torch.empty(info.shape, dtype=DTYPES[info.dtype])
-            yield Wanted(self, name, self.path, info, into)
+        """Its tensors; in a layout of native kernels the whole file as one, read to where it stays."""
+        if self.library is None:
+            for name, info in self.infos.items():
+                yield Wanted(self, name, self.path, info)
+        else:
+            start, end = self._span()
+            whole = TensorInfo("U8", (end - start,), start, end)
+            yield Wanted(self, _WHOLE, self.path, whole, panel_memory(self.library, whole.shape))
+
+    def _span(self) -> tuple[int, int]:
+        """Where its tensors begin and end in the file."""
+        infos = self.infos.values()
+        return min(info.start for info in infos), max(info.end for info in infos)
 
     def read(self, stream: Stream) -> tuple[dict[str, Tensor], Linears]:
-        """Its vectors; then, as they are asked for, its linears. Raises InvalidCheckpoint, at the latest
-        after the last linear, for numbers that are not what was written.
+        """Its vectors; then, as they are asked for, its linears. Raises InvalidCheckpoint for numbers that
+        are not what was written.
         """
-        reading = _Reading(self, stream)
+        part = stream.tensor if self.library is None else self._parts(self.library, stream).__getitem__
         vectors = {
-            name.removeprefix("vector."): reading.tensor(name)
+            name.removeprefix("vector."): self._finite(name, part(name))
             for name in self.infos
             if name.startswith("vector.")
         }
-        return vectors, self._linears(reading)
+        return vectors, self._linears(part)
 
-    def _linears(self, reading: _Reading) -> Linears:
+    def _parts(self, library: Library, stream: Stream) -> dict[str, Tensor]:
+        """Each tensor as a view of the whole, which is what was written. Raises InvalidCheckpoint."""
+        whole, parts, found = stream.tensor(_WHOLE), {}, 0
+        base, _ = self._span()
+        for name, info in self.infos.items():
+            dtype, data = DTYPES[info.dtype], whole[info.start - base : info.end - base]
+            parts[name] = (data.clone() if info.start % dtype.itemsize else data).view(dtype).view(info.shape)
+            found += _checksum(library, name, data)
+        if _hex(found) != self.checksum:
+            raise InvalidCheckpoint(
+                f"{self.path} has the checksum {_hex(found)}, expected {self.checksum}; quantize again"
+            )
+        return parts
+
+    def _linears(self, part: Callable[[str], Tensor]) -> Linears:
         for name, (n_out, n_in, has_bias) in self.shapes.items():
             stem = f"linear.{name}."
             fields = [full.removeprefix(stem) for full in self.infos if full.startswith(stem)]
-            tensors = {field: reading.tensor(stem + field) for field in fields}
+            tensors = {field: self._finite(stem + field, part(stem + field)) for field in fields}
             bias = tensors.pop("bias") if has_bias else None
             try:
                 weight = self._weight(n_out, n_in, tensors)
             except InvalidArgument as error:
                 raise InvalidCheckpoint(f"{self.path}, linear {name!r}: {error}; quantize again") from error
             yield name, weight, bias
-        reading.check()
 
     def _weight(self, n_out: int, n_in: int, tensors: dict[str, Tensor]) -> Weight:
         """Raises InvalidArgument."""
@@ -193,31 +220,11 @@ class KeptBlock:
         check_columns(columns, len(columns), n_in)
         return self.form(**tensors)
 
-
-class _Reading:
-    """Tensors of a block's file, each looked at as it comes."""
-
-    def __init__(self, block: KeptBlock, stream: Stream) -> None:
-        self._block = block
-        self._stream = stream
-        self._sum = 0
-
-    def tensor(self, name: str) -> Tensor:
+    def _finite(self, name: str, tensor: Tensor) -> Tensor:
         """Raises InvalidCheckpoint."""
-        block, tensor = self._block, self._stream.tensor(name)
-        if block.library is not None:
-            self._sum += _checksum(block.library, name, tensor)
         if tensor.is_floating_point() and not is_finite(tensor):
-            raise InvalidCheckpoint(f"{block.path} has NaN or Inf in {name!r}; quantize again")
+            raise InvalidCheckpoint(f"{self.path} has NaN or Inf in {name!r}; quantize again")
         return tensor
-
-    def check(self) -> None:
-        """Raises InvalidCheckpoint."""
-        if self._block.library is not None and _hex(self._sum) != self._block.checksum:
-            raise InvalidCheckpoint(
-                f"{self._block.path} has the checksum {_hex(self._sum)}, expected {self._block.checksum}; "
-                f"quantize again"
-            )
 
 
 def _checksum(library: Library, name: str, tensor: Tensor) -> int:

@@ -87,12 +87,11 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
     return parse_header(text, data_bytes, source=str(path))
 
 
-def read_metadata(path: Path) -> dict[str, str]:
-    """What the header says about the file as a whole. Raises InvalidCheckpoint."""
+def read_file_header(path: Path) -> tuple[dict[str, TensorInfo], dict[str, str]]:
+    """The same, and what the header says about the file as a whole. Raises InvalidCheckpoint."""
     text, data_bytes = _header_text(path)
-    parse_header(text, data_bytes, source=str(path))
-    found: dict[str, str] = json.loads(text).get("__metadata__", {})
-    return found
+    infos = parse_header(text, data_bytes, source=str(path))
+    return infos, json.loads(text).get("__metadata__", {})
 
 
 def _header_text(path: Path) -> tuple[bytes, int]:
@@ -187,10 +186,13 @@ def stored_bytes(tensor: Tensor) -> memoryview:
 
 
 def write_header(
-    tensors: Mapping[str, tuple[str, tuple[int, ...]]], metadata: Mapping[str, str] | None = None
+    tensors: Mapping[str, tuple[str, tuple[int, ...]]],
+    metadata: Mapping[str, str] | None = None,
+    multiple: int = 8,
 ) -> tuple[bytes, int]:
-    """The beginning of a file of tensors (dtype, as the format spells it, and shape) in this order, and the
-    size of the whole file. Raises InvalidCheckpoint for a dtype that the format does not have.
+    """The beginning of a file of tensors (dtype, as the format spells it, and shape) in this order, a
+    `multiple` of bytes long so that they are aligned, and the size of the whole file. Raises
+    InvalidCheckpoint for a dtype that the format does not have.
     """
     header: dict[str, Any] = {"__metadata__": {"format": "pt", **(metadata or {})}}
     position = 0
@@ -202,7 +204,7 @@ def write_header(
         header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [position, end]}
         position = end
     text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)  # so that tensors are aligned in memory
+    text += b" " * (-(8 + len(text)) % multiple)
     return struct.pack("<Q", len(text)) + text, 8 + len(text) + position
 
 
@@ -211,11 +213,13 @@ def write_tensors(
     shapes: Mapping[str, tuple[torch.dtype, tuple[int, ...]]],
     tensors: Iterable[Tensor],
     metadata: Mapping[str, str] | None = None,
+    multiple: int = 8,
 ) -> None:
-    """Write a new file with the tensors in the order of `shapes`, one in memory at a time. Raises OSError."""
-    header, _ = write_header(
-        {name: (_NAMES[dtype], shape) for name, (dtype, shape) in shapes.items()}, metadata
-    )
+    """Write a new file with the tensors in the order of `shapes`, one in memory at a time; the first begins
+    at a `multiple` of bytes. Raises OSError.
+    """
+    names = {name: (_NAMES[dtype], shape) for name, (dtype, shape) in shapes.items()}
+    header, _ = write_header(names, metadata, multiple)
     with path.open("xb") as file:
         file.write(header)
         for (name, expected), tensor in zip(shapes.items(), tensors, strict=True):

@@ -26,6 +26,8 @@ from petalite.model.llama import LlamaBlock
 from petalite.model.loading import quantize_folder
 from petalite.model.quantfolder import QuantizedBlocks
 from petalite.model.span import BlockSpan, load_span
+from petalite.model.system import SECTOR
+from petalite.model.tensorfile import read_header, write_tensors
 from petalite.model.tokenizer import load_tokenizer
 from tests.helpers.checkpoints import tiny_llama
 
@@ -196,7 +198,13 @@ def damaged(path: Path, what: str) -> None:
             metadata["layout"] = "0" * 16
         case "no layout" | "no checksum":
             del metadata[what.removeprefix("no ")]
-    save_file(tensors, path, metadata)
+    order = list(read_header(path))
+    if what == "order":
+        order[0], order[1] = order[1], order[0]
+    shapes = {name: (tensors[name].dtype, tuple(tensors[name].shape)) for name in order if name in tensors}
+    path.unlink()
+    multiple = 8 if what == "place" else SECTOR
+    write_tensors(path, shapes, (tensors[name] for name in shapes), metadata, multiple)
 
 
 DAMAGE = ("truncated", "missing", "shape", "dtype", "nan", "columns")
@@ -206,6 +214,8 @@ PACKED_DAMAGE = (
     "layout",
     "no layout",
     "no checksum",
+    "order",
+    "place",
 )  # what native kernels' own files tell
 needs_native = pytest.mark.skipif(native.library() is None, reason="no native kernels serve")
 
@@ -241,6 +251,19 @@ def test_a_kept_block_that_is_cut_off_while_it_is_read(tmp_path: Path, caplog, m
     monkeypatch.setattr(QuantizedBlocks, "find", find)
     assert torch.equal(run(load_span(checkpoint, 0, 3, quant="nf4", cache=tmp_path / "cache")), expected)
     assert "quantizing block 1 again" in caplog.text and "truncated" in caplog.text
+
+
+@needs_native
+def test_a_kept_block_stays_where_it_is_read(tmp_path: Path) -> None:
+    """Its file is one piece of memory, and weights begin in it where native kernels need it."""
+    checkpoint = Checkpoint.open(tiny_llama(tmp_path / "model", attention_bias=True))
+    for _ in range(2):
+        span = load_span(checkpoint, 0, 1, quant="int8", cache=tmp_path / "cache")
+    (path,) = tmp_path.glob("cache/*/*")
+    infos = read_header(path)
+    panels = {name: made.packed.panels for name, made in span._blocks[0].linears.items()}
+    (base,) = {memory.data_ptr() - infos[f"linear.{name}.panels"].start for name, memory in panels.items()}
+    assert base % SECTOR == 0 and all(memory.data_ptr() % 64 == 0 for memory in panels.values())
 
 
 @needs_native

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from petalite.model.system import is_cached, open_direct, take_pages
+from petalite.model.system import in_large_pages, is_cached, open_direct, take_pages
 
 
 def test_pages_of_a_file_that_was_just_written_are_cached(tmp_path: Path) -> None:
@@ -32,6 +32,14 @@ def test_taking_pages_changes_nothing_in_them() -> None:
         before = memory.clone()
         take_pages(memory[3:])
         assert torch.equal(memory, before)
+
+
+def test_memory_in_large_pages_begins_one() -> None:
+    for nbytes in (1, 5000, 2 << 20, (4 << 20) + 4096):
+        memory = in_large_pages(nbytes)
+        assert len(memory) == nbytes and memory.data_ptr() % (2 << 20) == 0
+        assert not memory.any()
+        memory.fill_(3)
 
 
 def test_direct_reads_of_a_file_that_is_not_there(tmp_path: Path) -> None:

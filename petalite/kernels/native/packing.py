@@ -247,13 +247,14 @@ def _panels(library: Library, format_: Format, n_out: int, n_in: int, n_fine: in
 
 
 def panel_memory(library: Library, shape: tuple[int, ...]) -> Tensor:
-    """(panels, bytes of one) uint8, not yet filled."""
+    """(panels, bytes of one) uint8, not yet filled, at an address that is a multiple of 4,096."""
     return _SLABS.take(library, math.prod(shape)).view(shape)
 
 
 class _Slabs:
     """Memory for panels in huge pages, which small weights share; a slab goes with the last weight in it."""
 
+    _ALIGNED = 4096  # so that files can be read into it past the page cache
     _PAGE = 2 << 20
     _SLAB = 16 << 20
 
@@ -262,8 +263,8 @@ class _Slabs:
         self._rest = torch.empty(0, dtype=torch.uint8)
 
     def take(self, library: Library, nbytes: int) -> Tensor:
-        """(nbytes,) uint8, 64-byte aligned."""
-        room = nbytes + -nbytes % 64
+        """(nbytes,) uint8."""
+        room = nbytes + -nbytes % self._ALIGNED
         if room > self._SLAB // 2:
             return self._pages(library, nbytes)
         with self._lock:
