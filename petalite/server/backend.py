@@ -111,9 +111,9 @@ class _Pass:
 
 @dataclass(frozen=True, slots=True)
 class Rows:
-    """Cache rows of one session, and the budget that they hold."""
+    """Cache rows of one session, as many as were opened, and the budget that they hold."""
 
-    numbers: tuple[int, ...]
+    numbers: list[int]
     reserved_bytes: int
     adapter: HeldAdapter | None = None  # that its steps are computed with
 
@@ -173,12 +173,13 @@ class Backend:
         """
         nbytes = count * self._cache.row_bytes(max_length, start, end) + extra_bytes
         await self.budget.reserve(nbytes, wait_s)
+        rows = Rows([], nbytes, adapter)
         try:
-            numbers = await self._thread.run(self._open_rows, count, max_length, start, end, adapter)
-        except BaseException:
-            self.budget.release(nbytes)
+            await self._thread.run(self._open_rows, rows, count, max_length, start, end)
+        except BaseException:  # with some of them open, or, where the wait was given up, soon
+            self.drop_rows(rows)
             raise
-        return Rows(tuple(numbers), nbytes, adapter)
+        return rows
 
     def drop_rows(self, rows: Rows) -> None:
         """Free them once the thread gets to it; waits for nothing. A closed thread's rows went with it."""
@@ -196,19 +197,14 @@ class Backend:
         for source, target in forks:
             self._cache.fork_onto(source, target)
 
-    def _open_rows(
-        self, count: int, max_length: int, start: int, end: int, adapter: HeldAdapter | None
-    ) -> list[int]:
-        if adapter is not None:
-            adapter.blocks_of(self.span)  # makes them, so that no step has to
-        numbers: list[int] = []
+    def _open_rows(self, rows: Rows, count: int, max_length: int, start: int, end: int) -> None:
+        if rows.adapter is not None:
+            rows.adapter.blocks_of(self.span)  # makes them, so that no step has to
         try:
             for _ in range(count):
-                numbers.append(self._cache.open_row(max_length, start, end))
+                rows.numbers.append(self._cache.open_row(max_length, start, end))
         except (MemoryError, torch.OutOfMemoryError) as error:
-            self._drop_rows(numbers)
             raise Busy(f"this server promised memory that it does not get: {error}", RETRY_S) from error
-        return numbers
 
     def _drop_rows(self, numbers: Sequence[int]) -> None:
         for number in numbers:

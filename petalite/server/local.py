@@ -14,7 +14,7 @@ class Pushed(Protocol):
     """A session that another one pushes to."""
 
     def take_place(self, source: Onward) -> None:
-        """From now on `source` is the predecessor."""
+        """From now on `source` is the predecessor. Raises ConnectionLost where all is over."""
         ...
 
     async def push(self, source: Onward, message: Message) -> None:

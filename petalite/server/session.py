@@ -108,6 +108,7 @@ class Session:
         self._onward: Onward | None = None  # to the successor
         self._link_down = False  # it was lost in this epoch
         self._landing: Landing | None = None
+        self._over = False
 
     async def run(self) -> None:
         """Until the client finishes, or anything goes wrong that the session does not survive."""
@@ -117,6 +118,7 @@ class Session:
         try:
             await first_to_end(self._listen(), self._work())
         finally:
+            self._over = True
             self._doors.forget(self)
             self._inbox.clear()
             self._patience.close()
@@ -177,7 +179,9 @@ class Session:
         return True
 
     def take_place(self, source: Onward) -> None:
-        """From now on `source` is the predecessor; the one before is cut off."""
+        """From now on `source` is the predecessor; the one before is cut off. Raises ConnectionLost."""
+        if self._over:  # since its door was opened
+            raise ConnectionLost("the session after this one is over")
         before, self._predecessor = self._predecessor, source
         if before is not None:
             before.cancel()

@@ -75,7 +75,7 @@ class FakeBackend:
             self._goes.set()
 
     async def open_rows(self, count: int, max_length: int, start: int, end: int, **_: Any) -> Rows:
-        numbers = tuple(max(self.rows, default=-1) + 1 + i for i in range(count))
+        numbers = [max(self.rows, default=-1) + 1 + i for i in range(count)]
         self.rows.update({number: torch.zeros(0, E) for number in numbers})
         return Rows(numbers, 0)
 

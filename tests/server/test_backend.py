@@ -137,6 +137,28 @@ async def test_memory_that_was_promised_and_is_not_given(backend: Backend, monke
     monkeypatch.setattr(backend._cache, "open_row", runs_out)
     with pytest.raises(Busy, match="no more"):
         await backend.open_rows(3, 20, 0, 3)
+    await backend.aside(int)
+    assert backend._cache.rows == 0
+    assert backend.free_tokens() == 500
+
+
+async def test_rows_that_are_opened_while_their_caller_gives_up_are_dropped(
+    backend: Backend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    open_row, begun, let_go = backend._cache.open_row, threading.Event(), threading.Event()
+
+    def slow(*args: int) -> int:
+        begun.set()
+        assert let_go.wait(30)
+        return open_row(*args)
+
+    monkeypatch.setattr(backend._cache, "open_row", slow)
+    opening = asyncio.create_task(backend.open_rows(2, 20, 0, 3))
+    await asyncio.to_thread(begun.wait, 30)
+    opening.cancel()
+    await asyncio.wait([opening])
+    let_go.set()
+    await backend.aside(int)
     assert backend._cache.rows == 0
     assert backend.free_tokens() == 500
 

@@ -227,6 +227,16 @@ async def test_a_push_within_the_process_ends_with_the_session_it_waits_for(serv
     await until(lambda: not serving.service.count)
 
 
+async def test_nobody_feeds_a_session_that_is_over(serving: Serving) -> None:
+    """As one whose door was opened in the moment in which it ended: what came would count for ever."""
+    call = await serving.open(await serving.client())
+    (session,) = serving.service._sessions
+    call.end()
+    await serving.until_free()
+    with pytest.raises(ConnectionLost):
+        LocalEdge(session)
+
+
 async def test_a_push_within_the_process_can_be_given_up(serving: Serving) -> None:
     call = await serving.open(await serving.client())
     (session,) = serving.service._sessions
