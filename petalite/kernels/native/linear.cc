@@ -10,7 +10,9 @@ namespace {
 
 constexpr int64_t kAloneValues = 1 << 15;   // activations that every worker prepares for itself sooner than wait
 constexpr int64_t kPieceBytes = 24 << 10;   // of weights in one piece of work, about a microsecond's
-constexpr int kMaxPanels = 4;               // of one call of `multiply`
+constexpr int64_t kGatedBytes = 96 << 10;   // of gates in one, then of ups: memory is slow to turn to another stream
+constexpr int64_t kMinPieces = 8;           // of each worker's, in spite of that
+constexpr int kMaxPanels = 4;               // of one call of `multiply` with a whole tile
 
 struct Tiles {
     int count;
@@ -55,8 +57,8 @@ struct Output {
 void multiply_piece(const Linear& linear, const Tiles& tiles, const char* prepared, int64_t begin, int64_t end,
                     const Output& output) {
     const int64_t gated = output.epilogue == Epilogue::SiluGate ? linear.n_out / 2 / kPanelRows : 0;
-    const int step = gated ? kMaxPanels / 2 : kMaxPanels;
     const bool once = tiles.count == 1;
+    const int step = (once ? kMaxPanels * kMaxTile / tiles.size(0) : kMaxPanels) / (gated ? 2 : 1);
     float sums[kMaxPanels * kMaxTile * kPanelRows];
     for (int64_t first = begin; first < end; first += step) {
         const int64_t n = std::min<int64_t>(step, end - first);
@@ -100,9 +102,14 @@ void linear_apply(Worker& worker, const Linear& linear, const float* x, int64_t 
     if (own) prepare(prepared = own, 0, tiles.count);
     else worker.share(tiles.count, 1, [&](int64_t begin, int64_t end) { prepare(prepared, begin, end); });
 
-    const int64_t n_panels = epilogue == Epilogue::SiluGate ? panel_count(linear) / 2 : panel_count(linear);
+    const bool gated = epilogue == Epilogue::SiluGate;
+    const int64_t n_panels = panel_count(linear) / (gated ? 2 : 1);
     const int64_t least = linear.format == Format::NF4 ? kMaxPanels : 1;  // together, for one by itself waits for its sums
-    const int64_t grain = std::max<int64_t>(least, kPieceBytes / panel_bytes(linear));
+    int64_t grain = std::max<int64_t>(least, kPieceBytes / panel_bytes(linear));
+    if (gated && tiles.count == 1) {
+        const int64_t most = n_panels / (kMinPieces * worker.count);
+        grain = std::max(grain, std::min(most, kGatedBytes / panel_bytes(linear)));
+    }
     const Output output{linear, y, y_stride, epilogue};
     worker.share(n_panels, grain, [&](int64_t begin, int64_t end) {
         multiply_piece(linear, tiles, prepared, begin, end, output);
