@@ -10,7 +10,7 @@ import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from petalite.errors import BadMessage, WrongModel, WrongSpan
+from petalite.errors import BadMessage, Busy, WrongModel, WrongSpan
 from petalite.net.host import Host
 from petalite.net.messages import Message
 from petalite.net.rpc import Call, MethodPolicy
@@ -18,6 +18,7 @@ from petalite.net.schema import encode
 from petalite.net.streams import Priority
 from petalite.server.adapters import Adapters
 from petalite.server.backend import Backend
+from petalite.server.budget import RETRY_S
 from petalite.server.open_calls import OpenCalls
 from petalite.server.training import Trainer
 from petalite.server.training_memory import TrainingSettings, check_batch
@@ -59,6 +60,7 @@ class TrainingService:
         self._settings = settings
         self._take(backend)
         self._open = OpenCalls()
+        self._brought_bytes = 0  # by calls under way
         # Hidden states, a gradient like them, and prompts of every block.
         config = backend.span.config
         most_vectors = 2 * settings.most_tokens + config.n_blocks * MAX_PROMPT_TOKENS
@@ -154,8 +156,19 @@ class TrainingService:
         self._open.check_open()
         if model_id != self._model_id:
             raise WrongModel(f"this server holds {self._model_id}, the call is for {model_id}")
-        with self._open.entered(call):
-            yield
+        brought_bytes = sum(map(len, call.request.buffers))
+        if self._brought_bytes and self._brought_bytes + brought_bytes > self._settings.calls_bytes:
+            raise Busy(
+                f"training calls under way have brought {self._brought_bytes >> 20} MiB, this one brings "
+                f"{brought_bytes >> 20} more; try again later or elsewhere",
+                retry_after_s=RETRY_S,
+            )
+        self._brought_bytes += brought_bytes
+        try:
+            with self._open.entered(call):
+                yield
+        finally:
+            self._brought_bytes -= brought_bytes
 
     def _checked(self, request: TrainCall) -> Span:
         """The blocks. Raises WrongSpan, BatchTooLarge, BadMessage for what cannot be right."""

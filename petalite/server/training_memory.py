@@ -40,6 +40,7 @@ class TrainingSettings:
     most_tokens: int = 8192  # in one call
     most: int = 64  # calls at once, waiting ones too
     most_per_peer: int = 16  # of them, one peer's
+    calls_bytes: int = 1 << 30  # that calls under way have brought, all together; one is always taken
     longest_wait_s: float = 60.0  # in line for memory
     kept_s: float = 120.0  # what a forward held on to is let go of then
     # A piece takes about so long, as a prefill chunk does; a decode step waits for one at most.

@@ -344,6 +344,24 @@ async def test_one_peer_has_so_many_calls_at_once(llama: Path, stack: AsyncExitS
     assert sum(not isinstance(one, BaseException) for one in ended) >= 2
 
 
+async def test_calls_that_wait_have_brought_no_more_than_is_allowed(
+    llama: Path, stack: AsyncExitStack
+) -> None:
+    """Inputs are in memory before there is room to compute with them."""
+    buffers = input_buffers(F32, INPUTS)
+    serving = await serving_of(llama, stack, calls_bytes=2 * sum(map(len, buffers)))
+    held = serving.trainer.memory.budget.free_bytes
+    await serving.trainer.memory.budget.reserve(held, 0)
+    calls = [asyncio.create_task(serving.call(FORWARD_METHOD, CALL, buffers)) for _ in range(4)]
+    await asyncio.wait(calls, return_when=asyncio.FIRST_COMPLETED)
+    await until(lambda: sum(call.done() for call in calls) == 2)
+    serving.trainer.memory.budget.release(held)
+    ended = await asyncio.gather(*calls, return_exceptions=True)
+    assert sum(isinstance(one, Busy) for one in ended) == 2
+    assert serving.is_at_rest()
+    await serving.forward(INPUTS)
+
+
 async def test_what_is_kept_gives_way_to_sessions(llama: Path, stack: AsyncExitStack) -> None:
     serving = await serving_of(llama, stack)
     _, done = await serving.forward(INPUTS, replace(CALL, keep=True))
