@@ -10,10 +10,11 @@ import asyncio
 import logging
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Coroutine, Sequence
 from contextlib import AsyncExitStack, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from petalite.dht.announcements import Announcement
 from petalite.errors import NetworkError, Unreachable
@@ -106,10 +107,20 @@ class BlockServer:
                 WeightsService(self.peer.host, self.checkpoint, self.model_id)
             await self._announce()
             stack.push_async_callback(self._withdraw)  # before it drains
-            stack.push_async_callback(_end, asyncio.create_task(self._keep_true()))
+            stack.push_async_callback(_end, self._spawn(self._keep_true()))
             if not self.pinned:
-                stack.push_async_callback(_end, asyncio.create_task(keep_placed(self, settings.moving)))
+                stack.push_async_callback(_end, self._spawn(keep_placed(self, settings.moving)))
             self._closing = stack.pop_all()
+
+    def _spawn(self, life: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+        """Something without which the server cannot go on."""
+        task = asyncio.create_task(life)
+        task.add_done_callback(self._ended)
+        return task
+
+    def _ended(self, task: asyncio.Task[None]) -> None:
+        if not task.cancelled() and (error := task.exception()) is not None and not self.failed.done():
+            self.failed.set_exception(error)
 
     async def close(self) -> None:
         """Announce leaving, let sessions end for `drain_s`, cut the rest with a code that sends them
@@ -201,10 +212,16 @@ class BlockServer:
         await asyncio.to_thread(self._loader.bring, span)
 
     async def move(self, span: Span) -> None:
-        """Drain, unload, load and serve; if the new blocks cannot be loaded, the old ones again."""
-        source, self.span, self._claim = self.span, span, None
-        self._loaded = None
-        await self._announce()
+        """Drain, unload, load and serve; if the new blocks cannot be loaded, the old ones again. Raises what
+        announcing can raise where that cannot be said; then it goes on as before.
+        """
+        source, loaded = self.span, self._loaded
+        self.span, self._loaded, self._claim = span, None, None
+        try:
+            await self._announce()
+        except BaseException:
+            self.span, self._loaded = source, loaded
+            raise
         await self._drain(self.settings.moving.drain_s)
         self.sessions.suspend()
         self.training.suspend()

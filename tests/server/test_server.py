@@ -5,13 +5,16 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import AsyncMock
 
 import pytest
 
 import petalite
-from petalite.errors import InvalidArgument, ShuttingDown
+from petalite.dht.announcements import Announcement
+from petalite.errors import InvalidArgument, ShuttingDown, Unreachable
 from petalite.server import loaded
 from petalite.server.loaded import ComputeSettings
 from petalite.server.memory import MemorySettings
@@ -126,6 +129,36 @@ async def test_blocks_that_cannot_be_loaded_any_more_end_the_server(servers: Ser
     assert isinstance(moving.failed.exception(), petalite.errors.InvalidCheckpoint)
     await watching.directory.refresh(timeout_s=5)
     assert [entry.peer for entry in watching.directory.servers] == [watching.peer_id]
+
+
+async def test_a_move_that_cannot_be_announced_is_none(
+    servers: Servers, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is served then is what is said to be."""
+    await servers.start("3:6")
+    moving = await servers.start()
+    with monkeypatch.context() as patched:
+        patched.setattr(Announcement, "update", AsyncMock(side_effect=Unreachable("nobody answered")))
+        with pytest.raises(Unreachable):
+            await moving.move(Span(3, 6))
+    record = moving._record()
+    assert (record.span, record.serving, record.claim) == (Span(0, 3), True, None)
+    async with petalite.Swarm(peers=servers.nodes[0].addresses) as joined:
+        model = await joined.model(servers.model)
+        assert (await model.generate(PROMPT, max_new_tokens=2)).token_ids
+    await moving.move(Span(3, 6))
+    assert moving.loaded.backend.span.start == 3
+
+
+async def test_what_ends_by_mistake_ends_the_server(
+    servers: Servers, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("petalite.server.moving.look", AsyncMock(side_effect=ZeroDivisionError))
+    server = await servers.start(moving=replace(SOON, check_s=0.01))
+    with pytest.raises(ZeroDivisionError):
+        await asyncio.wait_for(server.failed, 30)
+    with pytest.raises(ZeroDivisionError):
+        await server.close()
 
 
 async def test_links_to_the_servers_of_the_next_block_are_measured(servers: Servers) -> None:
