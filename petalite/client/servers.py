@@ -191,8 +191,9 @@ class RemoteHop:
     def close(self) -> None:
         self._reading.cancel()
         self._call.end()
-        if self._probed is not None:
-            self._probed.cancel()
+        if self._probed is not None and not self._probed.done():
+            self._probed.set_exception(ConnectionLost("the session there is over"))
+            self._probed.exception()  # whoever asked may have gone
 
     async def _read(self) -> None:
         error: PetaliteError = ConnectionLost("the server ended the session unasked")

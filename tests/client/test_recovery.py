@@ -3,6 +3,7 @@ undisturbed chain."""
 
 from __future__ import annotations
 
+import asyncio
 import itertools
 import random
 
@@ -150,6 +151,44 @@ def test_any_number_of_deaths_also_during_replay(
 
         swarm.net.on_message = on_message
         assert torch.equal(await generate(swarm), expected())
+
+    run(main())
+
+
+@BOTH
+@pytest.mark.parametrize("hop", [0, 1, 2])
+def test_a_silent_server_that_dies_while_it_is_asked_how_far_it_is(pushing: bool, hop: int) -> None:
+    """The step is late after 30.25 s, and who is to blame is asked until 2 s later."""
+
+    async def main(after_s: float) -> None:
+        swarm = FakeSwarm(SPANS, pushing=pushing)
+        fed = tokens(5)
+        async with session_over(swarm) as session:
+            await session.step(fed[:4], [(0, 0, 4)])
+            victim = session.chain[hop].peer
+            swarm.net.silent.add(victim)
+            asyncio.get_running_loop().call_later(after_s, swarm.net.kill, victim)
+            assert torch.equal(await session.step(fed[4:], [(0, 4, 1)]), reference(WHOLE, fed)[4:])
+            assert set(swarm.failures) == {victim}
+
+    for after_s in (30.2, 30.3, 31.0, 32.2, 32.3):
+        run(main(after_s))
+
+
+def test_a_suspect_that_dies_while_it_is_asked_whether_it_lives() -> None:
+    """Its neighbour says at once that it is gone; it says nothing, and is gone a second later."""
+
+    async def main() -> None:
+        swarm = FakeSwarm(SPANS)
+        fed = tokens(5)
+        async with session_over(swarm) as session:
+            await session.step(fed[:4], [(0, 0, 4)])
+            before, victim = session.chain[0].peer, session.chain[1].peer
+            swarm.net.silent.add(victim)
+            swarm.net.cut_link(before, victim)
+            asyncio.get_running_loop().call_later(1.0, swarm.net.kill, victim)
+            assert torch.equal(await session.step(fed[4:], [(0, 4, 1)]), reference(WHOLE, fed)[4:])
+            assert set(swarm.failures) == {victim}
 
     run(main())
 
