@@ -138,14 +138,14 @@ def _chain(
 def chain_cost(candidates: Sequence[Candidate], chain: Sequence[Hop], link_s: LinkCost) -> float:
     """Seconds of the load through a chain, as `find_chain` counts them; infinite where a hop is unknown."""
     known = {candidate.peer: candidate for candidate in candidates}
-    total_s = link_s(chain[-1].peer, None)
+    total_s = 0.0
     for before, hop in zip([None, *chain], chain, strict=False):
         candidate = known.get(hop.peer)
         if candidate is None or hop.span not in candidate.span:
             return float("inf")
         total_s += link_s(before.peer if before else None, hop.peer)
         total_s += candidate.entry_s + candidate.block_s * len(hop.span)
-    return total_s
+    return total_s + link_s(chain[-1].peer, None)
 
 
 def sample_chain(candidates: Sequence[Candidate], span: Span, chance: Random | ModuleType) -> list[Hop]:

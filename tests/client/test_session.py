@@ -225,6 +225,29 @@ def test_a_much_better_chain_is_changed_to_when_the_time_is_good(pushing: bool) 
     run(main())
 
 
+@BOTH
+@pytest.mark.parametrize("hop", [0, 1, 2])
+def test_a_server_that_nobody_tells_of_any_more_is_left_if_another_has_its_blocks(
+    pushing: bool, hop: int
+) -> None:
+    """Its record ran out, and it still serves the session."""
+
+    async def main(spans: dict[int, Span]) -> bool:
+        swarm = FakeSwarm(spans, pushing=pushing)
+        fed = tokens(6)
+        async with session_over(swarm) as session:
+            await session.step(fed[:4], [(0, 0, 4)])
+            gone = session.chain[hop].peer
+            swarm.servers[:] = [entry for entry in swarm.servers if entry.peer != gone]
+            changed = await session.reconsider()
+            assert torch.equal(await session.step(fed[4:], [(0, 4, 2)]), reference(WHOLE, fed)[4:])
+            assert changed is (gone not in {one.peer for one in session.chain})
+        return changed
+
+    assert run(main(SPANS))
+    assert not run(main(CHAIN))
+
+
 def test_servers_that_are_not_wanted_are_not_used() -> None:
     async def main() -> None:
         swarm = FakeSwarm(SPANS)
