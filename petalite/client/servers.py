@@ -14,7 +14,9 @@ from petalite.errors import (
     BadMessage,
     ConnectionLost,
     MissingBlocks,
+    NetworkError,
     PetaliteError,
+    RemoteError,
     UnknownAdapter,
 )
 from petalite.net.host import Host
@@ -46,7 +48,7 @@ from petalite.swarm.spans import Span
 
 FRESH_S = 10.0  # a directory read so recently serves a new session
 KNOWN_S = 120.0  # one read so recently serves to replace a server; whoever left since is found out
-LOOK_S = 5.0  # for a look at whether there is a better chain
+LOOK_S = 5.0  # for a look at the DHT by who knows servers already
 POLL_S = 0.5  # between looks for a server of missing blocks; grows to POLL_MOST_S
 POLL_MOST_S = 5.0
 
@@ -85,7 +87,8 @@ class SwarmServers:
         replayed_tokens: int = 0,
         wanted: Wanted = NOTHING_MORE,
     ) -> list[Hop]:
-        """A chain over `span`; waits for missing blocks until the time is up.
+        """A chain over `span`; waits for missing blocks until the time is up. Where nobody of the DHT
+        answers, what is known serves; raises that error if it is nothing.
 
         `fresh` asks for another chain than the last: from what is known, if that has servers that did not
         fail lately, else from a new look at the DHT.
@@ -98,18 +101,32 @@ class SwarmServers:
             except MissingBlocks:
                 pass  # nobody is left whom we know
         # A training loop plans many passes, and one that meets a server that is gone survives it.
+        unheard = None
         if fresh or self._directory.age_s > (KNOWN_S if wanted.training_tokens else FRESH_S):
-            await self._directory.refresh(timeout_s=max(timeout_s, 1.0))
+            unheard = await self._look(deadline_s)
         while True:
             try:
                 return self.outlook.chain(span, replayed_tokens, wanted)
-            except MissingBlocks:
+            except MissingBlocks as missing:
                 left_s = deadline_s - asyncio.get_running_loop().time()
                 if left_s <= 0:
-                    raise
+                    if unheard is not None and not self._directory.servers:
+                        raise unheard from missing
+                    raise missing from unheard
             await asyncio.sleep(min(pause_s, left_s))
             pause_s = min(2 * pause_s, POLL_MOST_S)
-            await self._directory.refresh(timeout_s=max(deadline_s - asyncio.get_running_loop().time(), 1.0))
+            unheard = await self._look(deadline_s)
+
+    async def _look(self, deadline_s: float) -> PetaliteError | None:
+        """Read the DHT anew. Where nobody there answers, what is known stays, and the error is returned."""
+        left_s = deadline_s - asyncio.get_running_loop().time()
+        if self._directory.servers:  # most of the time is for trying them
+            left_s = min(left_s, LOOK_S)
+        try:
+            await self._directory.refresh(timeout_s=max(left_s, 1.0))
+        except (NetworkError, RemoteError) as error:
+            return error
+        return None
 
     def training(self, peer: PeerId, settings: TrainingSettings) -> RemoteTraining:
         return RemoteTraining(self._host, peer, self.model_id, settings)

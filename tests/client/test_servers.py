@@ -9,16 +9,18 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
+import torch
 
 from petalite.client.hops import Wanted
 from petalite.client.outlook import LEAVING_S
-from petalite.errors import ConnectionLost, MissingBlocks, ShuttingDown
+from petalite.client.session import Session
+from petalite.errors import ConnectionLost, MissingBlocks, ShuttingDown, Unreachable
 from petalite.sim import loop
 from petalite.swarm.bans import BanSettings
 from petalite.swarm.directory import ServerEntry
 from petalite.swarm.records import HostedAdapter
 from petalite.swarm.spans import Span
-from tests.client.fakes import FakeSwarm, peer
+from tests.client.fakes import E, FakeSwarm, peer, reference
 
 WHOLE = Span(0, 4)
 
@@ -45,6 +47,55 @@ def test_a_server_that_leaves_is_avoided_and_not_counted_as_failing() -> None:
         await asyncio.sleep(BanSettings().first_s + 0.1)
         swarm.failed(peer(1), ConnectionLost("it failed"))
         assert {await _chosen(swarm) for _ in range(20)} == {2}  # whose first failure it was
+
+    loop.run(main())
+
+
+class Deaf(FakeSwarm):
+    """Nobody of the DHT answers for a while, at once or not at all."""
+
+    heard_s = 0.0
+    hangs = False
+
+    async def refresh(self, *, timeout_s: float) -> None:
+        if asyncio.get_running_loop().time() < self.heard_s:
+            await asyncio.sleep(timeout_s if self.hangs else 0.01)
+            raise Unreachable("nobody answers")
+        await super().refresh(timeout_s=timeout_s)
+
+
+@pytest.mark.parametrize("hangs", [False, True])
+def test_where_the_dht_does_not_answer_what_is_known_serves(hangs: bool) -> None:
+    """A step survives its server over one that failed before, within seconds; and a time without any, until
+    the DHT tells of another."""
+
+    async def main() -> None:
+        swarm = Deaf({1: WHOLE, 2: WHOLE})
+        swarm.hangs, swarm.heard_s = hangs, 40.0
+        fed = torch.arange(12.0).view(6, 2)
+        swarm.failed(peer(2), ConnectionLost("it failed"))
+        async with Session(swarm, WHOLE, E, max_length=99) as session:
+            outputs = [await session.step(fed[:4], [(0, 0, 4)])]
+            swarm.net.kill(peer(1))
+            outputs.append(await session.step(fed[4:5], [(0, 4, 1)]))
+            assert asyncio.get_running_loop().time() < 10
+            swarm.add(3, WHOLE)
+            (swarm.servers[:], found) = (swarm.servers[1:2], swarm.servers[2:])
+            asyncio.get_running_loop().call_later(35.0, swarm.servers.extend, found)
+            swarm.net.kill(peer(2))
+            outputs.append(await session.step(fed[5:], [(0, 5, 1)]))
+        assert torch.equal(torch.cat(outputs), reference(WHOLE, fed))
+
+    loop.run(main())
+
+
+def test_who_knows_nobody_and_hears_nothing_says_so() -> None:
+    async def main() -> None:
+        swarm = Deaf({})
+        swarm.heard_s = 100.0
+        with pytest.raises(Unreachable, match="nobody answers"):
+            await swarm.plan(WHOLE, fresh=True, timeout_s=3.0)
+        assert asyncio.get_running_loop().time() == pytest.approx(3.0, abs=0.1)
 
     loop.run(main())
 
