@@ -26,6 +26,7 @@ from petalite.errors import (
     BadMessage,
     BadTensor,
     DeadlineExceeded,
+    InvalidArgument,
     NetworkError,
     NotFinite,
     PetaliteError,
@@ -76,6 +77,8 @@ class Chain:
         self.stages: list[Stage] = []
         self.legs: list[Leg] = []  # of the stages
         self.recoveries: list[Recovery] = []
+        self.is_closed = False
+        self._opening: list[Stage] = []  # and not yet among the stages
         self._servers = servers
         self._hidden_size = hidden_size
         self._rows = rows
@@ -96,11 +99,16 @@ class Chain:
             leg.kept.truncate(row, length)
 
     def close(self) -> None:
-        """Free everything at every hop; waits for nothing."""
-        for stage in self.stages:
-            stage.close()
+        """Free everything at every hop, and end what is under way; waits for nothing."""
+        self.is_closed = True
+        self.abandon("the session was closed")
         self.stages, self.legs = [], []
         self._answers.close()
+
+    def check_open(self) -> None:
+        """Raises InvalidArgument once the chain is closed."""
+        if self.is_closed:
+            raise InvalidArgument("the session was closed while a step was under way; await the step first")
 
     # -- mending -----------------------------------------------------------------------------------------
 
@@ -125,6 +133,7 @@ class Chain:
         pause_s = 0.0
         attempt = 0
         while (gap := self.gap) is not None:
+            self.check_open()
             try:
                 await self._replace(gap, deadline_s, attempt)
                 continue
@@ -151,6 +160,7 @@ class Chain:
             replayed_tokens=self.n_tokens,
             wanted=self._wanted,
         )
+        self.check_open()
         pushed_after = after if after is not None and after.kept is None else None
         if pushed_after is not None and not self._pushes(hops[-1], pushed_after.hop):
             pushed_after.suspect("the server before it cannot reach it")  # so the client has to feed it
@@ -166,10 +176,13 @@ class Chain:
                 await self._replay_from(plan, stages, tokens[0])
             else:
                 await self._replay(plan, stages)
+            self.check_open()
         except BaseException:
             for stage in stages:
                 stage.close()
             raise
+        finally:
+            self._opening = []
         self.stages[gap.first : gap.end] = stages
         self.legs = legs_of(self.stages)
         self._carrier.patience.forget()
@@ -219,7 +232,7 @@ class Chain:
 
     def abandon(self, why: str) -> None:
         """Every stage is given up, through no fault of its own; mending finds others."""
-        for stage in self.stages:
+        for stage in (*self.stages, *self._opening):
             stage.is_reported = True
             stage.lost(PetaliteError(why))
 
@@ -253,7 +266,7 @@ class Chain:
         """A session at every hop, all at once. Raises StageFailed of one that opened none; then none is."""
         wait_s = QUEUE_S if attempt else 0.0
         pushed = [isinstance(feeder, Stage), *map(self._pushes, hops, hops[1:]), after is not None]
-        stages = [Stage(hop, self._answers, None) for hop in hops]
+        stages = self._opening = [Stage(hop, self._answers, None) for hop in hops]
         targets: list[Stage | None] = [*stages[1:], after]
         openings = []
         for i, stage in enumerate(stages):

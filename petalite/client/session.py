@@ -167,6 +167,7 @@ class Session:
                     await self._carrier.flow(self._chain.legs, left, done)
                 return done
             except StageFailed as failure:
+                self._chain.check_open()
                 if len(done) > reached:
                     reached, doubts, deadline_s = len(done), 0, clock() + self.settings.recovery_s
                 doubts += isinstance(failure.cause, DOUBTFUL)
