@@ -74,8 +74,10 @@ class Oracle:
 @pytest.mark.parametrize("wrong", [1, 2, 3, 7, 1000])
 def test_any_drafts_give_the_text_of_none(model: DistributedModel, way: dict[str, Any], wrong: int) -> None:
     plain = model.generate(PROMPT, max_new_tokens=50, **way)
+    ticks = itertools.count()  # so that every step takes as long, whatever else the machine does
+    oracle = Oracle(PROMPT + plain.token_ids, wrong)
     with model.session(200) as session:
-        session.speculations[LOOKUP] = Speculation(Oracle(PROMPT + plain.token_ids, wrong))
+        session.speculations[LOOKUP] = Speculation(oracle, lambda: float(next(ticks)))
         found = model.generate(PROMPT, max_new_tokens=50, speculate=LOOKUP, session=session, **way)
         assert session.token_ids == PROMPT + plain.token_ids[:-1], "only what was right stays"
     assert (found.token_ids, found.text) == (plain.token_ids, plain.text)
