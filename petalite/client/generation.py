@@ -51,6 +51,7 @@ class TokenSession:
         self._before = 0 if prefix is None else len(prefix)
         self.token_ids: list[int] = []  # what the hops' caches hold
         self.speculations: dict[str, Speculation] = {}  # by what was asked for; they live as long as this
+        self.generation: object = None  # the latest that began in it
         self._edges = edges
         self._thread = thread
 
@@ -80,6 +81,7 @@ class TokenSession:
         """Forget the tokens at and after `position`. Costs nothing; the next step goes on from there."""
         if not 0 <= position <= len(self.token_ids):
             raise InvalidArgument(f"cannot roll back to {position}: the session holds {self.position} tokens")
+        self.session.rollback(self._before + position)
         del self.token_ids[position:]
 
     async def feed(self, token_ids: Sequence[int], output: str = LAST) -> torch.Tensor:
@@ -87,6 +89,7 @@ class TokenSession:
         (1, E) of the last one, or with ALL (T, E)."""
         if not token_ids:
             raise InvalidArgument("there is nothing to feed; give at least one token")
+        self.session.check_idle()
         chunk = self.session.settings.chunk_tokens
         hidden = self._edges.embed(list(token_ids))
         first, inputs = self._before + self.position, list[StepInput]()
@@ -150,16 +153,25 @@ async def generate_tokens(
     Raises PromptTooLong where the session has no room for the prompt and one token.
     """
     end = len(prompt_ids) + check_room(len(prompt_ids), session.max_length, max_new_tokens)
+    session.session.check_idle()
+    own = session.generation = object()
+
+    def check_own() -> None:
+        if session.generation is not own:
+            raise InvalidArgument("another generation has begun in this session; give each its own")
+
     session.rollback(min(common_prefix(session.token_ids, prompt_ids), len(prompt_ids) - 1))
     text, drafts = list(prompt_ids), list[int]()
     if session.position:
         await session.session.reconsider()  # a turn's beginning: its prefill hides what a replay takes
+        check_own()
     hidden = await session.feed(text[session.position :])
     try:
         while True:
             for choice in await session.choose(hidden, chooser, text, drafts, stop_ids):
                 text.append(choice.token_id)
                 yield choice
+            check_own()
             session.rollback(len(text) - 1)  # of the drafts, those that were right
             if text[-1] in stop_ids or len(text) == end:
                 return
@@ -167,11 +179,12 @@ async def generate_tokens(
                 hidden = await session.feed(text[-1:])
             else:
                 drafts = await speculation.draft(text, chooser, end - len(text) - 1)
+                check_own()
                 began_s = speculation.clock()
                 hidden = await session.feed([text[-1], *drafts], ALL)
                 speculation.observe(1 + len(drafts), speculation.clock() - began_s)
     finally:
-        if len(text) > len(prompt_ids):
+        if len(text) > len(prompt_ids) and session.generation is own:
             session.rollback(min(session.position, len(text) - 1))
 
 

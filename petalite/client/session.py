@@ -76,6 +76,7 @@ class Session:
         )
         self.trace = Trace(recoveries=self._chain.recoveries)
         self._is_open = False
+        self._is_stepping = False
 
     async def __aenter__(self) -> Session:
         await self._chain.mend(asyncio.get_running_loop().time() + self.settings.open_s)
@@ -103,6 +104,18 @@ class Session:
         """Memory that the inputs kept for replay take here."""
         return sum(stage.kept.nbytes for stage in self._chain.stages if stage.kept is not None)
 
+    def rollback(self, length: int, row: int = 0) -> None:
+        """Forget what the row holds at and after `length`; the hops follow with the next step."""
+        self.check_idle()
+        self._chain.truncate(row, length)
+
+    def check_idle(self) -> None:
+        """Raises InvalidArgument while a step is under way."""
+        if self._is_stepping:
+            raise InvalidArgument(
+                "another step of this session is under way; await it first, or open a session for each"
+            )
+
     # -- steps -------------------------------------------------------------------------------------------
 
     async def step(
@@ -124,6 +137,14 @@ class Session:
 
     async def steps(self, inputs: Sequence[StepInput]) -> list[torch.Tensor]:
         """Several steps, in order; while one server computes a step, the one before it computes the next."""
+        self.check_idle()
+        self._is_stepping = True
+        try:
+            return await self._steps(inputs)
+        finally:
+            self._is_stepping = False
+
+    async def _steps(self, inputs: Sequence[StepInput]) -> list[torch.Tensor]:
         counts = self._begin(inputs)
         codec = self._chain.legs[0].kept.codec
         parts = [
