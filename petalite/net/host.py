@@ -434,12 +434,12 @@ class Host:
             return
         self._closed = self._draining = True
         self._acceptor.close()
+        for link in list(self._all_links):  # before anything is waited for, so that no call begins meanwhile
+            link.close(ErrorCode.SHUTDOWN, "the host is closing")
         tasks = [*self._tasks, *self._handlers]
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
-        for link in list(self._all_links):
-            link.close(ErrorCode.SHUTDOWN, "the host is closing")
         await asyncio.gather(*(lane.gone.wait() for lane in self._lanes))
 
 

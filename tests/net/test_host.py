@@ -116,6 +116,37 @@ async def test_a_stopped_peer_is_given_up_after_the_stated_silence(
             process.send_signal(signal.SIGCONT)
 
 
+async def test_no_call_begins_while_a_host_closes(two: tuple[Host, Host]) -> None:
+    """Nothing of it runs when `close` returns, whatever its peers did meanwhile."""
+    caller, server = two
+    started, ended = 0, [asyncio.Event(), asyncio.Event()]
+
+    async def slow_to_end(call: Call) -> None:
+        nonlocal started
+        end = ended[started]
+        started += 1
+        try:
+            await asyncio.Event().wait()
+        finally:
+            await end.wait()
+
+    server.serve("slow", slow_to_end)
+    link = await caller.connect(server.peer_id)
+    first = await caller.open(server.peer_id, "slow")
+    await eventually(lambda: started == 1)
+    closing = asyncio.create_task(server.close())
+    await asyncio.sleep(0)
+    second = await caller.open(server.peer_id, "slow")
+    await eventually(lambda: started == 2 or link.closed)
+    ended[0].set()
+    await closing
+    handlers = len(server._handlers)
+    ended[1].set()
+    first.end()
+    second.end()
+    assert not handlers
+
+
 async def test_an_idle_link_is_closed_by_who_dialled(net: Net) -> None:
     server = await net.host(listen=True)
     caller = await net.host(HostSettings(timers=Timers(idle_close_s=0.1)))
