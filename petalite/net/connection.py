@@ -267,9 +267,9 @@ class Connection:
         self.events.append((Event.ROOM, None))
 
 
+# Of all types but MESSAGE: what is legal of those is taken before a handler is looked for.
 _HANDLERS = MappingProxyType(
     {
-        FrameType.MESSAGE: Connection._on_message,
         FrameType.HEAD: Connection._on_head,
         FrameType.BLOCK: Connection._on_block,
         FrameType.PRIORITY: Connection._on_priority,

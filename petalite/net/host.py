@@ -35,7 +35,7 @@ from petalite.net.handshake import Handshake, Hello
 from petalite.net.identity import Identity, PeerId
 from petalite.net.journal import Journal
 from petalite.net.lane import Lane
-from petalite.net.limits import VIOLATION, Budget, Gate, Limits, prefix_of
+from petalite.net.limits import VIOLATION, Gate, Limits, prefix_of
 from petalite.net.link import MAX_LANES, Link, Timers
 from petalite.net.messages import MAX_DEADLINE_MS, REQUEST, Buffer, Message
 from petalite.net.multiaddr import Multiaddr
@@ -166,7 +166,7 @@ class Host:
 
     async def _dial(self, peer_id: PeerId, patient: bool) -> Link:
         established = await self._reach(peer_id, _INTERACTIVE, patient)
-        link = self._new_link(established, outbound=True)
+        link = Link(self, established, outbound=True, memory=self._gate.memory)
         self._adopt(link)
         self._attach(link, established)
         return self._links.get(peer_id, link)
@@ -211,13 +211,13 @@ class Host:
             code, reason = ErrorCode.RESOURCE_LIMIT, "too many connections"
         if code:
             self.journal.note("link:refused", peer, code, reason=reason)
-            refused = self._new_link(established, outbound=False)
+            refused = Link(self, established, outbound=False, memory=self._gate.memory)
             self._attach(refused, established)
             refused.close(code, reason)
             return
         if link is None:
             self.book.add(peer, claimed_addresses(hello, established.address))
-            link = self._new_link(established, outbound=False)
+            link = Link(self, established, outbound=False, memory=self._gate.memory)
             self._adopt(link)
         self._attach(link, established, lambda: self._gate.leave(prefix))
 
@@ -227,21 +227,14 @@ class Host:
                 return link
         return None
 
-    def _new_link(self, established: Established, outbound: bool) -> Link:
-        secured, address = established.secured, established.address
-        memory = Budget(self.settings.limits.peer_memory_bytes, self._gate.memory)
-        return Link(self, secured.peer_id, secured.hello, address, outbound, self.settings.timers, memory)
-
     def _attach(
         self, link: Link, established: Established, on_gone: Callable[[], None] = lambda: None
     ) -> None:
         """A lane of the link on this connection; `on_gone` is called when its socket is closed."""
-        secured, scratch = established.secured, self._scratch
-        initiator = established.handshake.initiator
-        theirs, memory = secured.hello.windows(), link.memory.reserve
-        connection = Connection(initiator, self.settings.windows, theirs, monotonic(), memory)
+        initiator, theirs = established.handshake.initiator, established.secured.hello.windows()
+        connection = Connection(initiator, self.settings.windows, theirs, monotonic(), link.memory.reserve)
         connection.receiver.rtt_s = established.rtt_s
-        lane = Lane(established.sock, connection, secured.sealer, secured.opener, scratch, link)
+        lane = Lane(established.sock, connection, established.secured, self._scratch, link)
 
         def gone() -> None:
             self._lanes.discard(lane)

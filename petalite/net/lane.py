@@ -18,9 +18,10 @@ from typing import Protocol
 
 from petalite.errors import ConnectionLost, ErrorCode, PetaliteError, RemoteProtocolError, code_of, from_wire
 from petalite.net.connection import Connection
+from petalite.net.handshake import Secured
 from petalite.net.noise import TAG_BYTES
 from petalite.net.pool import RECEIVE_BYTES, Scratch
-from petalite.net.records import LENGTH, MAX_PLAINTEXT_BYTES, PREFIX_BYTES, Opener, Sealer
+from petalite.net.records import LENGTH, MAX_PLAINTEXT_BYTES, PREFIX_BYTES
 from petalite.net.states import CLOSED, Event
 from petalite.net.streams import Segment, Stream
 
@@ -37,7 +38,6 @@ USER_TIMEOUT_MS = 20_000
 # the loop's other work has its turn, whatever a peer's records are made of.
 TURN_S, MIN_READ_BYTES, FIRST_READ_BYTES = 0.005, 4096, 64 * 1024
 LINGER_S = 1.0  # how long a closed lane waits for the peer to have read why
-_SMALL_LEFTOVER_BYTES = 16 * 1024
 _UNHEARD = "the peer closed the connection behind the handshake: another swarm key, or it has no room"
 
 
@@ -75,8 +75,7 @@ class Lane:
         self,
         sock: socket.socket,
         connection: Connection,
-        sealer: Sealer,
-        opener: Opener,
+        secured: Secured,
         scratch: Scratch,
         owner: LaneOwner,
     ) -> None:
@@ -89,7 +88,7 @@ class Lane:
         self.on_gone: Callable[[], None] = lambda: None
         self._loop = asyncio.get_running_loop()
         self._sock, self._fd = sock, sock.fileno()
-        self._sealer, self._opener = sealer, opener
+        self._sealer, self._opener = secured.sealer, secured.opener
         self._scratch, self._owner = scratch, owner
         self._begun = self._pinged_at = self._ticked_at = self.last_received
         self._sent_before = self._waits = 0  # bytes of streams at the last tick; waits for room since then
@@ -97,7 +96,6 @@ class Lane:
         self._partial: memoryview | None = None  # a record, or its length, of which a part has come
         self._rest = memoryview(b"")  # the part of it that has not
         self._unsent: memoryview | None = None  # sealed, and not taken by the kernel
-        self._buffer: memoryview | None = None  # borrowed, with what is unsent
         self._blocked = False  # a writer is registered
         self._linger: asyncio.TimerHandle | None = None
 
@@ -243,31 +241,27 @@ class Lane:
 
     def _transmit(self, records: Sequence[Segment]) -> bool:
         """Seal records and send them; whether the kernel took everything."""
-        buffer, end = self._scratch.borrow(), 0
+        buffer, end = self._scratch.send, 0
         for plain in records:
             end += self._sealer.seal(plain, buffer[end:])
-        return self._send(buffer[:end], buffer)
+        return self._send(buffer[:end])
 
-    def _send(self, unsent: Segment, buffer: memoryview | None = None) -> bool:
-        """Whether the kernel took everything. `buffer` is what was borrowed; it is kept until then."""
+    def _send(self, sealed: Segment) -> bool:
+        """Whether the kernel took everything; the rest is kept."""
         try:
-            sent = self._sock.send(unsent)
+            sent = self._sock.send(sealed)
         except (BlockingIOError, InterruptedError):
             sent = 0
-        if sent == len(unsent):
-            self._unsent = self._buffer = None
-            if buffer is not None:
-                self._scratch.give_back(buffer)
+        if sent == len(sealed):
+            self._unsent = None
             return True
-        self._unsent, self._buffer = memoryview(unsent)[sent:], buffer
-        if buffer is not None and len(unsent) - sent <= _SMALL_LEFTOVER_BYTES:
-            self._unsent, self._buffer = memoryview(bytes(self._unsent)), None
-            self._scratch.give_back(buffer)
+        rest = memoryview(sealed)[sent:]
+        self._unsent = rest if sealed is self._unsent else memoryview(bytes(rest))  # the buffer is all lanes'
         return False
 
     def _on_writable(self) -> None:
         try:
-            if self._unsent is not None and not self._send(self._unsent, self._buffer):
+            if self._unsent is not None and not self._send(self._unsent):
                 return
             self._blocked = False
             self._loop.remove_writer(self._fd)
@@ -315,7 +309,7 @@ class Lane:
             self._loop.remove_writer(self._fd)
             self._sock.close()
             self._fd = -1
-            self._unsent = self._buffer = self._partial = None
+            self._unsent = self._partial = None
             self.gone.set()
             self.on_gone()
 

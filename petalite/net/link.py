@@ -14,16 +14,14 @@ from time import monotonic
 from typing import TYPE_CHECKING
 
 from petalite.errors import ConnectionLost, DeadlineExceeded, ErrorCode, PetaliteError, ShuttingDown, code_of
-from petalite.net.handshake import Hello
-from petalite.net.identity import PeerId
 from petalite.net.lane import BULK_UNSENT_S, Lane
 from petalite.net.limits import Budget, TokenBucket
-from petalite.net.multiaddr import Multiaddr
 from petalite.net.rpc import Call
 from petalite.net.states import OPENED, Event
 from petalite.net.streams import BULK, Priority, Stream
 
 if TYPE_CHECKING:
+    from petalite.net.dialing import Established
     from petalite.net.host import Host
 
 MAX_LANES = 4
@@ -43,27 +41,18 @@ class Timers:
 class Link:
     """Created with its handshake done; `attach` hands it its first lane, and perhaps more."""
 
-    def __init__(
-        self,
-        host: Host,
-        peer: PeerId,
-        hello: Hello,
-        remote_address: Multiaddr,
-        outbound: bool,
-        timers: Timers,
-        memory: Budget,
-    ) -> None:
-        self.peer = peer
-        self.hello = hello
-        self.remote_address = remote_address  # where its packets come from, without its id
+    def __init__(self, host: Host, established: Established, outbound: bool, memory: Budget) -> None:
+        """`memory` is the host's, of which the peer may have a part."""
+        self.peer, self.hello = established.secured.peer_id, established.secured.hello
+        self.remote_address = established.address  # where its packets come from, without its id
         self.outbound = outbound
-        self.memory = memory  # for what the peer sends
+        self.memory = Budget(host.settings.limits.peer_memory_bytes, memory)  # for what the peer sends
         self.loop = asyncio.get_running_loop()
         self.supplanted = False  # another link to the peer is used for new calls
         self.error: PetaliteError | None = None  # why it ended
         self.rates: dict[str, TokenBucket] = {}  # of the methods that the peer calls
         self.lanes: list[Lane] = []  # the interactive one first
-        self._host, self._timers = host, timers
+        self._host, self._timers = host, host.settings.timers
         self._changed = asyncio.Event()  # set when there may be room for a stream, or never again
         self._used_at, self._traffic = monotonic(), 0  # bytes of messages, both ways
         self._bulk_dial: asyncio.Task[None] | None = None

@@ -14,16 +14,10 @@ SEND_BYTES = MAX_DATA_BYTES + 3 * (MAX_PLAINTEXT_BYTES + OVERHEAD_BYTES)  # a ba
 POOLED_BYTES = 256 * 1024  # buffers from this size on are pooled,
 POOL_BYTES = 128 * 1024 * 1024  # so many bytes in all at most,
 POOL_S = 10.0  # and so long after they were last taken
-_KEPT_BUFFERS = 4
-
-
-def _untouched(size: int) -> memoryview:
-    """Memory that costs nothing until it is written to."""
-    return memoryview(mmap.mmap(-1, size))
 
 
 class Scratch:
-    """A buffer to receive into, buffers to seal into, and memory for large messages.
+    """A buffer to receive into, one to seal a batch into, and memory for large messages.
 
     The last is given out again when nobody refers to it any more. Fresh pages cost the kernel more than
     decryption costs us: 16 MiB of them take some 10 ms. What is given out may hold old bytes, so it is for
@@ -31,18 +25,10 @@ class Scratch:
     """
 
     def __init__(self) -> None:
-        self.receive = _untouched(RECEIVE_BYTES)
-        self._free: list[memoryview] = []
+        self.receive = memoryview(mmap.mmap(-1, RECEIVE_BYTES))
+        self.send = memoryview(mmap.mmap(-1, SEND_BYTES))
         self._kept: list[tuple[mmap.mmap, float]] = []
         self._kept_bytes = 0
-
-    def borrow(self) -> memoryview:
-        """A buffer to seal a batch into; whoever could not send it all keeps it until then."""
-        return self._free.pop() if self._free else _untouched(SEND_BYTES)
-
-    def give_back(self, buffer: memoryview) -> None:
-        if len(self._free) < _KEPT_BUFFERS:
-            self._free.append(buffer)
 
     def take(self, size: int) -> memoryview:
         """Writable memory of that size; a reference to the view, or to a slice of it, keeps it taken."""

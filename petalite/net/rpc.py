@@ -214,9 +214,7 @@ class Call:
 
     def end(self, *, keep_queued: bool = False) -> None:
         """Nobody uses this end any more: what is still open is cut off, and what waits to be sent with it."""
-        if self._timer is not None:
-            self._timer.cancel()
-            self._timer = None
+        self.set_deadline(None)
         if self._body is not None:
             self._release()
         stream, connection = self.stream, self._lane.connection

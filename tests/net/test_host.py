@@ -22,7 +22,7 @@ from petalite.errors import (
     Unreachable,
     WrongPeer,
 )
-from petalite.net import Host, HostSettings, Identity, Multiaddr
+from petalite.net import Call, Host, HostSettings, Identity, Multiaddr
 from petalite.net.credit import Windows
 from petalite.net.limits import Limits
 from petalite.net.link import Timers

@@ -15,11 +15,15 @@ from hypothesis import strategies as st
 from petalite.errors import ConnectionLost, PetaliteError, RemoteProtocolError
 from petalite.net.connection import Connection
 from petalite.net.credit import Windows
+from petalite.net.handshake import Secured
+from petalite.net.identity import PeerId
 from petalite.net.lane import Lane
 from petalite.net.noise import AES_GCM
 from petalite.net.pool import POOL_BYTES, POOLED_BYTES, Scratch
 from petalite.net.records import OVERHEAD_BYTES, PREFIX_BYTES, Opener, Sealer
 from petalite.net.streams import Priority
+
+from .hostile import HELLO
 
 WINDOWS = Windows(stream_bytes=4 << 20, connection_bytes=4 << 20)
 
@@ -118,7 +122,9 @@ def test_records_cut_anywhere_and_lost_anywhere(
         ours.setblocking(False)
         theirs.setblocking(False)
         core, owner = Connection(False, WINDOWS, WINDOWS), Owner()
-        lane = Lane(ours, core, Sealer(AES_GCM, bytes(32)), Opener(AES_GCM, bytes(32)), Scratch(), owner)
+        key, peer = bytes(32), PeerId(bytes(32))
+        secured = Secured(peer, HELLO, Sealer(AES_GCM, key), Opener(AES_GCM, key), b"")
+        lane = Lane(ours, core, secured, Scratch(), owner)
         lane.start(b"")
         ends = sorted({*(int(cut * length) for cut in cuts), length})
         with theirs:
