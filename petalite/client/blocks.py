@@ -74,7 +74,7 @@ class Blocks(torch.nn.Module):
         try:
             yield BlockSession(session, self._twin, self._loop)
         finally:
-            self._loop.run(session.__aexit__(None, None, None))
+            self._loop.finish(session.__aexit__(None, None, None))
 
     def extra_repr(self) -> str:
         return str(self.span)

@@ -96,7 +96,7 @@ class DistributedModel:
         try:
             yield session
         finally:
-            self._loop.run(session.__aexit__(None, None, None))
+            self._loop.finish(session.__aexit__(None, None, None))
 
     def logits(self, token_ids: torch.Tensor) -> torch.Tensor:
         """token_ids (B, T) -> logits (B, T, V) float32."""
