@@ -219,7 +219,10 @@ class Call:
             self._release()
         stream, connection = self.stream, self._lane.connection
         stream.owner = self.eager = None
-        self._fail(Cancelled("the call is over"))
+        over = Cancelled("the call is over")
+        if self._waiter is not None or self._senders:  # another task waits
+            self._fail(over)
+        self._error = self._error or over
         if stream.send >= SENT and stream.receive >= RECEIVED and not stream.inbox:
             return  # as most calls end
         if stream.send is SENDING or (stream.queued and not keep_queued):
