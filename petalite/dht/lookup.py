@@ -160,6 +160,11 @@ class Search:
     def answered(self, contact: Contact, answer: Answer) -> None:
         """The peer answered. `contact` says where it was reached."""
         candidate = self._known[contact.node_id]
+        if candidate.state is State.ANSWERED:
+            return  # it was asked at two addresses, and has answered at both
+        if candidate.path is None:  # given up here, and not yet asked elsewhere: whoever heard of it gains
+            hearing = (path.number for path in self._paths if contact.node_id in path.heard_of)
+            candidate.path = next(hearing, _UNION)
         path = self._become(candidate, State.ANSWERED)
         candidate.contact, candidate.prefix, candidate.holds = contact, _prefix(contact), answer.holds
         path.n_holders += answer.holds

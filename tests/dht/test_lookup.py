@@ -233,6 +233,52 @@ def test_addresses_of_one_peer_are_tried_only_so_often():
     assert len(asked) <= 3 + 4
 
 
+def elsewhere(peer: Contact) -> Contact:
+    return Contact(peer.peer_id, ("/ip4/9.9.9.9/tcp/9",))
+
+
+def test_an_answer_that_comes_late_counts_though_the_peer_was_to_be_asked_elsewhere():
+    """Slow where it was asked, and named at another address, its turn there has not come yet."""
+    slow, other, third = contact(1), contact(2), contact(3)
+    key = slow.node_id  # so that it is asked first
+    lookup = Lookup({key: [slow, other]}, OWN, LookupSettings(paths=1, alpha=1), lambda peer: 0.25)
+    first = lookup.next_query(0.0)
+    assert first is not None
+    assert first.contact is slow
+    second = lookup.next_query(0.3)
+    assert second is not None
+    lookup.answered(second, second.contact, {key: Answer([elsewhere(slow)])})
+    lookup.answered(first, first.contact, {key: Answer([third], holds=True)})
+    search = lookup.searches[key]
+    assert search.holders == [slow]
+    last = lookup.next_query(0.3)
+    assert last is not None
+    assert last.contact is third
+    lookup.answered(last, last.contact, {key: Answer([])})
+    assert lookup.done
+    assert search.n_queries == 3
+
+
+def test_a_peer_that_answers_at_two_addresses_counts_once():
+    """Two holders were wanted, and one is not enough."""
+    slow, other, third = contact(1), contact(2), contact(3)
+    key = slow.node_id
+    settings = LookupSettings(paths=1, alpha=2, holders=2)
+    lookup = Lookup({key: [slow, other]}, OWN, settings, lambda peer: 0.25)
+    queries = [query for _ in range(2) if (query := lookup.next_query(0.0)) is not None]
+    lookup.answered(queries[1], other, {key: Answer([elsewhere(slow), third])})
+    again = lookup.next_query(0.3)
+    assert again is not None
+    assert again.contact == elsewhere(slow)
+    for query in (queries[0], again):
+        lookup.answered(query, query.contact, {key: Answer([], holds=True)})
+    assert [holder.peer_id for holder in lookup.searches[key].holders] == [slow.peer_id]
+    assert not lookup.done
+    last = lookup.next_query(0.3)
+    assert last is not None
+    assert last.contact is third
+
+
 def colluding(crowd: Crowd, share: float, seed: int) -> tuple[Behaviour, set[DhtKey]]:
     """So many of the crowd name only each other, and hold nothing."""
     bad = Random(seed).sample(crowd.peers, round(share * len(crowd.peers)))
