@@ -103,20 +103,20 @@ class Announcement:
             if self._withdrawn:
                 raise InvalidArgument("the announcement was withdrawn; make a new one")
             entries = dict.fromkeys(self._entries, value) if isinstance(value, bytes) else dict(value)
-            gone = [name for name in self._entries if name not in entries]
+            self._sign({name: (value, self._ttl_s) for name, value in entries.items()})  # or raise now
             new = any(name not in self._entries for name in entries)
+            await self._bury([name for name in self._entries if name not in entries])
             self._entries = entries
-            await self._bury(gone)
             await self._publish(look=new or not self._holders)
 
     async def withdraw(self) -> None:
         """Take it back. Whoever holds it then holds a tombstone,
-        for as long as the record would have lived."""
+        for as long as the record would have lived. Cancelled, it leaves the record to expire."""
+        self._withdrawn = True
+        self._wake.set()
         async with self._lock:
-            if not self._withdrawn:
-                self._withdrawn = True
-                self._wake.set()
-                await self._bury(list(self._entries))
+            await self._bury(list(self._entries))
+            self._entries = {}
 
     def hurry(self) -> None:
         """Announce again soon: the network came back."""
@@ -148,7 +148,7 @@ class Announcement:
 
     def _pause_s(self) -> float:
         interval_s = min(self._ttl_s / 3, _MAX_INTERVAL_S)
-        if not self._holders and self._publications:
+        if not self._holders:
             interval_s = min(interval_s, _RETRY_S)
         return interval_s * self._publisher.random.uniform(0.85, 1.0)
 
@@ -175,8 +175,10 @@ class Announcement:
         return placement
 
     async def _sign_and_put(self, values: Mapping[Name, tuple[bytes, int]], look: bool) -> Placement:
-        records = {DhtKey.of(*name): self._publisher.sign(name, *value) for name, value in values.items()}
-        return await self._publisher.put(records, None if look else self._holders)
+        return await self._publisher.put(self._sign(values), None if look else self._holders)
+
+    def _sign(self, values: Mapping[Name, tuple[bytes, int]]) -> dict[DhtKey, Record]:
+        return {DhtKey.of(*name): self._publisher.sign(name, *value) for name, value in values.items()}
 
     async def _bury(self, names: list[Name]) -> None:
         if names:
