@@ -110,27 +110,24 @@ class DhtNode:
             settings.peers_file,
         )
         self._running: _Running | None = None
+        self._starting = asyncio.Lock()
         self._closed = False
 
     # -- life --------------------------------------------------------------------------------------
 
     async def start(self) -> None:
         """Serve, and look after ourselves. Called by whatever is called first."""
-        if self._closed:
-            raise ShuttingDown("the DHT node is closed; make a new one")
-        if self._running is not None:
-            return
-        ready: asyncio.Future[asyncio.TaskGroup] = asyncio.get_running_loop().create_future()
-        task = asyncio.create_task(self._supervise(ready), name="dht node")
-        self._running = _Running(task, await ready)
-        self._peers.look_around()
-        if not self.client_mode:
-            self._service.serve(self._network)
-        self._spawn(self._upkeep.run(self._came_back))
+        async with self._starting:
+            if self._closed:
+                raise ShuttingDown("the DHT node is closed; make a new one")
+            if self._running is None:
+                await self._start()
 
     async def close(self, *, withdraw: bool = True) -> None:
         """Withdraw what is announced, save the peers, end every task. May be called twice."""
-        running, self._closed = self._running, True
+        self._closed = True
+        async with self._starting:
+            running = self._running
         if running is None:
             return
         if withdraw:
@@ -176,10 +173,11 @@ class DhtNode:
         """Publish several values together, in one call to each peer, and keep them published."""
         await self.start()
         assert self._running is not None
+        kept = self._running.announcements
         announcement = Announcement(self._publisher, entries, ttl_s)
         await announcement.publish()
-        self._running.announcements.append(announcement)
-        self._spawn(self._keep(announcement, self._running.announcements))
+        self._spawn(self._keep(announcement, kept))
+        kept.append(announcement)
         return announcement
 
     def sign(self, namespace: str, name: bytes | str, value: bytes, ttl_s: int) -> Record:
@@ -270,12 +268,25 @@ class DhtNode:
         except TimeoutError:
             logger.info("closing before everybody heard that we leave; our records will expire")
 
-    async def _supervise(self, ready: asyncio.Future[asyncio.TaskGroup]) -> None:
-        async with asyncio.TaskGroup() as group:
-            ready.set_result(group)
-            await (
-                asyncio.get_running_loop().create_future()
-            )  # until cancelled: the group's children end with us
+    async def _start(self) -> None:
+        group, entered = asyncio.TaskGroup(), asyncio.Event()
+
+        async def supervise() -> None:
+            async with group:
+                entered.set()
+                await asyncio.get_running_loop().create_future()  # until cancelled, and the group with it
+
+        task = asyncio.create_task(supervise(), name="dht node")
+        try:
+            await entered.wait()
+        except asyncio.CancelledError:
+            task.cancel()
+            raise
+        self._running = _Running(task, group)
+        self._peers.look_around()
+        if not self.client_mode:
+            self._service.serve(self._network)
+        self._spawn(self._upkeep.run(self._came_back))
 
     @staticmethod
     async def _keep(announcement: Announcement, kept: list[Announcement]) -> None:

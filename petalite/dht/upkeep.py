@@ -112,15 +112,15 @@ class Upkeep:
         room = asyncio.Semaphore(_DIALS_AT_ONCE)
 
         async def reach(address: Multiaddr) -> None:
-            async with room:
-                failure: str | None = "this node failed"
-                try:
+            failure: str | None = "this node closed"
+            try:
+                async with room:
                     await self._peers.dial(address)
-                    failure = None
-                except PetaliteError as error:
-                    failure = str(error)
-                finally:
-                    outcomes.put_nowait((address, failure))
+                failure = None
+            except PetaliteError as error:
+                failure = str(error)
+            finally:
+                outcomes.put_nowait((address, failure))
 
         for address in addresses:
             self._spawn(reach(address))
