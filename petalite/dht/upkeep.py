@@ -139,6 +139,8 @@ class Upkeep:
         wait_s = 0.0
         while True:
             await self._clock.sleep(self._settings.tick_s * self._random.uniform(0.75, 1.25))
+            self._peers.look_around()
+            self._storage.sweep(self._clock.time_s())
             try:
                 if self._peers.alone:
                     wait_s = await self._come_back(wait_s, came_back)
@@ -158,8 +160,6 @@ class Upkeep:
 
     async def _tick(self) -> None:
         now_s, settings = self._clock.time_s(), self._settings
-        self._peers.look_around()
-        self._storage.sweep(now_s)
         for contact in self._peers.table.unseen(now_s, self._probe_after_s)[: settings.probes_per_tick]:
             self._spawn(self._probe(contact))
         if self._peers_file is not None and now_s - self._saved_s >= settings.save_s:

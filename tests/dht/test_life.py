@@ -7,7 +7,8 @@ from random import Random
 
 import pytest
 
-from petalite.dht.node import DhtNode
+from petalite.dht.node import DhtNode, DhtSettings
+from petalite.dht.storage import StorageSettings
 from petalite.errors import PetaliteError, ShuttingDown
 from petalite.net.identity import Identity
 from petalite.net.multiaddr import Multiaddr
@@ -98,5 +99,20 @@ def test_who_announces_hears_that_the_node_closed(after_s: float):
                 pass
             else:
                 assert await values(peers[0].node) == []
+
+    simulate(test)
+
+
+def test_a_node_known_to_clients_alone_lets_expired_records_go():
+    """It has nobody in its table, and an owner's share of its storage still becomes free again."""
+
+    async def test(swarm: SimSwarm) -> None:
+        few = DhtSettings(storage=StorageSettings(per_owner_records=2))
+        await swarm.add(settings=few)
+        (client,) = await swarm.grow(1, client_mode=True)
+        for number in range(4):
+            record = client.node.sign("servers", f"model/{number}", b"here", 10)
+            assert await client.node.store(record) == 1
+            await asyncio.sleep(60)
 
     simulate(test)
