@@ -101,7 +101,7 @@ class Acceptor:
         try:
             tune(sock)
             async with asyncio.timeout(self._gate.limits.handshake_s):
-                rtt_s, _ = await converse(sock, handshake, b"")
+                rtt_s, _ = await converse(sock, handshake)
             self._established(Established(address, sock, handshake, rtt_s))
         except (PetaliteError, OSError) as error:
             sock.close()

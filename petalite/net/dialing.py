@@ -159,7 +159,7 @@ async def _attempt(
             sock = await start_connection(places, happy_eyeballs_delay=_STAGGER_S, interleave=1)
             tune(sock)
             handshake = new()
-            rtt_s, last_message = await converse(sock, handshake, handshake.start())
+            rtt_s, last_message = await converse(sock, handshake)
             return Established(address, sock, handshake, rtt_s, last_message)
     except BaseException as error:
         if sock is not None:
@@ -183,10 +183,10 @@ async def resolve(address: Multiaddr) -> Sequence[AddrInfoType]:
     return await loop.getaddrinfo(address.host, address.port, family=family, type=socket.SOCK_STREAM)
 
 
-async def converse(sock: socket.socket, handshake: Handshake, first: bytes) -> tuple[float, bytes]:
+async def converse(sock: socket.socket, handshake: Handshake) -> tuple[float, bytes]:
     """Exchange messages until it is secured: the round trip in s, and the last message, not yet sent."""
     loop = asyncio.get_running_loop()
-    answer, asked_at = first, monotonic()
+    answer, asked_at = handshake.receive(), monotonic()
     while True:
         if answer:
             asked_at = monotonic()

@@ -70,7 +70,7 @@ class Secured:
 
 
 class Handshake:
-    """One end. The initiator sends `start()`; both send what `receive` returns, until `secured` is set."""
+    """One end. Both begin with `receive()`, and send what it returns, until `secured` is set."""
 
     def __init__(
         self,
@@ -89,24 +89,16 @@ class Handshake:
         self._swarm_key, self._suite = swarm_key, suite
         self._buffer = bytearray()  # what came and was not taken
         self._talk = self._initiate() if initiator else self._respond()
-        self._started = not initiator
 
     @property
     def leftover(self) -> bytes:
         """What came behind the last handshake message: the front of the first records."""
         return bytes(self._buffer)
 
-    def start(self) -> bytes:
-        """The initiator's prelude and first message."""
-        if self._started:
-            raise LocalProtocolError("only the initiator starts a handshake, and once")
-        self._started = True
-        return next(self._talk)
-
-    def receive(self, data: bytes) -> bytes:
+    def receive(self, data: bytes = b"") -> bytes:
         """Take what came; what to send in answer. Raises HandshakeFailed, after which nothing may be sent."""
-        if self.secured is not None or not self._started:
-            raise LocalProtocolError("the handshake has finished, or is still to be started")
+        if self.secured is not None:
+            raise LocalProtocolError("the handshake has finished")
         self._buffer += data
         return next(self._talk)
 

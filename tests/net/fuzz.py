@@ -118,7 +118,7 @@ _HEADER = messages.encode([1, {"a": [1, 2.5, None, b"x", "y"]}, None, "echo", 9]
 _MESSAGE = frames.encode(FrameType.MESSAGE, 1, _HEADER + b"buffer", aux=len(_HEADER))
 _HEAD = frames.encode(FrameType.HEAD, 1, U64.pack(6) + _HEADER)
 TARGETS: dict[str, tuple[Callable[[bytes], None], list[bytes]]] = {
-    "handshake": (handshake, [Handshake(IDENTITY, HELLO, initiator=True).start()]),
+    "handshake": (handshake, [Handshake(IDENTITY, HELLO, initiator=True).receive()]),
     "records": (records, [_sealed(b"text")]),
     "connection": (
         connection,

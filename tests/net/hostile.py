@@ -46,7 +46,7 @@ class Attacker:
         self._buffer = b""
 
     async def shake(self) -> None:
-        await self._loop.sock_sendall(self.sock, self.handshake.start())
+        await self._loop.sock_sendall(self.sock, self.handshake.receive())
         while self.handshake.secured is None:
             answer = self.handshake.receive(await self._loop.sock_recv(self.sock, 4096))
             await self._loop.sock_sendall(self.sock, answer)

@@ -88,7 +88,7 @@ async def test_a_peer_that_dials_and_says_nothing(host: Host) -> None:
 async def test_a_byte_at_a_time_does_not_stretch_the_deadline(host: Host) -> None:
     """Slowloris inside the handshake: what counts is its end, not the last sign of life."""
     sock = await dial(host)
-    first = Handshake(Identity.generate(), HELLO, initiator=True).start()
+    first = Handshake(Identity.generate(), HELLO, initiator=True).receive()
     started = time.monotonic()
     with sock:
         for byte in first:
@@ -105,7 +105,7 @@ async def test_a_byte_at_a_time_does_not_stretch_the_deadline(host: Host) -> Non
 async def test_five_hundred_half_open_handshakes_and_a_good_peer(host: Host, net: Net) -> None:
     """From one address; who comes after them is served within a second."""
     socks = [await dial(host) for _ in range(500)]
-    first = Handshake(Identity.generate(), HELLO, initiator=True).start()
+    first = Handshake(Identity.generate(), HELLO, initiator=True).receive()
     for sock in socks[::2]:
         await asyncio.get_running_loop().sock_sendall(sock, first)
     good = await net.host()
@@ -122,7 +122,7 @@ async def test_a_replayed_handshake(host: Host, replay_first: bool) -> None:
     """The recorded third message of a good handshake, behind its own first or another, proves nothing."""
     loop = asyncio.get_running_loop()
     first, second = (Handshake(Identity.generate(), HELLO, initiator=True) for _ in range(2))
-    opening, other = first.start(), second.start()
+    opening, other = first.receive(), second.receive()
     sock = await dial(host)
     with sock:
         await loop.sock_sendall(sock, opening)
@@ -149,7 +149,7 @@ async def test_garbage_inside_the_handshake(host: Host, garbage: bytes) -> None:
     loop = asyncio.get_running_loop()
     sock = await dial(host)
     with sock:
-        await loop.sock_sendall(sock, Handshake(Identity.generate(), HELLO, initiator=True).start())
+        await loop.sock_sendall(sock, Handshake(Identity.generate(), HELLO, initiator=True).receive())
         assert await loop.sock_recv(sock, 4096)
         with contextlib.suppress(OSError):
             await loop.sock_sendall(sock, garbage)

@@ -102,7 +102,7 @@ def handshake() -> tuple[list[bytes], Fixed, Fixed]:
     ours, theirs = (Identity.from_seed(bytes([seed]) * 32) for seed in (0x11, 0x22))
     first = Fixed(ours, hello, initiator=True, expected=theirs.peer_id)
     second = Fixed(theirs, hello, initiator=False)
-    sent = [first.start()]
+    sent = [first.receive()]
     sent.append(second.receive(sent[0]))
     sent.append(first.receive(sent[1]))
     second.receive(sent[2])
