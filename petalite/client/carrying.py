@@ -116,18 +116,23 @@ class Carrier:
         """
         window = asyncio.Semaphore(_window(legs, parts))
         turns = [_Turn(None) for _ in legs]
+        tasks = []
 
-        async def one(part: Part, turns: Sequence[_Turn]) -> None:
+        async def one(part: Part, turns: Sequence[_Turn]) -> Carried:
             async with window:
-                done.append(await self.carry(legs, part, turns, replaying=replaying))
+                return await self.carry(legs, part, turns, replaying=replaying)
 
+        for part in parts:
+            tasks.append(asyncio.create_task(one(part, turns)))
+            turns = [_Turn(before) for before in turns]
         try:
-            async with asyncio.TaskGroup() as group:
-                for part in parts:
-                    group.create_task(one(part, turns))
-                    turns = [_Turn(before) for before in turns]
-        except BaseExceptionGroup as failures:
-            raise _first_of(failures) from None
+            for task in tasks:
+                done.append(await task)
+        except BaseException:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+            raise
 
     # -- one stage, one message --------------------------------------------------------------------------
 
@@ -251,18 +256,6 @@ async def _probe(stage: Stage) -> Progress | None:
             return await stage.opened.probe()
     except (NetworkError, RemoteError, TimeoutError):
         return None
-
-
-def _first_of(failures: BaseExceptionGroup[BaseException]) -> BaseException:
-    """One of the exceptions in a group: a stage's failure, if nothing graver is there."""
-    flat = [leaf for failure in failures.exceptions for leaf in _leaves(failure)]
-    return next((leaf for leaf in flat if not isinstance(leaf, StageFailed)), flat[0])
-
-
-def _leaves(error: BaseException) -> list[BaseException]:
-    if isinstance(error, BaseExceptionGroup):
-        return [leaf for one in error.exceptions for leaf in _leaves(one)]
-    return [error]
 
 
 def recode(data: memoryview, source: Codec, target: Codec, hidden_size: int) -> memoryview:
