@@ -172,10 +172,7 @@ class Chain:
             await self._carrier.tell(pushed_after, Expect(tokens[-1], self._carrier.epoch))
         stages = await self._open(hops, plan, pushed_after, tokens, attempt)
         try:
-            if isinstance(plan, Stage):
-                await self._replay_from(plan, stages, tokens[0])
-            else:
-                await self._replay(plan, stages)
+            await self._fill(plan, stages, tokens[0])
             self.check_open()
         except BaseException:
             for stage in stages:
@@ -202,11 +199,13 @@ class Chain:
         self.recoveries.append(recovery)
 
     async def _report(self, stage: Stage) -> None:
-        """Tell who failed, once; first ask it, where only another has said so."""
-        if stage.is_suspect:
+        """Tell who failed, once; first ask it, where only another has said so. Of one that answers there is
+        nothing to tell."""
+        if stage.is_suspect and not stage.is_reported:
             try:
                 async with asyncio.timeout(SUSPECT_S):
                     await stage.opened.probe()
+                stage.is_reported = True
                 stage.close()
                 return
             except (NetworkError, RemoteError, TimeoutError) as error:
@@ -316,6 +315,17 @@ class Chain:
             raise StageFailed(stage, late) from error
 
     # -- replaying ---------------------------------------------------------------------------------------
+
+    async def _fill(self, feeder: KeptInputs | Stage | None, stages: list[Stage], token: bytes) -> None:
+        """Bring new stages to where the lost ones were. Raises StageFailed."""
+        try:
+            if isinstance(feeder, Stage):
+                await self._replay_from(feeder, stages, token)
+            else:
+                await self._replay(feeder, stages)
+        except StageFailed as failure:
+            await self._report(failure.stage)  # while it can still be asked
+            raise
 
     async def _replay(self, inputs: KeptInputs | None, stages: list[Stage]) -> None:
         """Feed `stages` what the lost ones were fed; what each leg passes on is kept for the next."""

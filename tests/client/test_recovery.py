@@ -12,7 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from petalite.errors import MissingBlocks, Unreachable
+from petalite.errors import ConnectionLost, MissingBlocks, Unreachable
 from petalite.net.identity import PeerId
 from petalite.swarm.spans import Span
 from tests.client.fakes import CLIENT, FakeSwarm, peer, reference
@@ -112,6 +112,41 @@ def test_a_server_may_come_twice_in_a_row() -> None:
             outputs.append(await session.step(fed[5:], [(0, 5, 1)]))
         assert torch.equal(torch.cat(outputs), reference(WHOLE, fed)[4:])
         await until_free(swarm)
+
+    run(main())
+
+
+def test_a_replacement_that_its_neighbour_cannot_reach_has_not_failed() -> None:
+    async def main() -> None:
+        swarm = FakeSwarm(CHAIN | {8: Span(2, 4), 9: Span(2, 4)})
+        fed = tokens(5)
+        async with session_over(swarm) as session:
+            await session.step(fed[:4], [(0, 0, 4)])
+            victim = session.chain[1].peer
+            for number in (2, 8, 9):
+                if peer(number) != victim:
+                    swarm.net.cut_link(peer(1), peer(number))
+            swarm.net.kill(victim)
+            assert torch.equal(await session.step(fed[4:], [(0, 4, 1)]), reference(WHOLE, fed)[4:])
+            assert swarm.failures == [victim]
+
+    run(main())
+
+
+def test_a_suspect_that_answers_has_not_failed_however_long_mending_takes() -> None:
+    """Its neighbour cannot reach it; the only other holder of its blocks is dead, which takes another try."""
+
+    async def main() -> None:
+        swarm = FakeSwarm({1: Span(0, 2), 2: Span(2, 4), 3: Span(4, 6)})
+        fed = tokens(5)
+        async with session_over(swarm) as session:
+            await session.step(fed[:4], [(0, 0, 4)])
+            swarm.add(4, Span(0, 6))
+            swarm.net.kill(peer(4))
+            swarm.failed(peer(2), ConnectionLost("so that the other is tried first"))
+            swarm.net.cut_link(peer(1), peer(2))
+            assert torch.equal(await session.step(fed[4:], [(0, 4, 1)]), reference(WHOLE, fed)[4:])
+            assert swarm.failures == [peer(2), peer(4)]
 
     run(main())
 
