@@ -44,6 +44,10 @@ def noise(count: int, size: int, seed: int = 0) -> Tensor:
     return torch.randn(count, size, generator=torch.Generator().manual_seed(seed))
 
 
+def off(found: Tensor, expected: Tensor) -> float:
+    return float((found - expected).norm() / expected.norm())
+
+
 def fed(span: BlockSpan, hidden: Tensor, chunks: Sequence[int]) -> Tensor:
     """What comes out when `hidden` goes in in chunks, in a row of its own."""
     cache = span.new_cache()
@@ -123,12 +127,18 @@ def test_the_same_bits_however_cut(span: BlockSpan) -> None:
     hidden = noise(LONG, span.config.hidden_size)
     whole = fed(span, hidden, [LONG])
     reference = fed(in_python(span), hidden, [LONG])
-    if span.quant != "none":  # a digit that falls otherwise counts more than what float32 rounds
-        assert float((whole - reference).norm() / reference.norm()) < 5e-3
-    else:
-        torch.testing.assert_close(whole, reference, rtol=1e-3, atol=1e-3)
+    # Where a digit falls otherwise, which is rare, all later tokens of the row are of other keys: up to 3e-3.
+    assert off(whole, reference) < (1e-6 if span.quant == "none" else 5e-3)
     for chunks in ([256, 256, 18], [300, 200, *[1] * 30], [1, 254, 2, 255, 1, 7, 10]):
         assert torch.equal(fed(span, hidden, chunks), whole)
+
+
+def test_digits_fall_as_in_python(span: BlockSpan) -> None:
+    """In short rows, most of which no digit falls otherwise in: there is nothing but float32's rounding."""
+    rows = noise(160, span.config.hidden_size).split(4)
+    python = in_python(span)
+    found = torch.tensor([off(fed(span, row, [4]), fed(python, row, [4])) for row in rows])
+    assert float(found.median()) < 5e-6 and float(found.max()) < 2e-2
 
 
 def test_the_same_bits_with_any_number_of_threads(span: BlockSpan) -> None:
