@@ -107,6 +107,21 @@ def test_is_what_torch_makes_of_each_row(
     assert all(torch.equal(row, copy) for row, copy in zip(rows, copies, strict=True))
 
 
+def test_blocks_further_apart_than_32_bits_count(device: torch.device) -> None:
+    """A row of 40 blocks of 4 M tokens, of which the last block is there, and of it the last tokens."""
+    block, capacity, n_seen = 40, 1 << 22, 8
+    keys_values = torch.empty(2, 1, capacity, 16, dtype=torch.float16, device=device)
+    seen = torch.randn(2, 1, n_seen, 16, device=device).half()
+    keys_values[:, :, -n_seen:-1] = seen[:, :, :-1]
+    heads = torch.cat((torch.randn(2, 16, device=device).half(), seen[:, 0, -1]))[None]
+    origin = keys_values.data_ptr() - block * keys_values.nbytes
+    places = torch.tensor([[origin], [capacity], [capacity - 1]], device=device)
+    found = append_and_attend(heads, places, block, 2, None, n_seen)
+    masks = CausalMasks(2, torch.float16, device)
+    assert torch.equal(keys_values[:, :, -n_seen:], seen)
+    torch.testing.assert_close(found, attend(heads[:, :2], *seen[:, None], masks, None), rtol=0, atol=2e-3)
+
+
 def test_neighbours_do_not_change_a_bit(device: torch.device) -> None:
     case = Case(3, 1, 16, ((0, 1), (37, 1), (300, 1)))
     rows = rows_of(case, torch.float32, device)
