@@ -64,7 +64,6 @@ def _attend(
     block,
     scale,
     WINDOW: tl.constexpr,
-    HAS_SLOPES: tl.constexpr,
     N_HEADS: tl.constexpr,
     N_KV_HEADS: tl.constexpr,
     D: tl.constexpr,
@@ -96,7 +95,7 @@ def _attend(
         mask=(member < shared)[:, None] & (at < D)[None, :],
         other=0.0,
     ).to(tl.float32)
-    if HAS_SLOPES:
+    if slopes is not None:
         slope = tl.load(slopes + head, mask=member < shared, other=0.0)
 
     largest = tl.full((GROUP,), float("-inf"), dtype=tl.float32)
@@ -109,7 +108,7 @@ def _attend(
             keys + place[None, :] * D + at[:, None], mask=seen[None, :] & (at < D)[:, None], other=0.0
         )
         logits = tl.dot(query, key.to(tl.float32), input_precision=PRECISION) * scale
-        if HAS_SLOPES:
+        if slopes is not None:
             logits += slope[:, None] * (place - position).to(tl.float32)[None, :]
         logits = tl.where(seen[None, :], logits, float("-inf"))
         before = largest
@@ -170,10 +169,8 @@ def append_and_attend(
     with torch.cuda.device_of(heads):
         _append[(n_tokens, 2 * n_kv_heads)](heads, places, stride, block, **shape)
         _attend[(n_tokens, n_kv_heads, PARTS)](
-            *(heads, places, sums if slopes is None else slopes, sums, weights, stride, block),
-            1 / sqrt(head_dim),
+            *(heads, places, slopes, sums, weights, stride, block, 1 / sqrt(head_dim)),
             WINDOW=window or 0,
-            HAS_SLOPES=slopes is not None,
             **shape,
             **tiling(n_heads // n_kv_heads, head_dim, heads.dtype),
         )

@@ -110,7 +110,6 @@ def _product(
     n_tokens,
     n_out,
     n_blocks,
-    HAS_BIAS: tl.constexpr,
     TOKENS: tl.constexpr,
     OUT: tl.constexpr,
     STAGES: tl.constexpr,
@@ -142,7 +141,7 @@ def _product(
         whole = tl.dot(digit, code, out_dtype=tl.int32)
         sums = tl.fma(whole.to(tl.float32), factor, sums)
     sums *= tl.load(scales + out, mask=out < n_out, other=0.0)[None, :]
-    if HAS_BIAS:
+    if bias is not None:
         sums += tl.load(bias + out, mask=out < n_out, other=0.0).to(tl.float32)[None, :]
     place = y + token[:, None].to(tl.int64) * n_out + out[None, :]
     tl.store(place, sums.to(y.dtype.element_ty), mask=here & there)
@@ -185,12 +184,10 @@ class TritonInt8(FrozenLinear):
         tokens = 16 if n_tokens <= 16 else 32 if n_tokens <= 32 else 64
         out, stages = (32, 5) if tokens == 16 else (64, 3)  # the smaller a step, the more are on their way
         grid = (triton.cdiv(n_out, out), triton.cdiv(n_tokens, tokens))
-        bias = self._scales if self._bias is None else self._bias
         with torch.cuda.device_of(x):
             digits, factors = in_digits(x, self._columns, 1, n_blocks)
             _product[grid](
-                *(digits, factors, self._codes, self._scales, bias, y, n_tokens, n_out, n_blocks),
-                HAS_BIAS=self._bias is not None,
+                *(digits, factors, self._codes, self._scales, self._bias, y, n_tokens, n_out, n_blocks),
                 TOKENS=tokens,
                 OUT=out,
                 STAGES=stages,

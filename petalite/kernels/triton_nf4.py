@@ -50,7 +50,6 @@ def _product(
     n_out,
     n_fine_blocks,
     n_blocks,
-    HAS_BIAS: tl.constexpr,
     TOKENS: tl.constexpr,
     OUT: tl.constexpr,
 ):
@@ -82,7 +81,7 @@ def _product(
         factor = tl.load(factors + block * n_tokens, mask=token < n_tokens, other=0.0)[:, None]
         sums = tl.fma(whole.to(tl.float32), scale * factor, sums)
     sums *= _UNIT
-    if HAS_BIAS:
+    if bias is not None:
         sums += tl.load(bias + out, mask=out < n_out, other=0.0).to(tl.float32)[None, :]
     place = y + token[:, None].to(tl.int64) * n_out + out[None, :]
     tl.store(place, sums.to(y.dtype.element_ty), mask=here & there)
@@ -111,13 +110,11 @@ class TritonNf4(FrozenLinear):
         n_blocks = weight.scales.shape[1] - 2 * n_fine_blocks
         tokens, out = (16, 32) if n_tokens <= 16 else (32, 64) if n_tokens <= 32 else (64, 64)
         grid = (triton.cdiv(n_out, out), triton.cdiv(n_tokens, tokens))
-        bias = weight.scales if self._bias is None else self._bias
         with torch.cuda.device_of(x):
             digits, factors = in_digits(x, self._columns, n_fine_blocks, n_blocks)
             _product[grid](
-                *(digits, factors, weight.packed, weight.scales, self._levels, bias, y),
+                *(digits, factors, weight.packed, weight.scales, self._levels, self._bias, y),
                 *(n_tokens, n_out, n_fine_blocks, n_blocks),
-                HAS_BIAS=self._bias is not None,
                 TOKENS=tokens,
                 OUT=out,
                 enable_fp_fusion=False,

@@ -34,15 +34,16 @@ ATTENTION = {"places": "*i64", "sums": "*fp32", "weights": "*fp32", "slopes": "*
 def attention(dtype: torch.dtype, window: int, alibi: bool) -> dict[str, Any]:
     group, kv_heads = (1, 32) if alibi else (4, 8)
     tiling = triton_attention.tiling(group, 128, dtype)
-    return {**HEADS, **tiling, "N_KV_HEADS": kv_heads, "WINDOW": window, "HAS_SLOPES": alibi}
+    absent = {} if alibi else {"slopes": None}
+    return {**HEADS, **tiling, "N_KV_HEADS": kv_heads, "WINDOW": window, **absent}
 
 
 KERNELS: list[tuple[Any, str, dict[str, Any], dict[str, str]]] = [
     (triton_int8._digits, "int8", {"BLOCKS": 16}, {}),
-    (triton_int8._product, "few", {"HAS_BIAS": True, "STAGES": 5, **FEW}, {}),
-    (triton_int8._product, "many", {"HAS_BIAS": True, "STAGES": 3, "TOKENS": 64, "OUT": 64}, {}),
-    (triton_nf4._product, "nf4_few", {"HAS_BIAS": True, **FEW}, NF4),
-    (triton_nf4._product, "nf4_many", {"HAS_BIAS": False, **MANY}, NF4 | WIDE),
+    (triton_int8._product, "few", {"STAGES": 5, **FEW}, {}),
+    (triton_int8._product, "many", {"STAGES": 3, "TOKENS": 64, "OUT": 64}, {}),
+    (triton_nf4._product, "nf4_few", FEW, NF4),
+    (triton_nf4._product, "nf4_many", {"bias": None, **MANY}, NF4 | WIDE),
     (triton_q8._encode, "q8", {"BLOCKS": 16}, Q8),
     (triton_q8._decode, "q8", {"BLOCKS": 16}, Q8),
     (triton_attention._append, "heads", HEADS, ATTENTION | {"heads": "*bf16"}),
