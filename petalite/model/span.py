@@ -199,6 +199,7 @@ class BlockSpan:
             self._rotations,
             self._masks,
             recorder,
+            quant=self.quant,
             slopes=self._slopes,
             windows=self.config.windows,
         )
