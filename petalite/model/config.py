@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -176,7 +177,7 @@ class _Reader:
             n_heads=n_heads,
             n_kv_heads=n_kv_heads,
             head_dim=head_dim,
-            rope=NoRope() if flags.alibi else self._rope(),
+            rope=NoRope() if flags.alibi else self._rope_over(head_dim),
             qkv_bias=self._flag(flags.qkv_bias),
             output_bias=self._flag(flags.output_bias),
             qk_norm=flags.qk_norm,
@@ -193,6 +194,17 @@ class _Reader:
 
     # -- rope --------------------------------------------------------------------------------------
 
+    def _rope_over(self, head_dim: int) -> DefaultRope | LinearRope | Llama3Rope | YarnRope:
+        """Settings that are numbers each can still come to rotations that are none."""
+        rope = self._rope()
+        try:
+            turns = rope.inverse_frequencies(head_dim)
+        except (ValueError, OverflowError):
+            turns = None
+        if turns is None or not turns.isfinite().all() or not math.isfinite(rope.attention_factor):
+            raise InvalidCheckpoint(f"{self._source}: no rotation can be computed with {rope}")
+        return rope
+
     def _rope(self) -> DefaultRope | LinearRope | Llama3Rope | YarnRope:
         """Older configs keep `rope_theta` beside `rope_scaling`; newer ones both in `rope_parameters`."""
         given = self._values.get("rope_scaling") or self._values.get("rope_parameters") or {}
@@ -200,7 +212,7 @@ class _Reader:
             raise UnsupportedModel(f"{self._source}: rope settings per layer type are not supported")
         rope = {key: value for key, value in given.items() if value is not None}
         kind = rope.get("rope_type", rope.get("type", "default"))
-        if kind not in ROPES:
+        if not isinstance(kind, str) or kind not in ROPES:
             raise UnsupportedModel(
                 f"{self._source}: rope type {kind!r} is not supported; supported are {', '.join(ROPES)}"
             )
@@ -270,7 +282,8 @@ class _Reader:
         value = self._values.get(key)
         if value is None:
             value = default
-        if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value < math.inf:
+        is_number = isinstance(value, int | float) and not isinstance(value, bool)
+        if not is_number or not 0 < value <= sys.float_info.max:
             raise InvalidCheckpoint(f"{self._source}: {key} is {value!r}, expected a number above 0")
         return float(value)
 

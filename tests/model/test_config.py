@@ -22,6 +22,7 @@ def parse(**changes: Any) -> ModelConfig:
     return ModelConfig.from_dict(TINY | changes)
 
 
+YARN = {"rope_type": "yarn", "factor": 4}
 LLAMA3 = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
 ROPES = [
     ({}, DefaultRope(1e4)),
@@ -104,6 +105,7 @@ def test_key_value_heads_default_to_heads() -> None:
         ({"rope_scaling": {"rope_type": "longrope"}}, "longrope"),
         ({"rope_parameters": {"full_attention": {"rope_type": "default"}}}, "per layer type"),
         ({"rope_scaling": ["linear"]}, "rope"),
+        ({"rope_scaling": {"rope_type": ["linear"]}}, "rope type"),
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor 0.5"),
     ],
 )
@@ -129,6 +131,22 @@ def test_what_is_not_supported_is_named(changes: dict[str, Any], names: str) -> 
         ({"rms_norm_eps": float("nan")}, "rms_norm_eps"),
         ({"rope_theta": "big"}, "rope_theta"),
         ({"rope_theta": 1.0}, "rope_theta is 1.0"),
+        ({"rope_theta": 10**400}, "rope_theta is 1000"),
+        ({"rms_norm_eps": 10**400}, "rms_norm_eps is 1000"),
+        ({"rope_scaling": {"type": "linear", "factor": 1e-300}}, "no rotation"),
+        *(({"rope_scaling": {**YARN, "beta_fast": beta}}, "no rotation") for beta in (1e308, 5e-324)),
+        (
+            {
+                "rope_scaling": {
+                    **YARN,
+                    "attention_factor": None,
+                    "factor": 1e308,
+                    "mscale": 1e308,
+                    "mscale_all_dim": 1,
+                }
+            },
+            "no rotation",
+        ),
         ({"attention_bias": "yes"}, "attention_bias"),
         ({"rope_scaling": {"type": "linear"}}, "factor is None"),
         (
