@@ -9,9 +9,8 @@ files; knows no model.
 from __future__ import annotations
 
 import json
-import math
 import struct
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -154,13 +153,25 @@ def _entry(name: str, entry: Any, base: int) -> TensorInfo:
     if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
         raise ValueError(f"tensor {name!r} needs dtype, shape and data_offsets, and nothing else")
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
-    if dtype not in _BITS:
+    if not isinstance(dtype, str) or dtype not in _BITS:
         raise ValueError(f"tensor {name!r} has unknown dtype {dtype!r}")
     if not _sizes(shape) or not _sizes(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
         raise ValueError(f"tensor {name!r} has shape {shape!r} and offsets {offsets!r}")
-    if math.prod(shape) * _BITS[dtype] != (offsets[1] - offsets[0]) * 8:
+    if _count(shape) * _BITS[dtype] != (offsets[1] - offsets[0]) * 8:
         raise ValueError(f"tensor {name!r}: {dtype}{shape} does not fill bytes {offsets[0]} to {offsets[1]}")
     return TensorInfo(dtype, tuple(shape), base + offsets[0], base + offsets[1])
+
+
+def _count(shape: Sequence[int]) -> int:
+    """How many values. Not `math.prod`: of a header's worth of sizes it makes a number of megabytes, and
+    nothing else runs meanwhile.
+    """
+    count = 1
+    for size in shape:
+        count *= size
+        if count >= 1 << 63:
+            raise ValueError(f"a shape of {len(shape)} sizes has more values than any file")
+    return count
 
 
 def _sizes(value: Any) -> bool:
@@ -197,9 +208,12 @@ def write_header(
     header: dict[str, Any] = {"__metadata__": {"format": "pt", **(metadata or {})}}
     position = 0
     for name, (dtype, shape) in tensors.items():
-        bits = math.prod(shape) * _BITS.get(dtype, 1)
-        if dtype not in _BITS or bits % 8:
-            raise InvalidCheckpoint(f"tensor {name!r} cannot be stored as {dtype}{list(shape)}")
+        try:
+            bits = _count(shape) * _BITS[dtype]
+        except (KeyError, ValueError):
+            bits = 1
+        if bits % 8:
+            raise InvalidCheckpoint(f"tensor {name!r} cannot be stored as {dtype}{list(shape[:8])}")
         end = position + bits // 8
         header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [position, end]}
         position = end
