@@ -22,6 +22,7 @@ from petalite.model.ranges import Range
 from petalite.model.tensorfile import read_header, write_header
 
 PIECE_BYTES = 1 << 19
+_MOST_BYTES = 1 << 44  # of a model; with a byte of marks for each piece
 _THERE, _RIGHT = 1, 2
 _FILE = "model.safetensors"
 _HASHED_BYTES = 4 << 20
@@ -53,6 +54,10 @@ class TensorStore:
         # Large items first, so that every tensor is aligned in memory.
         entries = sorted(self._manifest.tensors.items(), key=lambda item: (_rank(item[1][0]), item[0]))
         header, size = write_header({name: (dtype, shape) for name, (dtype, shape, _) in entries})
+        if size > _MOST_BYTES:
+            raise InvalidCheckpoint(
+                f"{self.name} has {size} bytes of tensors; {_MOST_BYTES >> 40} TiB may be"
+            )
         if not self._path.exists() or self._path.stat().st_size != size or not _begins(self._path, header):
             self._marks_path.unlink(missing_ok=True)
             with self._path.open("wb") as file:

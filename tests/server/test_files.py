@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import resource
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -16,6 +13,7 @@ from petalite.model.cache import Segment
 from petalite.model.checkpoint import Checkpoint, FolderFiles
 from petalite.model.hashing import write_manifest
 from petalite.model.loading import quantize_folder
+from petalite.model.manifest import Manifest
 from petalite.model.span import BlockSpan, load_span
 from petalite.model.tensorstore import TensorStore
 from petalite.server import loaded
@@ -26,22 +24,12 @@ from petalite.server.server import ServerSettings
 from petalite.server.throughput import BlockSpeed, measured_once
 from petalite.swarm.spans import Span
 from tests.helpers.checkpoints import tiny_llama
+from tests.helpers.disk import room_for
 
 
 @pytest.fixture(autouse=True)
 def _equally_fast(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(loaded, "measure", lambda span: BlockSpeed(0.001, 0.001))
-
-
-@contextmanager
-def room_for(nbytes: int) -> Iterator[None]:
-    """No file may grow beyond so many bytes: a write there fails in the middle, as on a disk that is full."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (nbytes, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 @pytest.fixture
@@ -100,6 +88,15 @@ def test_a_model_to_be_fetched_that_no_file_can_hold(folder: Path, tmp_path: Pat
     kept.mkdir()
     with room_for(100_000), pytest.raises(InvalidCheckpoint, match="cannot write"):
         TensorStore(kept, "tiny", manifest, lambda store, names: None)
+
+
+@pytest.mark.parametrize(
+    ("shape", "says"), [((1 << 63,), "cannot be stored"), ((1 << 43,), "16 TiB"), ((1 << 60,), "16 TiB")]
+)
+def test_a_model_that_no_disk_can_hold(tmp_path: Path, shape: tuple[int, ...], says: str) -> None:
+    manifest = Manifest({"a": ("F32", shape, "0" * 64), "b": ("F32", shape, "0" * 64)})
+    with pytest.raises(InvalidCheckpoint, match=says):
+        TensorStore(tmp_path, "tiny", manifest, lambda store, names: None)
 
 
 async def test_a_server_without_room_on_its_disk_serves(folder: Path, tmp_path: Path) -> None:
