@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
+import sys
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
@@ -22,7 +22,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from petalite.errors import InvalidAdapter, InvalidArgument, InvalidCheckpoint
-from petalite.model.tensorfile import header_end, mapped_tensors, read_header
+from petalite.model.tensorfile import header_end, mapped_tensors, read_file_header
 
 CARD = "petalite"  # its key in the file's metadata
 SUFFIX = ".safetensors"
@@ -72,23 +72,24 @@ def write_version(
 ) -> Version:
     """A new file in `folder`, which is made if need be; `more` are further texts of its metadata.
 
-    Raises InvalidArgument for a card that no reader would take.
+    Raises InvalidArgument for a card that no reader would take, and where the disk does not take the file.
     """
     card = card if card.created else _dated(card)
     metadata = {**(more or {}), CARD: _text_of(card)}
-    blob = save({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, metadata)
+    # Copies: the library refuses tensors that share memory, as those of a module that stands in two places.
+    blob = save(
+        {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}, metadata
+    )
     digest = hashlib.sha256(blob).hexdigest()
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"{card.method}-{digest[:12]}{SUFFIX}"
-    with tempfile.NamedTemporaryFile(dir=folder, suffix=".part", delete=False) as file:
-        file.write(blob)
+    path = Path(folder) / f"{card.method}-{digest[:12]}{SUFFIX}"
     try:
-        Path(file.name).chmod(0o644)
-        Path(file.name).replace(path)
-    except BaseException:
-        Path(file.name).unlink(missing_ok=True)
-        raise
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder, prefix=".writing-") as unfinished:
+            whole = Path(unfinished) / path.name
+            whole.write_bytes(blob)
+            whole.replace(path)
+    except OSError as error:
+        raise InvalidArgument(f"cannot write {path}: {error.strerror or error}") from error
     return read_version(path)
 
 
@@ -99,16 +100,15 @@ def read_version(path: str | Path) -> Version:
         nbytes = path.stat().st_size
         if nbytes > MAX_VERSION_BYTES or header_end(path) > MAX_HEADER_BYTES:
             raise InvalidAdapter(f"{path} is larger than a version of a trained part may be")
-        shapes = {name: info.shape for name, info in read_header(path).items()}
+        infos, metadata = read_file_header(path)
         with path.open("rb") as file:
             digest = hashlib.file_digest(file, "sha256").hexdigest()
-            file.seek(0)
-            header = json.loads(file.read(header_end(path))[8:])
     except (InvalidCheckpoint, OSError) as error:
         raise InvalidAdapter(f"cannot read {path}: {error}") from error
-    text = header.get("__metadata__", {}).get(CARD)
+    text = metadata.get(CARD)
     if text is None:
         raise InvalidAdapter(f"{path} has no card; versions are written by petalite.tuning.save_version")
+    shapes = {name: info.shape for name, info in infos.items()}
     return Version(path, digest, parse_card(text, str(path)), shapes, nbytes)
 
 
@@ -192,10 +192,11 @@ def _text_of(card: Card) -> str:
 
 def parse_card(text: str, source: str) -> Card:
     """Raises InvalidAdapter, naming what is wrong."""
-    if len(text.encode()) > MAX_CARD_BYTES:
-        raise InvalidAdapter(f"{source} has a card of more than {MAX_CARD_BYTES} bytes")
     try:
+        if len(text.encode()) > MAX_CARD_BYTES:
+            raise InvalidAdapter(f"{source} has a card of more than {MAX_CARD_BYTES} bytes")
         found = json.loads(text)
+        json.dumps(found, ensure_ascii=False).encode()  # what is no text cannot be shown either
         if not isinstance(found, dict):
             raise ValueError("it is no map")
         unknown = found.keys() - {one.name for one in fields(Card)}
@@ -223,7 +224,9 @@ def _is_digest(value: object) -> bool:
 
 
 def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    if not isinstance(value, int | float) or isinstance(value, bool):
+        return False
+    return abs(value) <= sys.float_info.max  # and no NaN
 
 
 def _is_setting(value: object) -> bool:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from petalite.client.sync import DistributedModel
 from petalite.errors import InvalidAdapter, InvalidArgument
+from petalite.model.tensorfile import DTYPES
 from petalite.model.versions import Card, Version, find_version, write_version
 from petalite.tuning.lora import Lora
 from petalite.tuning.modules import Classifier, DeepPrompts, PromptTuning, Tuned
@@ -112,7 +113,7 @@ def _made(version: Version, model: DistributedModel) -> nn.Module:
             f"{version.path} was made by {card.method!r} and lacks {error}; known methods are {known}; give "
             f"others as into=MODULE"
         ) from error
-    except (InvalidArgument, TypeError, ValueError) as error:
+    except (InvalidArgument, TypeError, ValueError, OverflowError) as error:
         raise InvalidAdapter(f"{version.path} has settings that cannot be: {error}") from error
 
 
@@ -135,6 +136,10 @@ def _check_size(version: Version, model: DistributedModel) -> None:
 def _finite(version: Version) -> dict[str, Tensor]:
     tensors = version.tensors()
     for name, tensor in tensors.items():
+        if tensor.dtype not in DTYPES.values():
+            raise InvalidAdapter(
+                f"{version.path} holds {name!r} in {tensor.dtype}; known are {', '.join(DTYPES)}"
+            )
         if not tensor.isfinite().all():
             raise InvalidAdapter(f"{version.path} has NaN or Inf in {name!r}")
     return tensors

@@ -23,6 +23,7 @@ from petalite.model.versions import (
     read_version,
     write_version,
 )
+from tests.helpers.disk import room_for
 
 TENSORS = {"prompt": torch.arange(6.0).view(2, 3)}
 BASE = Card("tiny@0", "prompt", {"n_tokens": 2}, {"loss": 0.5}, note="first")
@@ -99,6 +100,8 @@ def test_diff_tells_what_changed(tmp_path: Path) -> None:
         (json.dumps({"model": "m", "method": "lora", "note": "x" * 3000}), "note"),
         (json.dumps({"model": "m", "method": "lora", "note": "x" * MAX_CARD_BYTES}), "card of more"),
         ("[" * 50_000, "broken card"),
+        ('{"model": "m", "method": "lora", "metrics": {"loss": 1' + "0" * 400 + "}}", "metrics"),
+        ('{"model": "m", "method": "lora", "note": "\\ud800"}', "broken card"),
     ],
 )
 def test_a_card_that_is_broken_is_named(tmp_path: Path, card: str, says: str) -> None:
@@ -118,6 +121,23 @@ def test_a_file_that_is_broken_is_named(tmp_path: Path) -> None:
         read_version(tmp_path / "nowhere.safetensors")
     with pytest.raises(InvalidArgument, match="no folder"):
         list_versions(tmp_path / "nowhere")
+
+
+def test_letters_that_are_none_break_no_listing(tmp_path: Path) -> None:
+    """A lone surrogate in the header's JSON, which is a card of no encoding."""
+    header = b'{"__metadata__":{"petalite":"\\ud800"}}'
+    (tmp_path / "x.safetensors").write_bytes(len(header).to_bytes(8, "little") + header)
+    versions, broken = list_versions(tmp_path)
+    assert not versions and "broken card" in str(broken[0])
+
+
+def test_a_disk_that_is_full_keeps_nothing(tmp_path: Path) -> None:
+    first = write_version(tmp_path, TENSORS, BASE)
+    with room_for(100), pytest.raises(InvalidArgument, match=r"cannot write .*File too large"):
+        write_version(tmp_path, {"prompt": torch.ones(2, 3)}, BASE)
+    assert list(tmp_path.iterdir()) == [first.path]
+    with pytest.raises(InvalidArgument, match="cannot write"):
+        write_version(first.path, TENSORS, BASE)
 
 
 def test_no_card_is_written_that_no_reader_takes(tmp_path: Path) -> None:

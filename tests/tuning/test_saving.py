@@ -93,6 +93,15 @@ def test_modules_of_ones_own_are_loaded_into_one(model: DistributedModel, tmp_pa
         load_version(version.path, model, into=Between(model, {3: Adapter(64, 4)}))
 
 
+def test_a_module_that_stands_in_two_places(model: DistributedModel, tmp_path: Path) -> None:
+    shared, empty = Adapter(64, 8), Adapter(64, 8)
+    module = trained(Between(model, {1: shared, 3: shared}))
+    version = save_version(tmp_path, module)
+    again, _ = load_version(version.path, model, into=Between(model, {1: empty, 3: empty}))
+    with torch.no_grad():
+        assert torch.equal(again(IDS), module(IDS))
+
+
 def test_a_lora_is_saved_as_servers_read_it(model: DistributedModel, folder: Path, tmp_path: Path) -> None:
     version = save_version(tmp_path, trained(METHODS["lora"](model)))
     checkpoint = Checkpoint.open(folder)
@@ -135,6 +144,16 @@ def test_another_models_version_is_refused(model: DistributedModel, tmp_path: Pa
             {"method": "lora", "settings": {"rank": 1024, "alpha": 1.0, "targets": ["up"], "blocks": [0]}},
             {"x": torch.zeros(4)},
             "than its tensors",
+        ),
+        (
+            {"method": "prompt", "settings": {"n_tokens": 3}},
+            {"prompt": torch.zeros(3, 64).to(torch.float8_e4m3fn)},
+            "float8_e4m3fn",
+        ),
+        (
+            {"method": "lora", "settings": {"rank": 1, "alpha": 10**400, "targets": ["up"], "blocks": [0]}},
+            {"x": torch.zeros(64)},
+            "settings that cannot be",
         ),
         (
             {"method": "lora", "settings": {"rank": 1, "alpha": 1.0, "targets": ["router"], "blocks": [0]}},
