@@ -7,6 +7,7 @@ hub.
 
 from __future__ import annotations
 
+import errno
 import http.client
 import logging
 import os
@@ -14,6 +15,7 @@ import re
 import time
 import urllib.request
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from io import FileIO
 from pathlib import Path
 
 from petalite.errors import InvalidCheckpoint
@@ -42,27 +44,39 @@ class PartialFile:
         self._pause = pause
         self._n_chunks = -(-size // CHUNK_BYTES)
         self._marks = path.with_name(path.name + ".have")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        if not self._marks.exists() or not path.exists() or path.stat().st_size != size:
-            self._marks.write_bytes(bytes(self._n_chunks))
-            with path.open("wb") as file:
-                file.truncate(size)
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            if not self._marks.exists() or not path.exists() or path.stat().st_size != size:
+                self._marks.write_bytes(bytes(self._n_chunks))
+                with path.open("wb") as file:
+                    file.truncate(size)
+        except OSError as error:
+            raise self._unusable(error) from error
 
     def ensure(self, ranges: Sequence[Range], fetch: Fetch) -> None:
         """Fetch the chunks of the ranges that are missing. Raises InvalidCheckpoint after vain attempts."""
-        runs = list(self._runs(self._missing(ranges)))
-        total = sum(end - start for start, end in runs)
-        done = 0
-        for start, end in runs:
-            self._fill(start, end, fetch)
-            done += end - start
-            logger.info("%s: fetched %d of %d MiB", self.path.name, done >> 20, -(-total >> 20))
+        try:
+            runs = list(self._runs(self._missing(ranges)))
+            total = sum(end - start for start, end in runs)
+            done = 0
+            for start, end in runs:
+                self._fill(start, end, fetch)
+                done += end - start
+                logger.info("%s: fetched %d of %d MiB", self.path.name, done >> 20, -(-total >> 20))
+        except OSError as error:
+            raise self._unusable(error) from error
+
+    def _unusable(self, error: OSError) -> InvalidCheckpoint:
+        return InvalidCheckpoint(
+            f"cannot write {self.path}: {error.strerror or error}; what is there is kept for later"
+        )
 
     def _missing(self, ranges: Sequence[Range]) -> list[int]:
         have = self._marks.read_bytes()
         wanted: set[int] = set()
         for start, end in ranges:
-            assert 0 <= start <= end <= self._size
+            assert 0 <= start <= end
+            end = min(end, self._size)  # a reader finds out that the file is too short
             if start < end:
                 wanted.update(range(start // CHUNK_BYTES, -(-end // CHUNK_BYTES)))
         return sorted(chunk for chunk in wanted if have[chunk : chunk + 1] != b"\1")
@@ -96,13 +110,21 @@ class PartialFile:
             reason = "the connection ended early"
             try:
                 for piece in fetch(start, end):
-                    piece = piece[: end - reached]
-                    file.write(piece)
-                    reached += len(piece)
+                    reached += self._append(file, piece[: end - reached])
+                    if reached == end:
+                        break
             except (OSError, http.client.HTTPException) as error:
                 reason = str(error) or type(error).__name__
             os.fsync(file.fileno())
         return reached, reason
+
+    def _append(self, file: FileIO, data: bytes) -> int:
+        try:
+            if file.write(data) != len(data):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        except OSError as error:  # which no other connection mends
+            raise self._unusable(error) from error
+        return len(data)
 
     def _mark(self, start: int, end: int, reached: int) -> int:
         """Mark the whole chunks before `reached`; where the next one begins."""
@@ -117,7 +139,9 @@ class PartialFile:
 
 def http_range(url: str, headers: Mapping[str, str], start: int, end: int) -> Iterator[bytes]:
     """The bytes [start, end) of what is at `url`. Raises OSError where the server gives anything else."""
-    request = urllib.request.Request(url, headers={**headers, "Range": f"bytes={start}-{end - 1}"})
+    request = urllib.request.Request(url, headers={"Range": f"bytes={start}-{end - 1}"})
+    for name, value in headers.items():
+        request.add_unredirected_header(name, value)  # a token is for who it was meant for
     with urllib.request.urlopen(request, timeout=_TIMEOUT_S) as answer:
         given = answer.headers.get("Content-Range", "")
         if answer.status != 206 or not re.match(rf"bytes {start}-{end - 1}/", given):

@@ -4,6 +4,7 @@ not.
 
 from __future__ import annotations
 
+import itertools
 import re
 import threading
 from collections.abc import Iterator
@@ -22,6 +23,7 @@ from petalite.model.checkpoint import Checkpoint
 from petalite.model.ranges import PartialFile, http_range
 from petalite.model.span import load_span
 from tests.helpers.checkpoints import tiny_llama
+from tests.helpers.disk import room_for
 
 
 class Server(ThreadingHTTPServer):
@@ -35,6 +37,8 @@ class Server(ThreadingHTTPServer):
         self.sent = 0
         self.breaks_after: int | None = None
         self.mode = "ranges"
+        self.redirects: dict[str, str] = {}
+        self.tokens: list[str | None] = []
         super().__init__(("127.0.0.1", 0), Handler)
 
     @property
@@ -55,6 +59,12 @@ class Handler(BaseHTTPRequestHandler):
         path = self.server.folder / self.path.rpartition("/")[2]
         wanted = self.headers.get("Range")
         self.server.asked.append((path.name, wanted))
+        self.server.tokens.append(self.headers.get("Authorization"))
+        if path.name in self.server.redirects:
+            self.send_response(302)
+            self.send_header("Location", self.server.redirects[path.name])
+            self.end_headers()
+            return
         if not path.exists():
             self.send_response(404)
             self.send_header("X-Error-Code", "EntryNotFound")
@@ -165,6 +175,43 @@ def test_more_than_was_asked_for_is_cut(tmp_path: Path) -> None:
     assert file.path.read_bytes() == b"0123456789"
 
 
+def test_a_server_that_never_stops_is_left(tmp_path: Path) -> None:
+    file = PartialFile(tmp_path / "file", 10)
+    file.ensure([(0, 10)], lambda start, end: itertools.repeat(b"0123"))
+    assert file.path.read_bytes() == b"0123012301"
+
+
+def test_a_range_beyond_a_short_file(tmp_path: Path) -> None:
+    PartialFile(tmp_path / "file", 5).ensure([(0, 8)], lambda start, end: iter([b"01234"]))
+    assert (tmp_path / "file").read_bytes() == b"01234"
+
+
+def test_a_disk_that_fills_marks_nothing_that_is_not_there(
+    server: Server, data: bytes, tmp_path: Path
+) -> None:
+    file = partial(tmp_path)
+    with room_for(2500), pytest.raises(InvalidCheckpoint, match="cannot write"):
+        file.ensure([(0, 6000)], lambda start, end: (data[at : at + 500] for at in range(start, end, 500)))
+    with room_for(2600), pytest.raises(InvalidCheckpoint, match="cannot write"):
+        file.ensure([(0, 6000)], lambda start, end: iter([data[start:end]]))
+    file.ensure([(0, 6000)], lambda start, end: fetch(server, start, end))
+    assert file.path.read_bytes()[:6000] == data[:6000]
+
+
+def test_a_folder_that_cannot_be_written(tmp_path: Path) -> None:
+    (tmp_path / "copy").write_bytes(b"")
+    with pytest.raises(InvalidCheckpoint, match="cannot write"):
+        partial(tmp_path)
+
+
+def test_a_token_does_not_follow_a_redirect(server: Server, data: bytes) -> None:
+    server.redirects["file"] = f"{server.url}/elsewhere"
+    (server.folder / "elsewhere").write_bytes(data)
+    answer = http_range(f"{server.url}/file", {"authorization": "Bearer secret"}, 0, 10)
+    assert b"".join(answer) == data[:10]
+    assert server.tokens == ["Bearer secret", None]
+
+
 # -- a checkpoint on a hub -------------------------------------------------------------------------------
 
 
@@ -213,3 +260,37 @@ def test_a_download_that_was_cut_off_is_resumed(repository: Server, monkeypatch:
     checkpoint = Checkpoint.open("owner/tiny")
     load_span(checkpoint, 0, 3)
     assert repository.sent < checkpoint.bytes_read * 2 / 3 + 10_000 and first > 0
+
+
+def test_a_hub_that_cannot_be_reached_for_a_while(
+    repository: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Connections are refused, as by huggingface_hub's HTTP library, once each time a place is asked for."""
+    monkeypatch.setattr(ranges, "_FIRST_PAUSE_S", 0.0)
+    checkpoint = Checkpoint.open("owner/tiny")
+    checkpoint.file("tokenizer.json")
+    ask, refused = huggingface_hub.get_hf_file_metadata, iter([False, True, True, False])
+
+    def metadata(url: str) -> Any:
+        if next(refused, False):
+            raise ConnectionRefused("connection refused")
+        return ask(url)
+
+    monkeypatch.setattr(huggingface_hub, "get_hf_file_metadata", metadata)
+    load_span(checkpoint, 0, 1)
+    assert next(refused, None) is None
+
+
+def test_a_hub_that_cannot_be_reached_at_all(repository: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    checkpoint = Checkpoint.open("owner/tiny")
+
+    def refuse(url: str) -> Any:
+        raise ConnectionRefused("connection refused")
+
+    monkeypatch.setattr(huggingface_hub, "get_hf_file_metadata", refuse)
+    with pytest.raises(InvalidCheckpoint, match=r"cannot fetch model\.safetensors .*refused"):
+        load_span(checkpoint, 0, 1)
+
+
+class ConnectionRefused(Exception):
+    """Like those of the HTTP library beneath the hub's, no OSError."""
