@@ -149,10 +149,14 @@ class Checkpoint:
         Raises InvalidCheckpoint where there is neither or its config.json is broken, UnsupportedModel where
         petalite cannot run the model that it describes.
         """
-        folder = Path(path_or_repo).expanduser()
-        if folder.is_dir():
+        try:
+            folder = Path(path_or_repo).expanduser()
+            is_folder, exists = folder.is_dir(), folder.exists()
+        except (OSError, RuntimeError) as error:  # too long a name, a stranger's or nobody's home
+            raise InvalidCheckpoint(f"cannot look for {str(path_or_repo)[:200]!r}: {error}") from error
+        if is_folder:
             return cls(FolderFiles(folder))
-        if folder.exists():
+        if exists:
             raise InvalidCheckpoint(
                 f"{folder} is a file; a checkpoint is a folder (import a GGUF file with "
                 f"`python -m petalite.node import-gguf FILE FOLDER`)"

@@ -330,6 +330,18 @@ def test_a_hub_that_fails_is_one_clear_sentence(hub: dict[str, Any], error: Exce
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("name", ["owner/a--b", "own..er/x", "owner/x.git", "-owner/x"])
+def test_a_name_that_no_repository_can_have(name: str) -> None:
+    with pytest.raises(InvalidCheckpoint, match=f"of {name} from the hub"):
+        Checkpoint.open(name)
+
+
+@pytest.mark.parametrize("name", ["x" * 5000, "~nobody-of-this-name/x", "a/b\0c"])
+def test_a_name_that_no_folder_can_have(name: str) -> None:
+    with pytest.raises(InvalidCheckpoint, match=r"cannot look for|no folder"):
+        Checkpoint.open(name)
+
+
 def test_offline_the_real_client_says_so(tmp_path: Path) -> None:
     """huggingface_hub itself, told to stay offline, with an empty cache."""
     code = (
