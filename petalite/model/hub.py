@@ -67,9 +67,8 @@ class HubFiles:
         if isinstance(cached, str):
             return Path(cached)
         path = Path(HF_HUB_CACHE) / "petalite" / self.name.replace("/", "--") / str(self.version) / name
-        if path.exists():
-            size: int | None = path.stat().st_size
-        else:
+        size: int | None = path.stat().st_size if path.exists() else 0
+        if not size:  # or it is just being made, or was when that was cut off
             location = self._asked(name, lambda: self._locate(name))
             if location is None:
                 return None

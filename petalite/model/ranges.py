@@ -48,7 +48,8 @@ class PartialFile:
             path.parent.mkdir(parents=True, exist_ok=True)
             if not self._marks.exists() or not path.exists() or path.stat().st_size != size:
                 self._marks.write_bytes(bytes(self._n_chunks))
-                with path.open("wb") as file:
+                # Emptied of nothing: another process that began just now may be filling it.
+                with path.open("ab") as file:
                     file.truncate(size)
         except OSError as error:
             raise self._unusable(error) from error

@@ -198,6 +198,26 @@ def test_a_disk_that_fills_marks_nothing_that_is_not_there(
     assert file.path.read_bytes()[:6000] == data[:6000]
 
 
+def test_two_that_begin_at_once(
+    server: Server, data: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The second saw no file, and makes one after the first has begun to fill it."""
+    first = partial(tmp_path)
+    fetched = iter([0])
+
+    def fetch_beside_another(start: int, end: int) -> Iterator[bytes]:
+        yield data[start : start + 2500]
+        if next(fetched, None) is not None:
+            with monkeypatch.context() as patch:
+                patch.setattr(Path, "exists", lambda path: False)
+                partial(tmp_path)
+        yield data[start + 2500 : end]
+
+    first.ensure([(0, 6000)], fetch_beside_another)
+    assert first.path.read_bytes()[:6000] == data[:6000]
+    partial(tmp_path).ensure([(0, 6000)], lambda start, end: pytest.fail("fetched again"))
+
+
 def test_a_folder_that_cannot_be_written(tmp_path: Path) -> None:
     (tmp_path / "copy").write_bytes(b"")
     with pytest.raises(InvalidCheckpoint, match="cannot write"):
@@ -279,6 +299,13 @@ def test_a_hub_that_cannot_be_reached_for_a_while(
     monkeypatch.setattr(huggingface_hub, "get_hf_file_metadata", metadata)
     load_span(checkpoint, 0, 1)
     assert next(refused, None) is None
+
+
+def test_a_file_whose_making_was_cut_off(repository: Server, tmp_path: Path) -> None:
+    place = tmp_path / "cache" / "petalite" / "owner--tiny" / "0123abcd"
+    place.mkdir(parents=True)
+    (place / "model.safetensors").touch()
+    load_span(Checkpoint.open("owner/tiny"), 0, 1)
 
 
 def test_a_hub_that_cannot_be_reached_at_all(repository: Server, monkeypatch: pytest.MonkeyPatch) -> None:
