@@ -282,8 +282,8 @@ class _Reader:
         value = self._values.get(key)
         if value is None:
             value = default
-        is_number = isinstance(value, int | float) and not isinstance(value, bool)
-        if not is_number or not 0 < value <= sys.float_info.max:
+        most = sys.float_info.max  # whole numbers of JSON have no end
+        if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value <= most:
             raise InvalidCheckpoint(f"{self._source}: {key} is {value!r}, expected a number above 0")
         return float(value)
 
