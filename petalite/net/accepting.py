@@ -14,7 +14,7 @@ from functools import partial
 from time import monotonic
 from typing import Any
 
-from petalite.errors import ErrorCode, HandshakeFailed, InvalidAddress, PetaliteError
+from petalite.errors import ErrorCode, HandshakeFailed, InvalidAddress, PetaliteError, ShuttingDown
 from petalite.net.dialing import Established, converse, multiaddr_of, resolve
 from petalite.net.handshake import Handshake, Hello
 from petalite.net.journal import Journal
@@ -43,11 +43,14 @@ class Acceptor:
         self._gate, self._journal = gate, journal
         self._spawn, self._handshake, self._established = spawn, handshake, established
         self._tasks: list[asyncio.Task[None]] = []  # one for each listening socket
+        self._closed = False
 
     async def listen(self, address: Multiaddr) -> list[Multiaddr]:
         """Accept connections there; the addresses with the actual ports."""
-        bound = []
-        for family, *_, sockaddr in await resolve(address):
+        bound, places = [], await resolve(address)
+        if self._closed:
+            raise ShuttingDown("this host is closed")
+        for family, *_, sockaddr in places:
             try:
                 listener = socket.create_server(sockaddr, family=family, backlog=_BACKLOG)
             except OSError as error:
@@ -61,6 +64,7 @@ class Acceptor:
 
     def close(self) -> None:
         """Accept no more."""
+        self._closed = True
         for task in self._tasks:
             task.cancel()
 

@@ -10,6 +10,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 
@@ -22,7 +23,7 @@ from petalite.errors import (
     Unreachable,
     WrongPeer,
 )
-from petalite.net import Call, Host, HostSettings, Identity, Multiaddr
+from petalite.net import Call, Host, HostSettings, Identity, Multiaddr, accepting
 from petalite.net.credit import Windows
 from petalite.net.limits import Limits
 from petalite.net.link import Timers
@@ -114,6 +115,22 @@ async def test_a_stopped_peer_is_given_up_after_the_stated_silence(
                     await call.receive()
         finally:
             process.send_signal(signal.SIGCONT)
+
+
+async def test_nobody_listens_who_closed_while_a_name_was_looked_up(
+    net: Net, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    host = await net.host(listen=True)
+    resolve = accepting.resolve
+
+    async def resolve_late(address: Multiaddr) -> Any:
+        places = await resolve(address)
+        await host.close()
+        return places
+
+    monkeypatch.setattr(accepting, "resolve", resolve_late)
+    with pytest.raises(ShuttingDown):
+        await host.listen([LOOPBACK])
 
 
 async def test_no_call_begins_while_a_host_closes(two: tuple[Host, Host]) -> None:
