@@ -100,9 +100,15 @@ def _interpreted(launches: list[tuple[str, Work]]) -> Iterator[None]:
         InterpretedFunction.run = run
 
 
-class Refusing:
-    """Cannot record."""
+class Refusing(Remembering):
+    """Cannot record more than `most`."""
+
+    def __init__(self, most: int = 0) -> None:
+        super().__init__()
+        self._most = most
 
     def record(self, work: Work) -> Work:
+        if self.recorded < self._most:
+            return super().record(work)
         work()
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 MiB.\nmore lines")

@@ -301,6 +301,25 @@ def test_what_cannot_be_trusted_is_never_used(
     assert "more lines" not in message
 
 
+def test_the_first_graph_that_cannot_be_made_takes_all_others_with_it(
+    device: torch.device, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the middle of a session, whose steps go on."""
+    if device.type == "cuda":
+        pytest.skip("CUDA's recorder refuses nothing")
+    monkeypatch.setattr(triton_attention, "PARTS", 1)
+    monkeypatch.setattr(graphs, "CHECKED_LENGTHS", (0,))
+    both, recorder = twins(tmp_path, device, Refusing(most=1), num_hidden_layers=1, num_attention_heads=1)
+    row, made = both.open(), both.span.graphs
+    both.step((row, 0, 1))
+    assert made is not None and len(made._graphs) == 1 and not caplog.messages
+    both.step((row, 1, 2))
+    both.step((row, 3, 1))
+    both.check(1e-5)
+    assert not made._graphs and recorder.recorded == 1 and len(caplog.messages) == 1
+    assert not both.span.prepare()
+
+
 def test_a_block_that_asks_for_values_cannot_be_recorded(
     device: torch.device, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
