@@ -127,9 +127,12 @@ class ModelDrafter:
         return await self._model.thread.run(self._draft, list(text), chooser, count)
 
     def close(self) -> None:
-        row, self._row = self._row, None
-        if row is not None and not self._model.thread.closed:
-            self._model.thread.run(self._model.cache.drop, row)
+        if not self._model.thread.closed:
+            self._model.thread.run(self._drop)  # after a draft that nobody waits for any more
+
+    def _drop(self) -> None:
+        if self._row is not None:
+            self._model.cache.drop(self._row)
 
     def _draft(self, text: list[int], chooser: Chooser, count: int) -> Draft:
         drafts: list[int] = []

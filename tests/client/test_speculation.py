@@ -7,6 +7,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import random
+import threading
 from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
@@ -18,15 +19,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import petalite
-from petalite.client.drafters import LOOKUP, SHORTEST_MATCH, LookupDrafter
+from petalite.client.drafters import LOOKUP, SHORTEST_MATCH, LookupDrafter, ModelDrafter, load_draft
 from petalite.client.generation import TokenSession, generate_tokens
 from petalite.client.penalties import Penalties
-from petalite.client.sampling import Chooser, Sampling
+from petalite.client.sampling import Choice, Chooser, Sampling
 from petalite.client.session import Session
 from petalite.client.settings import SessionSettings
 from petalite.client.speculation import EXPLORE_ROUNDS, MOST_DRAFTS, SIZES, Draft, Pace, Speculation
 from petalite.client.sync import DistributedModel
 from petalite.errors import InvalidArgument
+from petalite.model.checkpoint import Checkpoint
+from petalite.model.compute import ComputeThread
+from petalite.model.tokenizer import load_tokenizer
 from petalite.sim import loop
 from petalite.swarm.spans import Span
 from tests.client.fakes import E, FakeSwarm
@@ -151,6 +155,28 @@ def test_a_talk_goes_on_with_its_drafter(model: DistributedModel, folder: Path) 
                 options = {"max_new_tokens": 20, "speculate": speculate, "session": session}
                 assert model.generate(prompt, **options).token_ids == expected
             assert list(session.speculations) == [speculate]
+
+
+async def test_a_drafter_closed_in_the_middle_of_a_draft_leaves_no_row(folder: Path) -> None:
+    """As it is where a generation is cancelled meanwhile."""
+    thread = ComputeThread()
+    draft_model = await load_draft(str(folder), load_tokenizer(Checkpoint.open(folder)), 260, thread)
+    drafter, begun, go_on = ModelDrafter(draft_model, 50), threading.Event(), threading.Event()
+
+    class Slow(Chooser):
+        def choose(self, logits: torch.Tensor, text: Sequence[int]) -> Choice:
+            begun.set()
+            go_on.wait()
+            return Choice(1, 0.0)
+
+    draft = asyncio.create_task(drafter.draft([1, 2, 3], Slow(), 5))
+    await asyncio.to_thread(begun.wait)
+    draft.cancel()
+    await asyncio.wait([draft])
+    drafter.close()
+    go_on.set()
+    assert not await thread.run(lambda: draft_model.cache._rows)
+    thread.close()
 
 
 # -- over a chain that breaks ------------------------------------------------------------------------------
