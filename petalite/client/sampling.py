@@ -106,7 +106,9 @@ class Chooser:
 
 def kept_tokens(scores: torch.Tensor, sampling: Sampling) -> tuple[torch.Tensor, torch.Tensor]:
     """scores (V,) -> ids (N,) of the tokens to sample among, and their log probabilities less a constant."""
-    scores, token_ids = scores.double() / sampling.temperature, torch.arange(len(scores))
+    # Less the largest, as a temperature that is next to nothing makes Inf of anything above 0.
+    scores = (scores.double() - scores.max()) / sampling.temperature
+    token_ids = torch.arange(len(scores))
     if 0 < sampling.top_k < len(scores):
         scores, token_ids = scores.topk(sampling.top_k)
     if sampling.top_p < 1:

@@ -140,7 +140,7 @@ def test_top_p_keeps_what_a_sort_of_all_keeps(n_tokens: int, spread: float, p: f
     sums = ordered.softmax(0).cumsum(0)
     n_kept = min(1 + int((sums < p).sum()), n_tokens)
     assert abs(len(token_ids) - n_kept) <= 1  # the two add up in different orders
-    assert torch.equal(kept, ordered[: len(kept)])
+    assert torch.equal(kept, ordered[: len(kept)] - ordered[0])
     assert torch.equal(scores[token_ids].double(), kept)
 
 
@@ -164,6 +164,14 @@ def test_frequencies_follow_the_softmax_at_temperature() -> None:
         int((LOGITS.double() / 1.7 + gumbel_noise(3, position, torch.arange(5))).argmax())
         for position in range(50)
     ]
+
+
+@pytest.mark.parametrize("more", [{}, {"top_k": 3}, {"top_p": 0.5}, {"min_p": 0.5}])
+@pytest.mark.parametrize("temperature", [1e-30, 1e-307, 5e-324])
+def test_a_temperature_next_to_nothing_is_greedy(temperature: float, more: dict[str, Any]) -> None:
+    logits = torch.linspace(-3, 9, 1000)[torch.randperm(1000, generator=torch.Generator().manual_seed(0))]
+    chooser = Chooser(Sampling(temperature, seed=1, **more))
+    assert chooser.choose(logits, [1, 2]).token_id == int(logits.argmax())
 
 
 def test_the_noise_is_standard_gumbel_over_tokens_positions_and_seeds() -> None:
