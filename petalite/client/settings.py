@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from petalite.errors import InvalidArgument
 from petalite.net.identity import PeerId
+from petalite.swarm.messages import MAX_STEP_TOKENS
 
 RING, STAR = ROUTES = ("ring", "star")
 CODECS = ("f32", "bf16", "f16", "q8")  # `swarm.codecs`, which loads torch
@@ -46,6 +47,11 @@ class SessionSettings:
     def __post_init__(self) -> None:
         if self.wire is not None and self.wire not in WIRES:
             raise InvalidArgument(f"wire is one of {', '.join(WIRES)}, found {self.wire!r}")
+        if not 1 <= self.chunk_tokens <= MAX_STEP_TOKENS:
+            raise InvalidArgument(
+                f"chunk_tokens is from 1 to {MAX_STEP_TOKENS}, what servers take in a step; found "
+                f"{self.chunk_tokens}"
+            )
 
 
 @dataclass(frozen=True, slots=True)
