@@ -107,7 +107,7 @@ class AsyncDistributedModel:
         """
         before = 0 if prefix is None else len(prefix)
         most = self.config.max_position_embeddings - before
-        length = max_length or most
+        length = most if max_length is None else max_length
         if not 0 < length <= most:
             raise InvalidArgument(
                 f"max_length must be from 1 to {most}, what this model takes; found {length}"
@@ -287,6 +287,7 @@ class AsyncDistributedModel:
 
     async def forward_blocks(self, span: Span, hidden: torch.Tensor) -> torch.Tensor:
         """hidden (B, T, E), each row a text from its beginning -> (B, T, E) after the blocks of `span`."""
+        self._check_open()
         self.check_hidden(hidden)
         output, _ = await self.passes.forward(Work(span), hidden)
         return output.to(hidden.dtype)
@@ -309,6 +310,7 @@ class AsyncDistributedModel:
         self, span: Span, max_length: int, rows: int = 1, *, lora: Lora | None = None
     ) -> Session:
         """A session over some of the blocks, for hidden states."""
+        self._check_open()
         if not 0 <= span.start < span.end <= self.config.n_blocks:
             raise InvalidArgument(f"the model has blocks 0:{self.config.n_blocks}, found {span}")
         if not (0 < rows <= MAX_ROWS and 0 < max_length <= self.config.max_position_embeddings):
@@ -331,6 +333,10 @@ class AsyncDistributedModel:
     def trace(self) -> Trace:
         """Of the latest session: each step's time at each hop, and what was replaced."""
         return self._trace
+
+    def _check_open(self) -> None:
+        if self._thread.closed:
+            raise InvalidArgument("the model was closed; open it anew")
 
     def check_hidden(self, hidden: torch.Tensor) -> None:
         """Raises InvalidArgument unless it is (B, T, E)."""

@@ -6,10 +6,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 
 import petalite
 from petalite.client.settings import SessionSettings
 from petalite.client.sync import DistributedModel
+from petalite.embedded import open_embedded
 from petalite.errors import InvalidArgument, PromptTooLong
 from tests.helpers.checkpoints import tiny_llama
 
@@ -57,8 +59,6 @@ def test_after_a_stop_the_session_goes_on_as_from_the_beginning(model: Distribut
 
 
 def test_logprobs_are_those_of_a_forward_over_the_whole_text(model: DistributedModel) -> None:
-    import torch
-
     found = model.generate(PROMPT, max_new_tokens=8, logprobs=3)
     text = torch.tensor([PROMPT + found.token_ids])
     expected = model.logits(text)[0, len(PROMPT) - 1 : -1].log_softmax(-1)
@@ -95,5 +95,27 @@ def test_prompts_that_cannot_work(model: DistributedModel) -> None:
         model.generate(PROMPT, logit_bias={260: 1.0})
     with model.session(10) as session, pytest.raises(PromptTooLong, match="22 tokens"):
         model.generate(PROMPT, session=session)
+    with pytest.raises(InvalidArgument, match="found 0"):
+        model.generate(PROMPT, max_new_tokens=0)
+    with pytest.raises(InvalidArgument, match="found 0"), model.session(0):
+        pass
     with pytest.raises(TypeError, match="temprature"):
         model.generate(PROMPT, temprature=1.0)
+
+
+@pytest.mark.parametrize("chunk_tokens", [0, 4097])
+def test_chunks_that_no_server_takes_are_refused(chunk_tokens: int) -> None:
+    with pytest.raises(InvalidArgument, match="chunk_tokens"):
+        SessionSettings(chunk_tokens=chunk_tokens)
+
+
+async def test_a_closed_model_says_so_at_once(tmp_path: Path) -> None:
+    model = await open_embedded(str(tiny_llama(tmp_path / "tiny")))
+    await model.close()
+    for late in (
+        model.generate(PROMPT),
+        model.generate_batch([PROMPT]),
+        model.logits(torch.tensor([PROMPT])),
+    ):
+        with pytest.raises(InvalidArgument, match="closed"):
+            await late
