@@ -68,6 +68,20 @@ class _Stored:
 
 
 @dataclass(frozen=True, slots=True)
+class Columns:
+    """All that a row's codes depend on beside the row."""
+
+    fine: Tensor  # (C,) int64, the outlier columns, ascending
+    energy: Tensor  # (K,) float64, norms squared
+
+    @classmethod
+    def of(cls, weight: Tensor, n_fine: int) -> Columns:
+        """Of all rows (N, K) of a weight."""
+        energy, largest = _columns_of(weight)
+        return cls(_outlier_columns(energy, largest, n_fine), energy)
+
+
+@dataclass(frozen=True, slots=True)
 class Int8Weight(_Stored):
     """w[n, k] = scales[n] · (codes[n, k] + fine_codes[n, c] / 254 where fine_columns[c] = k)."""
 
@@ -79,10 +93,15 @@ class Int8Weight(_Stored):
     NAME: ClassVar[str] = "int8"
 
     @classmethod
-    def quantize(cls, weight: Tensor) -> Int8Weight:
-        """From a dense weight (N, K) of finite numbers."""
-        n_rows, n_columns = weight.shape
-        columns = _outlier_columns(*_columns_of(weight), _n_fine(n_columns))
+    def columns(cls, weight: Tensor) -> Columns:
+        """Of a dense weight (N, K) of finite numbers."""
+        return Columns.of(weight, _n_fine(weight.shape[1]))
+
+    @classmethod
+    def quantize(cls, weight: Tensor, among: Columns | None = None) -> Int8Weight:
+        """From a dense weight (N, K) of finite numbers, or from some of its rows `among` all."""
+        n_rows = len(weight)
+        columns = (among or cls.columns(weight)).fine
         codes = torch.empty_like(weight, dtype=torch.int8)
         fine_codes = codes.new_empty(n_rows, len(columns))
         scales = torch.empty(n_rows, dtype=torch.float32, device=weight.device)
@@ -136,14 +155,18 @@ class Nf4Weight(_Stored):
     NAME: ClassVar[str] = "nf4"
 
     @classmethod
-    def quantize(cls, weight: Tensor) -> Nf4Weight:
-        """From a dense weight (N, K) of finite numbers."""
+    def columns(cls, weight: Tensor) -> Columns:
+        """Of a dense weight (N, K) of finite numbers."""
+        return Columns.of(weight, _n_nf4_fine(weight.shape[1]))
+
+    @classmethod
+    def quantize(cls, weight: Tensor, among: Columns | None = None) -> Nf4Weight:
+        """From a dense weight (N, K) of finite numbers, or from some of its rows `among` all."""
         n_rows, n_columns = weight.shape
         shapes = cls.shapes(n_rows, n_columns)
-        energy, largest = _columns_of(weight)
-        columns = _outlier_columns(energy, largest, shapes["fine_columns"][1][0])
-        order, n_fine = column_order(columns, n_columns), len(columns)
-        importance = _importance(energy)[order]
+        among = among or cls.columns(weight)
+        order, n_fine = column_order(among.fine, n_columns), len(among.fine)
+        importance = _importance(among.energy)[order]
         counts, fine_counts = _whole_counts(importance[n_fine:]), _whole_counts(importance[:n_fine])
         packed = torch.empty(shapes["packed"][1], dtype=torch.uint8, device=weight.device)
         scales = torch.empty(shapes["scales"][1], dtype=torch.float32, device=weight.device)
@@ -157,7 +180,7 @@ class Nf4Weight(_Stored):
             codes, scale = zip(*parts, strict=True)
             torch.cat(codes, 1, out=packed[place])
             torch.cat(scale, 1, out=scales[place])
-        return cls(packed, scales, columns)
+        return cls(packed, scales, among.fine)
 
     @classmethod
     def shapes(cls, n_out: int, n_in: int) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:

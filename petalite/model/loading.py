@@ -1,8 +1,8 @@
 """Making blocks from a checkpoint: their tensors and no others, a few rows at a time, quantized on the way.
 
 A thread reads pieces of tensors ahead (`reading.py`). Rows that native kernels take as they are go straight
-into panels; other linears are gathered, quantized or packed one by one. So peak memory is the finished blocks
-and one linear. Knows files and blocks; runs none.
+into panels; other linears are gathered and quantized one by one, a few rows at a time. So peak memory is the
+finished blocks and one linear. Knows files and blocks; runs none.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from petalite.errors import InvalidArgument, InvalidCheckpoint
 from petalite.kernels import linear
 from petalite.kernels.native import library
 from petalite.kernels.native.linears import NativeLinear
-from petalite.kernels.native.packing import DenseRows, PackedWeight, pack
+from petalite.kernels.native.packing import DenseRows, PackedWeight, quantize_packed
 from petalite.kernels.quantized import FORMATS, NONE
 from petalite.model.block import Block
 from petalite.model.bloom import BloomBlock
@@ -40,7 +40,7 @@ from petalite.model.quantfolder import (
     write_folder,
 )
 from petalite.model.reading import AHEAD, Stream, Wanted
-from petalite.model.system import take_pages, trim
+from petalite.model.system import give_back, take_pages, trim
 
 logger = logging.getLogger(__name__)
 
@@ -48,6 +48,7 @@ COMPUTE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 BLOCKS: Mapping[str, type[Block]] = {"llama": LlamaBlock, "mixtral": MixtralBlock, "bloom": BloomBlock}
 
+_FEW_AHEAD = 1  # pieces, where reading takes far less than what is made of them
 _PAGERS = 2  # threads that take memory
 
 Progress = Callable[[int, int], None]  # (done, total)
@@ -83,7 +84,8 @@ def load_blocks(
     pages = ThreadPoolExecutor(_PAGERS, "petalite-pages")
     make = _Maker(checkpoint, dtype, device, quant, kernel, cache, pages)
     try:
-        with Stream(make.wanted(range(start, end)), AHEAD) as stream:
+        ahead = AHEAD if quant == NONE else _FEW_AHEAD
+        with Stream(make.wanted(range(start, end)), ahead) as stream:
             for index in range(start, end):
                 blocks.append(make.block(index, stream))
                 if progress is not None:
@@ -228,14 +230,17 @@ class _Maker:
     ) -> Linears:
         for name, dense, bias in weights:
             assert isinstance(dense, Tensor)
-            codes = FORMATS[self._quant].quantize(dense)
+            trim()  # of what the next one takes anew, some comes in other sizes
+            form = FORMATS[self._quant]
+            weight: Weight
+            if self._native is None:
+                weight = form.quantize(dense)
+            else:
+                weight = quantize_packed(self._native, form, dense, give_back)
             del dense
-            weight: Weight = codes if self._native is None else pack(self._native, codes)
-            del codes
             if self._kept is not None:
                 made[name] = weight, bias
             yield name, weight, bias
-            trim()  # of what the next one takes anew, some comes in other sizes
 
     def _room(self, n_out: int, n_in: int) -> Rows[Tensor | PackedWeight]:
         if self._quant != NONE:

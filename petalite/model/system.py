@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 _CACHESTAT = 451  # the same number on every architecture that torch runs on
-_HUGE_PAGES, _POPULATE_WRITE = 14, 23
+_DONT_NEED, _HUGE_PAGES, _POPULATE_WRITE = 4, 14, 23
 SECTOR = 4096  # what direct reads begin and end at, in files and in memory: the least that all disks take
 _LARGE_PAGE = 2 << 20  # by far the most frequent size
 # Shared is Python's default, and makes of every page a file's.
@@ -48,10 +48,8 @@ def in_large_pages(nbytes: int) -> Tensor:
     """
     memory = mapped((nbytes + _LARGE_PAGE,), torch.uint8)
     memory = memory[-memory.data_ptr() % _LARGE_PAGE :][:nbytes]
-    call = _function("madvise")
-    if call is not None:
-        filled = nbytes // _LARGE_PAGE * _LARGE_PAGE
-        call(ctypes.c_void_p(memory.data_ptr()), ctypes.c_size_t(filled), ctypes.c_int(_HUGE_PAGES))
+    begin = memory.data_ptr()
+    _advise(begin, begin + nbytes // _LARGE_PAGE * _LARGE_PAGE, _HUGE_PAGES)
     return memory
 
 
@@ -69,13 +67,28 @@ def is_cached(descriptor: int, start: int, end: int) -> bool | None:
 
 def take_pages(memory: Tensor) -> None:
     """Have the system give whole pages for memory that will be written; what is there stays as it is."""
-    call = _function("madvise")
-    begin = memory.data_ptr() + -memory.data_ptr() % mmap.PAGESIZE
-    end = (memory.data_ptr() + memory.nbytes) // mmap.PAGESIZE * mmap.PAGESIZE
-    while call is not None and begin < end:  # in steps, between which other threads can ask for memory
+    begin, end = _pages(memory)
+    while begin < end:  # in steps, between which other threads can ask for memory
         stop = min(end, begin // _LARGE_PAGE * _LARGE_PAGE + _LARGE_PAGE)
-        call(ctypes.c_void_p(begin), ctypes.c_size_t(stop - begin), ctypes.c_int(_POPULATE_WRITE))
+        _advise(begin, stop, _POPULATE_WRITE)
         begin = stop
+
+
+def give_back(memory: Tensor) -> None:
+    """Let the system have the whole pages of memory that nobody reads any more; it may be written again."""
+    _advise(*_pages(memory), _DONT_NEED)
+
+
+def _pages(memory: Tensor) -> tuple[int, int]:
+    """Where those begin and end that are of nothing else."""
+    begin = memory.data_ptr() + -memory.data_ptr() % mmap.PAGESIZE
+    return begin, (memory.data_ptr() + memory.nbytes) // mmap.PAGESIZE * mmap.PAGESIZE
+
+
+def _advise(begin: int, end: int, what: int) -> None:
+    call = _function("madvise")
+    if call is not None and begin < end:
+        call(ctypes.c_void_p(begin), ctypes.c_size_t(end - begin), ctypes.c_int(what))
 
 
 @functools.cache

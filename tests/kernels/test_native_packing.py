@@ -11,7 +11,7 @@ from torch import Tensor
 from petalite.errors import InvalidArgument
 from petalite.kernels import native
 from petalite.kernels.native import stored
-from petalite.kernels.native.packing import FLOATS, DenseRows, pack, unpack
+from petalite.kernels.native.packing import FLOATS, DenseRows, pack, quantize_packed, unpack
 from petalite.kernels.quantized import FORMATS
 
 found = native.library()
@@ -81,6 +81,27 @@ def test_a_packed_weight_comes_back_from_its_tensors(form, shape: tuple[int, int
     assert torch.equal(unpack(LIBRARY, again).dense(), unpack(LIBRARY, packed).dense())
     for ours, theirs in ((again.columns, packed.columns), (again.scales, packed.scales)):
         assert ours is theirs is None or torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize("form", FORMATS.values(), ids=lambda form: form.NAME)
+@pytest.mark.parametrize("shape", [(200, 640), (33, 200), (64, 24), (2, 2)], ids=str)
+def test_quantizing_a_few_rows_at_a_time_changes_no_bit(form, shape: tuple[int, int]) -> None:
+    """Also when rows are gone as soon as it is said that they were used."""
+    dense = torch.randn(shape)
+    at_once, used = pack(LIBRARY, form.quantize(dense)), []
+
+    def forget(rows: Tensor) -> None:
+        used.append(len(rows))
+        rows.fill_(torch.nan)
+
+    ours = quantize_packed(LIBRARY, form, dense.clone(), forget)
+    assert sum(used) == len(dense)
+    assert (ours.format, ours.shape, ours.n_fine) == (at_once.format, at_once.shape, at_once.n_fine)
+    assert ours.tensors().keys() == at_once.tensors().keys()
+    for name, tensor in at_once.tensors().items():
+        assert torch.equal(ours.tensors()[name], tensor), name
+    assert (ours.scales is None) == (at_once.scales is None)
+    assert ours.scales is None or torch.equal(ours.scales, at_once.scales)  # also those that fill it up
 
 
 @pytest.mark.parametrize("column", [-1, 64])

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from petalite.model.system import in_large_pages, is_cached, open_direct, take_pages
+from petalite.model.system import give_back, in_large_pages, is_cached, open_direct, take_pages
 
 
 def test_pages_of_a_file_that_was_just_written_are_cached(tmp_path: Path) -> None:
@@ -32,6 +32,14 @@ def test_taking_pages_changes_nothing_in_them() -> None:
         before = memory.clone()
         take_pages(memory[3:])
         assert torch.equal(memory, before)
+
+
+def test_giving_pages_back_changes_nothing_beside_them() -> None:
+    memory = torch.ones(100_000, dtype=torch.uint8)
+    give_back(memory[1000:90_000])
+    assert memory[:1000].all() and memory[90_000:].all()
+    memory.fill_(2)
+    assert (memory == 2).all()
 
 
 def test_memory_in_large_pages_begins_one() -> None:

@@ -9,7 +9,8 @@ from __future__ import annotations
 import ctypes
 import math
 import threading
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from enum import IntEnum
 
 import torch
@@ -18,10 +19,17 @@ from torch.nn.functional import pad
 
 from petalite.errors import InvalidArgument
 from petalite.kernels.native import Library
-from petalite.kernels.quantized import FINE_COLUMNS, NF4_BLOCK, Int8Weight, Nf4Weight, column_order
+from petalite.kernels.quantized import (
+    FINE_COLUMNS,
+    NF4_BLOCK,
+    Int8Weight,
+    Nf4Weight,
+    QuantizedWeight,
+    column_order,
+)
 
 PANEL_ROWS = 16
-_ROWS_AT_ONCE = 16 * PANEL_ROWS  # whose codes are put in order while they are in a cache
+_ROWS_AT_ONCE = 4 * PANEL_ROWS  # whose codes are put in order while they are in a cache
 _NF4_BLOCK_BYTES = PANEL_ROWS * (NF4_BLOCK // 2 + 4)
 
 
@@ -105,10 +113,8 @@ class PackedWeight:
 
 def pack(library: Library, weight: Tensor | Int8Weight | Nf4Weight) -> PackedWeight:
     """A copy in panels of a dense weight (N, K) in one of the float formats, or of a quantized one."""
-    if isinstance(weight, Int8Weight):
-        return _pack_int8(library, weight)
-    if isinstance(weight, Nf4Weight):
-        return _pack_nf4(library, weight)
+    if isinstance(weight, Int8Weight | Nf4Weight):
+        return _pack_quantized(library, weight, _room(library, weight, len(weight.scales)))
     if weight.dtype not in FLOATS or weight.ndim != 2 or weight.device.type != "cpu" or 0 in weight.shape:
         raise InvalidArgument(
             f"cannot pack a weight of shape {tuple(weight.shape)} in {weight.dtype} on {weight.device}; "
@@ -118,6 +124,26 @@ def pack(library: Library, weight: Tensor | Int8Weight | Nf4Weight) -> PackedWei
     everywhere = torch.arange(len(weight))
     rows.put(weight.detach(), everywhere, everywhere)
     return rows.weight
+
+
+def quantize_packed(
+    library: Library, form: type[QuantizedWeight], weight: Tensor, used: Callable[[Tensor], None]
+) -> PackedWeight:
+    """What `pack` makes of a dense weight (N, K) of finite numbers in a format. Codes are made and packed a
+    few rows at a time; then `used` is called with these rows, which are not read again.
+    """
+    columns, done = form.columns(weight), []
+    for first in range(0, len(weight), _ROWS_AT_ONCE):
+        rows = weight[first : first + _ROWS_AT_ONCE]
+        codes = form.quantize(rows, columns)
+        if not first:
+            panels = _room(library, codes, len(weight))
+        there = panels[first // PANEL_ROWS : (first + _ROWS_AT_ONCE) // PANEL_ROWS]
+        done.append(_pack_quantized(library, codes, there))
+        used(rows)
+    scales = [part.scales for part in done if part.scales is not None]
+    shape = (len(weight), done[0].shape[1])
+    return replace(done[0], shape=shape, panels=panels, scales=torch.cat(scales) if scales else None)
 
 
 class DenseRows:
@@ -195,7 +221,19 @@ def nf4_packed(shape: tuple[int, int], panels: Tensor, fine_columns: Tensor) -> 
     return PackedWeight(Format.NF4, shape, panels, len(fine_columns), columns)
 
 
-def _pack_int8(library: Library, weight: Int8Weight) -> PackedWeight:
+def _room(library: Library, weight: Int8Weight | Nf4Weight, n_out: int) -> Tensor:
+    """Panels for `n_out` rows like these."""
+    format_ = Format.INT8 if isinstance(weight, Int8Weight) else Format.NF4
+    return _panels(library, format_, n_out, weight.shape[1], len(weight.fine_columns))
+
+
+def _pack_quantized(library: Library, weight: Int8Weight | Nf4Weight, panels: Tensor) -> PackedWeight:
+    if isinstance(weight, Int8Weight):
+        return _pack_int8(library, weight, panels)
+    return _pack_nf4(library, weight, panels)
+
+
+def _pack_int8(library: Library, weight: Int8Weight, panels: Tensor) -> PackedWeight:
     (n_out, n_in), n_fine = weight.shape, len(weight.fine_columns)
     _check("int8 codes", weight.codes, torch.int8, (n_out, n_in))
     _check("int8 fine codes", weight.fine_codes, torch.int8, (n_out, n_fine))
@@ -203,7 +241,6 @@ def _pack_int8(library: Library, weight: Int8Weight) -> PackedWeight:
     check_columns(weight.fine_columns, n_fine, n_in)
     if n_fine > FINE_COLUMNS:
         raise InvalidArgument(f"found {n_fine} outlier columns; expected {FINE_COLUMNS} at most")
-    panels = _panels(library, Format.INT8, n_out, n_in, n_fine)
     order = column_order(weight.fine_columns, n_in)
     for first in range(0, n_out, _ROWS_AT_ONCE):
         rows = slice(first, first + _ROWS_AT_ONCE)
@@ -217,13 +254,12 @@ def _pack_int8(library: Library, weight: Int8Weight) -> PackedWeight:
     return int8_packed(n_in, panels, weight.fine_columns, weight.scales)
 
 
-def _pack_nf4(library: Library, weight: Nf4Weight) -> PackedWeight:
+def _pack_nf4(library: Library, weight: Nf4Weight, panels: Tensor) -> PackedWeight:
     (n_out, n_in), n_fine = weight.shape, len(weight.fine_columns)
     n_blocks = weight.scales.shape[1]
     _check("nf4 codes", weight.packed, torch.uint8, (n_out, n_blocks * NF4_BLOCK // 2))
     _check("nf4 scales", weight.scales, torch.float32, (n_out, n_blocks))
     check_columns(weight.fine_columns, n_fine, n_in)
-    panels = _panels(library, Format.NF4, n_out, n_in, n_fine)
     assert panels.shape[1] == n_blocks * _NF4_BLOCK_BYTES
     packed, scales = weight.packed.contiguous(), weight.scales.contiguous()
     library.functions.petalite_pack_nf4(
@@ -274,10 +310,11 @@ class _Slabs:
             return taken
 
     def _pages(self, library: Library, nbytes: int) -> Tensor:
+        """As far as it fills them: of a last one the rest would be lost."""
         memory = torch.empty(nbytes + self._PAGE, dtype=torch.uint8)
-        library.functions.petalite_huge_pages(memory.data_ptr(), memory.nbytes)
-        skipped = -memory.data_ptr() % self._PAGE
-        return memory[skipped : skipped + nbytes]
+        memory = memory[-memory.data_ptr() % self._PAGE :][:nbytes]
+        library.functions.petalite_huge_pages(memory.data_ptr(), nbytes // self._PAGE * self._PAGE)
+        return memory
 
 
 _SLABS = _Slabs()
