@@ -41,6 +41,7 @@ class LanDiscovery:
     def __init__(self, node: DhtNode, *, interfaces: Sequence[str] | None = None) -> None:
         try:
             self._asyncio: Any = importlib.import_module("zeroconf.asyncio")
+            self._error: type[Exception] = importlib.import_module("zeroconf").Error
             self._adapters: Any = importlib.import_module("ifaddr").get_adapters
         except ImportError:
             raise InvalidArgument(
@@ -119,11 +120,18 @@ class LanDiscovery:
     async def _look_into_found(self) -> None:
         while True:
             name = await self._found.get()
+            for address in await self._ask_for_addresses(name):
+                if await self._met(address):
+                    break
+
+    async def _ask_for_addresses(self, name: str) -> list[Multiaddr]:
+        try:
             info = self._asyncio.AsyncServiceInfo(_SERVICE, name)
-            if await info.async_request(self._zeroconf.zeroconf, _ANSWER_MS):
-                for address in _addresses(info):
-                    if await self._met(address):
-                        break
+            answered = await info.async_request(self._zeroconf.zeroconf, _ANSWER_MS)
+        except (self._error, ValueError) as error:
+            logger.info("passing over %r on the local network: %s", name[:80], error)
+            return []
+        return _addresses(info) if answered else []
 
     async def _met(self, address: Multiaddr) -> bool:
         if address.peer_id == self._node.peer_id:

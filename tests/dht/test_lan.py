@@ -117,3 +117,31 @@ def test_of_very_many_addresses_a_few_are_tried():
         parsed_addresses=lambda: [f"10.0.0.{n}" for n in range(200)],
     )
     assert len(_addresses(info)) == 8
+
+
+async def test_names_that_are_none_do_not_end_the_search(monkeypatch: pytest.MonkeyPatch):
+    """Whoever is on the network can answer with any; zeroconf's own class refuses them."""
+    zeroconf_asyncio = pytest.importorskip("zeroconf.asyncio")
+    peer = Identity.from_seed(bytes(32)).peer_id
+    met: asyncio.Queue[Multiaddr] = asyncio.Queue()
+
+    class Info(zeroconf_asyncio.AsyncServiceInfo):  # type: ignore[misc, name-defined]
+        async def async_request(self, *_: object) -> bool:
+            self.port = 1
+            self._set_properties({b"id": str(peer).encode()})
+            self.addresses = [bytes([10, 0, 0, 1])]
+            return True
+
+    node = SimpleNamespace(peer_id=None, meet=met.put)
+    discovery = LanDiscovery(node)  # type: ignore[arg-type]
+    monkeypatch.setattr(discovery._asyncio, "AsyncServiceInfo", Info)
+    discovery._zeroconf = SimpleNamespace(zeroconf=None)
+    names = ("x._other._tcp.local.", "", "\x00._petalite._tcp.local.", "\ud800._petalite._tcp.local.")
+    for name in (*names, "right._petalite._tcp.local."):
+        discovery._found.put_nowait(name)
+    looking = asyncio.create_task(discovery._look_into_found())
+    found = asyncio.create_task(met.get())
+    await asyncio.wait([looking, found], return_when=asyncio.FIRST_COMPLETED)
+    assert not looking.done(), looking.exception()
+    assert (await found).peer_id == peer
+    looking.cancel()
