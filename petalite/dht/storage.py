@@ -125,10 +125,11 @@ class Storage:
             return refusal
         key, owner = record.key, record.owner.public_key
         new, held = self._held(data, record, now_s, group), self._live(key, owner, now_s)
-        if not (self._room_under(key, new, held, now_s) and self._room_in_all(new, held, now_s)):
+        leaving = [held] if held is not None else []
+        if not (self._room_under(key, new, leaving) and self._room_in_all(new, leaving)):
             return Outcome.NO_ROOM
-        if held is not None:
-            self._drop(key, held, now_s)
+        for gone in leaving:
+            self._drop(gone, now_s)
         self._keys.setdefault(key, {})[owner] = new
         for shares, name in ((self._groups, new.group), (self._owners, owner)):
             share = shares.setdefault(name, _Share())
@@ -141,7 +142,7 @@ class Storage:
         """Drop what has expired. Reading never shows it anyway; this gives back its memory."""
         for key in list(self._keys):
             for held in [held for held in self._keys[key].values() if held.expires_s <= now_s]:
-                self._drop(key, held, now_s)
+                self._drop(held, now_s)
         for name in [name for name, floor in self._floors.items() if floor[1] <= now_s]:
             del self._floors[name]
 
@@ -181,7 +182,7 @@ class Storage:
     def _live(self, key: DhtKey, owner: bytes, now_s: float) -> Held | None:
         held = self._keys.get(key, {}).get(owner)
         if held is not None and held.expires_s <= now_s:
-            self._drop(key, held, now_s)
+            self._drop(held, now_s)
             return None
         return held
 
@@ -191,8 +192,9 @@ class Storage:
             data, record, group if group is not None else record.owner.public_key, now_s + record.ttl_s
         )
 
-    def _room_under(self, key: DhtKey, new: Held, held: Held | None, now_s: float) -> bool:
-        others = [other for other in self._keys.get(key, {}).values() if other is not held]
+    def _room_under(self, key: DhtKey, new: Held, leaving: list[Held]) -> bool:
+        """Whether there is room once those `leaving` have gone, of whom this adds one if need be."""
+        others = [other for other in self._keys.get(key, {}).values() if other not in leaving]
         of_group = sum(other.group == new.group for other in others)
         if of_group >= self.settings.per_key_group_records:
             return False
@@ -201,21 +203,30 @@ class Storage:
         largest, size = Counter(other.group for other in others).most_common(1)[0]
         if size <= of_group + 1:
             return False
-        self._drop(key, next(other for other in others if other.group == largest), now_s)
+        leaving.append(next(other for other in others if other.group == largest))
         return True
 
-    def _room_in_all(self, new: Held, held: Held | None, now_s: float) -> bool:
-        added = new.cost_bytes - (held.cost_bytes if held else 0)
-        while self.nbytes + added > self.settings.total_bytes:
-            name, largest = max(self._groups.items(), key=lambda item: item[1].nbytes)
-            if name == new.group or largest.nbytes <= self._groups.get(new.group, _NOTHING).nbytes + added:
+    def _room_in_all(self, new: Held, leaving: list[Held]) -> bool:
+        """The same, of whom this adds as many as need be."""
+        excess = self.nbytes + new.cost_bytes - self.settings.total_bytes
+        excess -= sum(gone.cost_bytes for gone in leaving)
+        if excess <= 0:
+            return True
+        left = {name: share.nbytes for name, share in self._groups.items()}
+        for gone in leaving:
+            left[gone.group] -= gone.cost_bytes
+        while excess > 0:
+            largest = max(left, key=left.__getitem__)
+            if largest == new.group or left[largest] <= left.get(new.group, 0) + new.cost_bytes:
                 return False
-            (victim_key, _), victim = next(iter(largest.held.items()))
-            self._drop(victim_key, victim, now_s)
+            victim = next(held for held in self._groups[largest].held.values() if held not in leaving)
+            leaving.append(victim)
+            left[largest] -= victim.cost_bytes
+            excess -= victim.cost_bytes
         return True
 
-    def _drop(self, key: DhtKey, held: Held, now_s: float) -> None:
-        owner = held.record.owner.public_key
+    def _drop(self, held: Held, now_s: float) -> None:
+        key, owner = held.record.key, held.record.owner.public_key
         of_key = self._keys[key]
         del of_key[owner]
         if not of_key:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from random import Random
 
 import pytest
-from hypothesis import settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
@@ -126,6 +126,39 @@ def test_a_flood_of_one_prefix_over_many_keys_leaves_others_their_room():
     again = [put(storage, record(owner=3000 + n, name=n), group=b"\x66\x06") for n in range(300)]
     assert Outcome.NO_ROOM in again
     assert all(storage.get(record(name=2000 + n).key, 0.0) for n in range(1, 201))
+
+
+_NARROW = StorageSettings(total_bytes=4000, per_key_records=2)
+_OFFERS = st.tuples(
+    st.integers(1, 5), st.integers(0, 1), st.sampled_from([b"a", b"b", b"c"]), st.sampled_from([1, 500, 1500])
+)
+
+
+@given(st.lists(_OFFERS, min_size=6, max_size=24))
+@settings(max_examples=300, deadline=None)
+def test_who_is_refused_takes_nobody_s_place(offers: list[tuple[int, int, bytes, int]]):
+    """Owners come from one group and then another, with records that grow: where all is full, somebody gives
+    way to what is stored and nobody to what is not, and no bound is ever passed."""
+    storage = Storage(_NARROW)
+    for sequence, (owner, name, group, size) in enumerate(offers):
+        before = {held.data for of_key in storage._keys.values() for held in of_key.values()}
+        item = record(owner, name, bytes(size), sequence)
+        outcome = put(storage, item, group=group)
+        after = {held.data for of_key in storage._keys.values() for held in of_key.values()}
+        assert outcome in (Outcome.STORED, Outcome.NO_ROOM)
+        assert item.encode() in after if outcome is Outcome.STORED else after == before
+        assert storage.nbytes <= _NARROW.total_bytes
+        assert len(storage.get(item.key, 0.0)) <= _NARROW.per_key_records
+
+
+def test_who_moves_to_another_network_may_take_its_own_old_place():
+    """Its old record is the oldest of the largest group, and there is no other room."""
+    storage = Storage(StorageSettings(total_bytes=3000))
+    for owner in range(1, 5):
+        put(storage, record(owner=owner), group=b"big")
+    new = record(owner=1, value=bytes(1000), sequence=2)
+    assert put(storage, new, group=b"small") is Outcome.STORED
+    assert storage.standing(new, 0.0) is not None
 
 
 def test_where_prefixes_say_nothing_every_owner_is_its_own_group():
