@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -219,15 +219,18 @@ def test_any_sizes(data: st.DataObject, tmp_path_factory: pytest.TempPathFactory
             "num_attention_heads": group * kv_heads,
             "num_key_value_heads": kv_heads,
         }
+    dtype = data.draw(st.sampled_from(DTYPES))
+    # The norm of a number or two makes much of what is nearly nothing, and in 16 bits is mostly rounding.
+    assume(dtype == torch.float32 or config["hidden_size"] >= 8)
     folder = tiny_llama(tmp_path_factory.mktemp("any"), num_hidden_layers=1, n_layer=1, **config)
-    span = load(folder, dtype=data.draw(st.sampled_from(DTYPES)))
+    span = load(folder, dtype=dtype)
     assert span._native is not None
     count = data.draw(st.integers(1, 150))
     chunks = data.draw(st.lists(st.integers(1, 60), max_size=4))
-    hidden = noise(count + sum(chunks), span.config.hidden_size).to(span.dtype)
+    hidden = noise(count + sum(chunks), span.config.hidden_size).to(dtype)
     ours, reference = (fed(path, hidden, [count, *chunks]).float() for path in (span, in_python(span)))
-    rough = {torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.02}[span.dtype]
-    torch.testing.assert_close(ours, reference, rtol=rough, atol=rough)
+    rough = {torch.float32: 1e-5, torch.bfloat16: 0.03, torch.float16: 4e-3}[dtype]
+    assert float((ours - reference).abs().max() / reference.abs().max()) < rough
 
 
 # -- what is refused ---------------------------------------------------------------------------------------
