@@ -117,10 +117,8 @@ def triton_works_on(device: torch.device, dtype: torch.dtype) -> bool:
     """Whether Triton's kernels may be tried there."""
     if device.type != "cuda" or find_spec("triton") is None:
         return False
-    return torch.cuda.get_device_capability(device) >= (
-        8,
-        0,
-    )  # Triton has no products of bytes for older ones
+    # Triton has no products of bytes for older ones.
+    return torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 def _triton_int8(weight: Int8Weight, bias: Tensor | None) -> Linear:
