@@ -26,10 +26,12 @@ from torch import Tensor
 from petalite.errors import InvalidArgument, InvalidCheckpoint, PetaliteError, UnsupportedModel
 from petalite.kernels.rope import DefaultRope, Llama3Rope
 from petalite.model.checkpoint import FolderFiles
-from petalite.model.config import ModelConfig
+from petalite.model.config import AttentionConfig, ModelConfig
+from petalite.model.families import FAMILIES
 from petalite.model.gguf_file import GgufFile
 from petalite.model.gguf_tokenizer import build_tokenizer, token_at
 from petalite.model.hashing import file_digests
+from petalite.model.llama import tensor_shapes
 from petalite.model.manifest import Manifest
 from petalite.model.tensorfile import DTYPES, stored_bytes, write_tensors
 
@@ -52,7 +54,7 @@ _BLOCK_TENSORS = {
     "ffn_up": "mlp.up_proj",
     "ffn_down": "mlp.down_proj",
 }
-_BLOCK_NAME = re.compile(r"blk\.(\d{1,5})\.(\w+)\.(weight|bias)")
+_BLOCK_NAME = re.compile(r"blk\.(0|[1-9][0-9]{0,4})\.(\w+)\.(weight|bias)")
 _ROPE_FACTORS = "rope_freqs.weight"  # what Llama 3.1's scaling comes to, pair by pair
 
 Progress = Callable[[int, int], None]  # (done, total)
@@ -126,7 +128,7 @@ class _Source:
             raise UnsupportedModel(
                 f"{self.path}: {name} is of ggml type {entry.type}, which is not read"
             ) from error
-        if not math.prod(entry.shape) or entry.shape[-1] % block_values:
+        if not entry.shape or not math.prod(entry.shape) or entry.shape[-1] % block_values:
             raise InvalidCheckpoint(
                 f"{self.path}: {name} has shape {entry.shape}, no whole blocks of {kind.name}"
             )
@@ -146,7 +148,8 @@ def _write_folder(file: _Source, folder: Path, dtype: str, progress: Progress) -
     model = ModelConfig.from_dict(config, source=str(file.path))
     _write_json(folder / "config.json", config)
     metadata = file.metadata
-    build_tokenizer(metadata).save(str(folder / "tokenizer.json"))
+    tokenizer = build_tokenizer(metadata).to_str(pretty=True)
+    (folder / "tokenizer.json").write_text(tokenizer, encoding="utf-8")
     _write_json(folder / "tokenizer_config.json", _tokenizer_config(metadata, model))
     _write_json(folder / "generation_config.json", _generation_config(metadata))
     template = metadata.get("tokenizer.chat_template")
@@ -193,7 +196,29 @@ def _renamed(file: _Source, model: ModelConfig) -> dict[str, str]:
             found[block, f"model.layers.{block}.{_BLOCK_TENSORS[match[2]]}.{match[3]}"] = source
         else:
             raise UnsupportedModel(f"{file.path}: tensor {source!r} has no place in a {model.family} model")
-    return {name: found[block, name] for block, name in sorted(found)}
+    named = {name: found[block, name] for block, name in sorted(found)}
+    shapes = {name: file.shape(source) for name, source in named.items()}
+    expected = _expected_shapes(model)
+    for name in sorted(expected.keys() | shapes):
+        if shapes.get(name) != expected.get(name):
+            raise InvalidCheckpoint(
+                f"{file.path}: tensor {name} has shape {shapes.get(name)}; its settings make it "
+                f"{expected.get(name)}"
+            )
+    return named
+
+
+def _expected_shapes(model: ModelConfig) -> dict[str, tuple[int, ...]]:
+    names = FAMILIES[model.family].names
+    table = (model.vocab_size, model.hidden_size)
+    shapes: dict[str, tuple[int, ...]] = {names.embedding: table, names.norm: (model.hidden_size,)}
+    if not model.tied_embeddings:
+        shapes[names.head] = table
+    for block in range(model.n_blocks):
+        for part, shape in tensor_shapes(model).items():
+            role, _, kind = part.rpartition(".")
+            shapes[f"{names.block_prefix.format(block=block)}{names.of(role)}.{kind}"] = shape
+    return shapes
 
 
 def _reordered(tensor: Tensor, source: str, model: ModelConfig) -> Tensor:
@@ -235,7 +260,7 @@ def _config(file: _Source) -> dict[str, Any]:
         "num_key_value_heads": value("attention.head_count_kv") or heads,
         "rms_norm_eps": value("attention.layer_norm_rms_epsilon"),
         "max_position_embeddings": value("context_length"),
-        "vocab_size": file.shape("token_embd.weight")[0],
+        "vocab_size": (file.shape("token_embd.weight") or (None,))[0],
         "tie_word_embeddings": "output.weight" not in file,
         "attention_bias": "blk.0.attn_q.bias" in file,
         "mlp_bias": "blk.0.ffn_up.bias" in file,
@@ -250,7 +275,8 @@ def _config(file: _Source) -> dict[str, Any]:
         raise UnsupportedModel(
             f"{file.path}: rope over {rotated} of {config.get('head_dim')} dimensions is not supported"
         )
-    scaling = _rope_scaling(file, value, config)
+    attention = ModelConfig.from_dict(config, source=str(file.path)).attention
+    scaling = _rope_scaling(file, value, attention)
     if scaling:
         config["rope_scaling"] = scaling
     for key in ("bos_token_id", "eos_token_id", "pad_token_id"):
@@ -261,10 +287,10 @@ def _config(file: _Source) -> dict[str, Any]:
 
 
 def _rope_scaling(
-    file: _Source, value: Callable[[str], Any], config: Mapping[str, Any]
+    file: _Source, value: Callable[[str], Any], attention: AttentionConfig
 ) -> dict[str, Any] | None:
     if _ROPE_FACTORS in file:
-        return _llama3_scaling(file, float(config["rope_theta"]), int(config["head_dim"]))
+        return _llama3_scaling(file, attention)
     kind = value("rope.scaling.type")
     match kind:
         case None | "none":
@@ -281,14 +307,16 @@ def _rope_scaling(
     raise UnsupportedModel(f"{file.path}: rope scaling {kind!r} is not supported; none, linear and yarn are")
 
 
-def _llama3_scaling(file: _Source, theta: float, head_dim: int) -> dict[str, Any]:
+def _llama3_scaling(file: _Source, attention: AttentionConfig) -> dict[str, Any]:
     """The settings whose factors the file holds: Llama 3.1's (factor 8) or 3.2's (32), the two that were
     released.
     """
     stored = file.read(_ROPE_FACTORS).flatten()
+    head_dim, plain = attention.head_dim, attention.rope
+    assert isinstance(plain, DefaultRope)
     for factor in (8.0, 32.0):
-        scaled = Llama3Rope(theta, factor, 1.0, 4.0, 8192).inverse_frequencies(head_dim)
-        factors = DefaultRope(theta).inverse_frequencies(head_dim) / scaled
+        scaled = Llama3Rope(plain.theta, factor, 1.0, 4.0, 8192).inverse_frequencies(head_dim)
+        factors = plain.inverse_frequencies(head_dim) / scaled
         if factors.shape == stored.shape and torch.allclose(factors, stored, rtol=1e-4):
             return {
                 "rope_type": "llama3",

@@ -97,7 +97,7 @@ def token_at(metadata: Mapping[str, Any], key: str) -> tuple[int, str] | None:
     id = metadata.get(f"tokenizer.ggml.{key}")
     if id is None:
         return None
-    tokens = metadata.get("tokenizer.ggml.tokens", ())
+    tokens = _strings(metadata, "tokenizer.ggml.tokens")
     if not isinstance(id, int) or not 0 <= id < len(tokens):
         raise InvalidCheckpoint(f"the GGUF file's {key} {id!r} is outside its vocabulary of {len(tokens)}")
     return id, tokens[id]
@@ -133,11 +133,13 @@ def _post_processor(tokens: Sequence[str], metadata: Mapping[str, Any]) -> proce
     if not metadata.get("tokenizer.ggml.add_bos_token") or bos is None:
         return byte_level
     id, token = bos
+    # By a name of our own: a token's text may be one that templates read otherwise.
+    beginning = {"id": "bos", "ids": [id], "tokens": [token]}
     return processors.Sequence(
         [
             byte_level,
             processors.TemplateProcessing(
-                single=[token, "$A"], pair=[token, "$A", f"{token}:1", "$B:1"], special_tokens=[(token, id)]
+                single=["bos", "$A"], pair=["bos", "$A", "bos:1", "$B:1"], special_tokens=[beginning]
             ),
         ]
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import struct
 import sys
 from pathlib import Path
@@ -26,6 +27,7 @@ from petalite.model.span import load_span
 from petalite.model.tokenizer import load_tokenizer
 from petalite.node import smollm2 as packaged
 from tests.helpers.checkpoints import byte_tokenizer, tiny_llama
+from tests.helpers.disk import room_for
 
 TEMPLATE = "{% for m in messages %}{{ m.content }}{% endfor %}"
 BLOCK = {
@@ -270,6 +272,10 @@ NO_IDS = {"tokenizer.ggml.bos_token_id": None, "tokenizer.ggml.eos_token_id": No
         ({"llama.block_count": 2}, UnsupportedModel, r"tensor 'blk\.2\..*has no place"),
         ({"llama.attention.head_count": 3}, InvalidCheckpoint, "num_attention_heads 3"),
         ({"llama.embedding_length": None}, InvalidCheckpoint, "hidden_size is None"),
+        ({"llama.embedding_length": 128}, InvalidCheckpoint, "its settings make it"),
+        ({"llama.attention.key_length": 24}, InvalidCheckpoint, r"k_proj.* \(48, 64\)"),
+        ({"llama.block_count": 4}, InvalidCheckpoint, r"layers\.3\..* has shape None"),
+        ({"tokenizer.ggml.tokens": 5}, InvalidCheckpoint, "not a list of texts"),
     ],
 )
 def test_what_cannot_be_imported_is_named_and_leaves_nothing(
@@ -281,11 +287,56 @@ def test_what_cannot_be_imported_is_named_and_leaves_nothing(
     assert sorted(entry.name for entry in tmp_path.iterdir()) == ["original", "x.gguf"]
 
 
-def test_unknown_tensors_are_named(tmp_path: Path) -> None:
-    extra = {"blk.0.attn_sinks.weight": np.zeros(4, np.float32)}
-    path = write_gguf(tmp_path / "x.gguf", tiny_llama(tmp_path / "original"), extra=extra)
-    with pytest.raises(UnsupportedModel, match="attn_sinks"):
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"llama.rope.freq_base": "x"}, "rope_theta is 'x'"),
+        ({"llama.attention.key_length": 2**31 - 2}, "head_dim"),  # whose factors would be gigabytes
+        ({"llama.attention.head_count": "x"}, "num_attention_heads"),
+    ],
+)
+def test_rope_factors_beside_broken_settings(tmp_path: Path, changes: dict[str, Any], says: str) -> None:
+    extra = {"rope_freqs.weight": np.ones(8, np.float32)}
+    original = tiny_llama(tmp_path / "original")
+    path = write_gguf(tmp_path / "x.gguf", original, extra=extra, **changes)
+    with pytest.raises(InvalidCheckpoint, match=says):
         import_gguf(path, tmp_path / "new")
+
+
+@pytest.mark.parametrize("name", ["token_embd.weight", "rope_freqs.weight", "blk.0.attn_q.weight"])
+def test_a_tensor_without_dimensions(tmp_path: Path, name: str) -> None:
+    extra = {"rope_freqs.weight": np.ones(8, np.float32)}
+    path = write_gguf(tmp_path / "x.gguf", tiny_llama(tmp_path / "original"), extra=extra)
+    before, named, after = path.read_bytes().partition(name.encode())
+    n_dimensions = after[0]
+    path.write_bytes(before + named + bytes(4) + after[4 + 8 * n_dimensions :])
+    with pytest.raises(InvalidCheckpoint, match=r"x\.gguf"):
+        import_gguf(path, tmp_path / "new")
+
+
+@pytest.mark.parametrize("beginning", ["a:b", "<s>:1", "$A", "two words"])
+def test_a_beginning_that_templates_read_otherwise(beginning: str) -> None:
+    tokens = [*(token for token, _ in sorted(byte_tokenizer().get_vocab().items(), key=lambda item: item[1]))]
+    tokens[256] = beginning
+    metadata = {
+        "tokenizer.ggml.model": "gpt2",
+        "tokenizer.ggml.pre": "gpt-2",
+        "tokenizer.ggml.tokens": tokens,
+        "tokenizer.ggml.token_type": [1] * 256 + [3, 3],
+        "tokenizer.ggml.merges": [],
+        "tokenizer.ggml.bos_token_id": 256,
+        "tokenizer.ggml.add_bos_token": True,
+    }
+    assert build_tokenizer(metadata).encode("a").ids == [256, tokens.index("a")]
+
+
+def test_unknown_tensors_are_named(tmp_path: Path) -> None:
+    for name in ("blk.0.attn_sinks.weight", "blk.00.attn_norm.weight"):
+        extra = {name: np.zeros(64, np.float32)}
+        path = write_gguf(tmp_path / "x.gguf", tiny_llama(tmp_path / "original"), extra=extra)
+        with pytest.raises(UnsupportedModel, match=name):
+            import_gguf(path, tmp_path / "new")
+        shutil.rmtree(tmp_path / "original")
 
 
 def test_a_truncated_file_leaves_nothing(tmp_path: Path) -> None:
@@ -306,6 +357,10 @@ def test_a_disk_that_fills_up_leaves_nothing(tmp_path: Path, monkeypatch: pytest
     monkeypatch.setattr("petalite.model.gguf.write_tensors", full)
     with pytest.raises(InvalidArgument, match=r"cannot write .*new: No space left on device"):
         import_gguf(path, tmp_path / "new")
+    monkeypatch.undo()
+    for most in (1000, 3000, 10_000):  # in settings, tokenizer, weights
+        with room_for(most), pytest.raises(InvalidArgument, match=r"cannot write .*new: File too large"):
+            import_gguf(path, tmp_path / "new")
     assert not [entry for entry in tmp_path.iterdir() if "new" in entry.name]
 
 
