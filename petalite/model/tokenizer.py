@@ -22,6 +22,7 @@ _UNFINISHED = "\ufffd"  # what the bytes of half a character decode to
 _BYTE_TOKEN = re.compile(r"<0x[0-9A-F]{2}>")
 _CONTEXT_TOKENS = 8  # enough for any decoder to know what it stands after
 _MAX_FILE_BYTES = 256 << 20
+_MAX_TEMPLATE_BYTES = 1 << 20
 
 
 class Tokenizer:
@@ -61,7 +62,12 @@ class Tokenizer:
 
     def decode(self, ids: Iterable[int]) -> str:
         """The text of the ids; special tokens have none."""
-        return self._raw.decode(list(ids), skip_special_tokens=True)
+        listed = list(ids)
+        try:
+            return self._raw.decode(listed, skip_special_tokens=True)
+        except BaseException as error:
+            _refuse(error, "these tokens have no text in the checkpoint's tokenizer.json")
+            raise
 
     def stream(self, prompt_ids: Sequence[int] = ()) -> TokenStream:
         """A stream for what follows `prompt_ids`."""
@@ -72,6 +78,9 @@ class Tokenizer:
             return self._raw.encode(text, add_special_tokens=add_special_tokens).ids
         except (TypeError, UnicodeEncodeError) as error:  # lone surrogates
             raise InvalidArgument(f"cannot tokenize this text: {error}") from error
+        except BaseException as error:
+            _refuse(error, "the checkpoint's tokenizer.json cannot tokenize this text")
+            raise
 
     def has_same_ids(self, other: Tokenizer) -> bool:
         """Whether every id of either stands for the same piece of text in both."""
@@ -164,15 +173,24 @@ def load_tokenizer(checkpoint: Checkpoint) -> Tokenizer:
     return tokenizer
 
 
+def _refuse(error: BaseException, what: str) -> None:
+    """Raise InvalidCheckpoint where the library ran into something: it raises plain Exception and, where its
+    Rust code panics, a BaseException of a class that nobody can import.
+    """
+    if type(error) is Exception or type(error).__name__ == "PanicException":
+        raise InvalidCheckpoint(f"{what}: {error}") from error
+
+
 def _read_tokenizer(path: Path) -> RawTokenizer:
     try:
         if path.stat().st_size > _MAX_FILE_BYTES:
             raise InvalidCheckpoint(f"{path} is larger than {_MAX_FILE_BYTES >> 20} MiB")
         return RawTokenizer.from_file(str(path))
-    except InvalidCheckpoint:
+    except OSError as error:
+        raise InvalidCheckpoint(f"cannot read {path}: {error.strerror or error}") from error
+    except BaseException as error:
+        _refuse(error, f"{path} is not a tokenizer that can be read")
         raise
-    except Exception as error:  # the library raises plain Exception
-        raise InvalidCheckpoint(f"{path} is not a tokenizer that can be read: {error}") from error
 
 
 def _eos_ids(checkpoint: Checkpoint, raw: RawTokenizer, config: Mapping[str, Any]) -> frozenset[int]:
@@ -184,7 +202,10 @@ def _eos_ids(checkpoint: Checkpoint, raw: RawTokenizer, config: Mapping[str, Any
         found |= {id for id in ids if isinstance(id, int) and not isinstance(id, bool) and id >= 0}
         if found:
             break
-    own = raw.token_to_id(_token_text(config.get("eos_token")))
+    try:
+        own = raw.token_to_id(_token_text(config.get("eos_token")))
+    except UnicodeEncodeError:  # a lone surrogate, which is no token's
+        own = None
     return frozenset(found if own is None else found | {own})
 
 
@@ -205,12 +226,14 @@ def _chat_template(checkpoint: Checkpoint, config: Mapping[str, Any]) -> ChatTem
     template: Any = config.get("chat_template")
     if path is not None:
         try:
+            if path.stat().st_size > _MAX_TEMPLATE_BYTES:
+                raise InvalidCheckpoint(f"{path} is larger than {_MAX_TEMPLATE_BYTES >> 20} MiB")
             template = path.read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
             raise InvalidCheckpoint(f"cannot read {path}: {error}") from error
     if isinstance(template, list):
-        named = {entry.get("name"): entry.get("template") for entry in template if isinstance(entry, dict)}
-        template = named.get("default")
+        named = [one for one in template if isinstance(one, dict) and one.get("name") == "default"]
+        template = named[-1].get("template") if named else None
     if not isinstance(template, str):
         return None
     tokens = {

@@ -239,6 +239,9 @@ def broken(folder: Path, what: str) -> None:
             (folder / "tokenizer_config.json").write_text("[]")
         case "binary template":
             (folder / "chat_template.jinja").write_bytes(b"\xff\xfe")
+        case "endless template":
+            with (folder / "chat_template.jinja").open("wb") as file:
+                file.truncate(1 << 40)
         case "too many tokens":
             raw = byte_tokenizer()
             raw.add_tokens([f"token {number}" for number in range(10)])
@@ -254,6 +257,7 @@ def broken(folder: Path, what: str) -> None:
         ("no tokenizer", InvalidCheckpoint, "is not a tokenizer that can be read"),
         ("config no JSON", InvalidCheckpoint, "expected an object"),
         ("binary template", InvalidCheckpoint, "cannot read .*chat_template"),
+        ("endless template", InvalidCheckpoint, "is larger than 1 MiB"),
         ("too many tokens", InvalidCheckpoint, "token ids up to 267, but the model's vocabulary is 260"),
     ],
 )
@@ -262,6 +266,45 @@ def test_a_broken_folder_is_one_clear_sentence(what: str, error: type, says: str
     broken(checkpoint.folder, what)
     with pytest.raises(error, match=says):
         load_tokenizer(checkpoint)
+
+
+UNKNOWN = RawTokenizer(models.BPE(vocab={"a": 0, "b": 1}, merges=[], unk_token="nowhere"))
+PANICS = {  # changes to a file that the library reads, and then panics at
+    "post_processor": {
+        "type": "TemplateProcessing",
+        "single": [{"SpecialToken": {"id": "x", "type_id": 0}}],
+        "pair": [],
+        "special_tokens": {},
+    },
+    "decoder": {"type": "Strip", "content": "a", "start": 1 << 31, "stop": 1 << 31},
+}
+
+
+@pytest.mark.parametrize("part", PANICS)
+def test_a_tokenizer_that_breaks_at_work(part: str, tmp_path: Path) -> None:
+    checkpoint = folder_with(tmp_path, {})
+    path = checkpoint.folder / "tokenizer.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {part: PANICS[part]}))
+    tokenizer = load_tokenizer(checkpoint)
+    with pytest.raises(InvalidCheckpoint, match=r"tokenizer\.json"):
+        tokenizer.decode(tokenizer.encode("abc"))
+
+
+def test_a_text_with_what_the_tokenizer_does_not_know() -> None:
+    with pytest.raises(InvalidCheckpoint, match="nowhere"):
+        Tokenizer(UNKNOWN, eos_ids=frozenset()).encode("abc")
+
+
+@pytest.mark.parametrize(
+    "config",
+    ['{"eos_token": "\\ud800"}', '{"chat_template": [{"name": ["default"], "template": "x"}, {"name": {}}]}'],
+)
+def test_settings_that_name_nothing(config: str, tmp_path: Path) -> None:
+    checkpoint = folder_with(tmp_path, {})
+    (checkpoint.folder / "tokenizer_config.json").write_text(config)
+    tokenizer = load_tokenizer(checkpoint)
+    with pytest.raises(InvalidArgument, match="no chat template"):
+        tokenizer.encode_chat([{"role": "user", "content": "x"}])
 
 
 def test_text_that_is_no_text() -> None:
