@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
 import torch
 
+from petalite.client.session import StepInput
 from petalite.net.identity import PeerId
 from tests.client.fakes import FakeSwarm, reference
 from tests.client.runs import BOTH, SPANS, WHOLE, run, session_over, tokens
-from tests.helpers.memory_net import MemoryCall
+from tests.helpers.memory_net import MemoryCall, MemoryNet
 
 
 @BOTH
@@ -29,6 +31,37 @@ def test_a_server_that_computes_nonsense_is_replaced(pushing: bool, index: int) 
             assert liar not in [hop.peer for hop in session.chain]
         assert torch.equal(output, reference(WHOLE, tokens(9))[4:])
 
+    run(main())
+
+
+@pytest.mark.parametrize("which", [0, 1, 2])
+def test_a_lie_about_one_row_of_a_prefill_is_not_taken_for_another(
+    which: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Three prompts go one after the other, and their answers come in the same turn of the loop."""
+    send = MemoryCall.send
+    answers = itertools.count()
+
+    async def lying(self: MemoryCall, body: dict[str, Any], buffers: Sequence[Any] = ()) -> None:
+        if body.get("kind") == "done" and next(answers) == which:
+            body = body | {"rows": [9, 0, 2]}
+        await send(self, body, buffers)
+
+    async def main() -> None:
+        swarm = FakeSwarm({1: WHOLE, 2: WHOLE}, net=MemoryNet(latency_s=0.1))
+        texts = [tokens(3, seed) for seed in range(3)]
+        expected = [reference(WHOLE, text) for text in texts]
+        async with session_over(swarm, rows=3) as session:
+            liar = session.chain[0].peer
+            prefill = [StepInput(text[:2], [(row, 0, 2)]) for row, text in enumerate(texts)]
+            found = await session.steps(prefill)
+            assert torch.equal(torch.cat(found), torch.cat([one[:2] for one in expected]))
+            rows = [(row, 2, 1) for row in range(3)]
+            found = [await session.step(torch.cat([text[2:] for text in texts]), rows)]
+            assert torch.equal(torch.cat(found), torch.cat([one[2:] for one in expected]))
+            assert swarm.failures == [liar]
+
+    monkeypatch.setattr(MemoryCall, "send", lying)
     run(main())
 
 
