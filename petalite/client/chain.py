@@ -21,7 +21,7 @@ from petalite.client.carrying import Carrier, Part
 from petalite.client.hops import NOTHING_MORE, Opening, Servers, Wanted
 from petalite.client.settings import SessionSettings
 from petalite.client.stages import Answers, Leg, Stage, StageFailed, legs_of
-from petalite.client.trace import Recovery
+from petalite.client.trace import Recovery, Trace
 from petalite.errors import (
     BadMessage,
     BadTensor,
@@ -76,7 +76,7 @@ class Chain:
         self.span = span
         self.stages: list[Stage] = []
         self.legs: list[Leg] = []  # of the stages
-        self.recoveries: list[Recovery] = []
+        self.trace = Trace()
         self.is_closed = False
         self._opening: list[Stage] = []  # and not yet among the stages
         self._servers = servers
@@ -196,7 +196,7 @@ class Chain:
             cause=str(lost[0].error),
         )
         logger.info("replaced %s with blocks %s: %s", recovery.lost, span, recovery.cause)
-        self.recoveries.append(recovery)
+        self.trace.recoveries.append(recovery)
 
     async def _report(self, stage: Stage) -> None:
         """Tell who failed, once; first ask it, where only another has said so. Of one that answers there is

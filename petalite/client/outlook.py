@@ -61,6 +61,7 @@ class Outlook:
         now_s = asyncio.get_running_loop().time()
         if isinstance(error, ShuttingDown):
             # No failure: it may be back, or has moved, and other blocks of it are as good as anybody's.
+            self._leaving = {who: left for who, left in self._leaving.items() if now_s < left[1]}
             for entry in self._directory.servers:
                 if entry.peer == peer:
                     self._leaving[peer] = entry.record.span, now_s + LEAVING_S

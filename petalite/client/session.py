@@ -20,7 +20,6 @@ from petalite.client.hops import Servers
 from petalite.client.patience import Patience, PatienceSettings
 from petalite.client.settings import SessionSettings
 from petalite.client.stages import Answers, StageFailed
-from petalite.client.trace import Trace
 from petalite.errors import InvalidArgument, NetworkError, RemoteError, SessionGap, SessionLimit
 from petalite.swarm.kept import Row
 from petalite.swarm.messages import ALL
@@ -74,7 +73,7 @@ class Session:
             settings=settings,
             adapter=adapter,
         )
-        self.trace = Trace(recoveries=self._chain.recoveries)
+        self.trace = self._chain.trace
         self._is_open = False
         self._is_stepping = False
 

@@ -11,7 +11,9 @@ from petalite.swarm.messages import HopReport
 from petalite.swarm.routing import Hop
 from petalite.swarm.spans import Span
 
-KEPT_STEPS = 4096  # older steps are forgotten
+# What is older is forgotten.
+KEPT_STEPS = 4096
+KEPT_RECOVERIES = 256
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,4 +65,4 @@ class Trace:
     """Of one session, oldest first."""
 
     steps: deque[StepTiming] = field(default_factory=lambda: deque(maxlen=KEPT_STEPS))
-    recoveries: list[Recovery] = field(default_factory=list)
+    recoveries: deque[Recovery] = field(default_factory=lambda: deque(maxlen=KEPT_RECOVERIES))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import collections
 from dataclasses import replace
 from types import SimpleNamespace
@@ -9,8 +10,9 @@ from typing import Any
 
 import pytest
 
-from petalite.client.outlook import Outlook
+from petalite.client.outlook import LEAVING_S, Outlook
 from petalite.client.settings import RING, ROUTES, Routing
+from petalite.errors import ShuttingDown
 from petalite.net.identity import PeerId
 from petalite.sim import loop
 from petalite.swarm.bans import Bans
@@ -90,3 +92,15 @@ def test_a_change_has_to_pay_for_its_replay() -> None:
 
     assert loop.run(main(20))
     assert not loop.run(main(2000))
+
+
+def test_who_left_long_ago_is_forgotten() -> None:
+    view = outlook(dict.fromkeys(range(8), PLAIN), {})
+
+    async def main() -> None:
+        for number in range(8):
+            view.failed(peer(number), ShuttingDown("it leaves"))
+            await asyncio.sleep(LEAVING_S / 2)
+        assert len(view._leaving) <= 2
+
+    loop.run(main())

@@ -249,6 +249,21 @@ def test_recovery_is_recorded_and_the_others_keep_their_caches(pushing: bool) ->
     run(main())
 
 
+def test_a_session_of_many_recoveries_remembers_the_latest(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("petalite.client.trace.KEPT_RECOVERIES", 3)
+
+    async def main() -> None:
+        swarm = FakeSwarm({1: WHOLE})
+        async with session_over(swarm) as session:
+            for position in range(6):
+                await session.step(tokens(1, position), [(0, position, 1)])
+                swarm.add(position + 2, WHOLE)
+                swarm.net.kill(session.chain[0].peer)
+            assert [one.replayed_tokens for one in session.trace.recoveries] == [3, 4, 5]
+
+    run(main())
+
+
 @BOTH
 def test_missing_blocks_leave_the_session_able_to_go_on(pushing: bool) -> None:
     """The only holder dies; the step fails naming its blocks; when a new one appears the step succeeds."""
