@@ -18,6 +18,7 @@ from petalite.client.penalties import Penalties
 from petalite.errors import InvalidArgument
 
 MOST_BEAMS = 64
+MOST_PENALTY = 10  # of length: as a power of any text's, still a number
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,6 +30,11 @@ class BeamSettings:
     def __post_init__(self) -> None:
         if not 2 <= self.beams <= MOST_BEAMS:
             raise InvalidArgument(f"a beam search has 2 to {MOST_BEAMS} beams, found {self.beams}")
+        if not abs(self.length_penalty) <= MOST_PENALTY:
+            raise InvalidArgument(
+                f"length_penalty is a number from {-MOST_PENALTY} to {MOST_PENALTY}, found "
+                f"{self.length_penalty}"
+            )
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -122,3 +123,9 @@ def test_searches_that_cannot_work(folder: Path) -> None:
                 model.beam_search(PROMPT, **wrong)
         with pytest.raises(PromptTooLong):
             model.beam_search([1] * 3000)
+
+
+@pytest.mark.parametrize("penalty", [math.nan, math.inf, -math.inf, 1e4, -1e4])
+def test_a_penalty_that_orders_no_texts_is_refused(penalty: float) -> None:
+    with pytest.raises(InvalidArgument, match="length_penalty"):
+        BeamSettings(length_penalty=penalty)
