@@ -93,6 +93,20 @@ def bound(held: Sequence[Holding], n_blocks: int) -> float:
     return sum(throughputs(held, n_blocks)) / n_blocks
 
 
+def _ceiling(held: Sequence[Holding], n_blocks: int) -> float:
+    """The same where one server is so fast, or says so, that it lifts the mean beyond what its few blocks can
+    give to all: the most that the weakest block can have if no server counts for more than that in any block.
+    """
+    inside = ((one.tokens_per_s, min(one.future.end, n_blocks) - one.future.start) for one in held)
+    servers = sorted((tokens_per_s, length) for tokens_per_s, length in inside if length > 0)
+    totals = [0.0, *accumulate(tokens_per_s * length for tokens_per_s, length in servers)]
+    left = n_blocks
+    while servers and servers[-1][1] < left and totals[-1] < left * servers[-1][0]:
+        left -= servers.pop()[1]
+        totals.pop()
+    return totals[-1] / left
+
+
 def join_span(held: Sequence[Holding], n_blocks: int, length: int) -> Span:
     """The span of `length` blocks where the swarm is weakest.
 
@@ -183,7 +197,7 @@ def plan_moves(held: Sequence[Holding], n_blocks: int, policy: MovePolicy = Move
     ordered = sorted(held, key=lambda holding: holding.peer.public_key)
     load = throughputs(ordered, n_blocks)
     best = Plan((), min(load), min(load), n_blocks)
-    ceiling = sum(load) / n_blocks
+    ceiling = _ceiling(ordered, n_blocks)
     if not ordered or ceiling <= 0:
         return best
     price = policy.price * ceiling / len(ordered)

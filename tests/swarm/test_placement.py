@@ -17,6 +17,7 @@ from petalite.swarm.placement import (
     MoveCost,
     Plan,
     _best_shift,
+    _ceiling,
     before_me,
     bound,
     decide_move,
@@ -152,6 +153,35 @@ def test_what_the_swarm_loses_while_the_mover_loads_is_charged(reload_s: float, 
     held = swarm((0, 4, 10), (0, 4, 10), (4, 8, 20))
     plan = Plan((Move(peer(1), Span(0, 4), Span(4, 8)),), before=20, after=25, n_blocks=8)
     assert decide_move(peer(1), plan, held, MoveCost(reload_s)) == target
+
+
+@pytest.mark.parametrize("tokens_per_s", [1e4, 1e9])
+def test_one_that_says_it_is_enormous_does_not_keep_the_others_where_they_are(tokens_per_s: float) -> None:
+    """It holds one block, which lifts the mean of all blocks and none of the others."""
+    held = swarm(*[(0, 4, 10)] * 8, (4, 8, 10), (8, 12, 10))
+    expected = plan_moves(held, 12)
+    assert expected.after == 30.0
+    assert plan_moves([*held, Holding(peer(99), Span(0, 1), tokens_per_s)], 12).after == expected.after
+
+
+@given(
+    st.lists(
+        st.tuples(st.integers(0, 13), st.integers(1, 8), st.just(0.0) | st.floats(1e-6, 1e9)), max_size=8
+    )
+)
+@settings(deadline=None)
+def test_the_ceiling_is_the_most_that_capped_servers_add_up_to(rows: list[tuple[int, int, float]]) -> None:
+    """Of t tokens/s in all 12 blocks, one server can give no more than t in each of its own."""
+    held = swarm(*((start, start + length, tokens_per_s) for start, length, tokens_per_s in rows))
+    ceiling = _ceiling(held, 12)
+
+    def missing(share: float) -> float:
+        aim = share * ceiling
+        inside = [(len(range(one.span.start, min(one.span.end, 12))), one.tokens_per_s) for one in held]
+        return 12 * aim - sum(length * min(tokens_per_s, aim) for length, tokens_per_s in inside)
+
+    assert missing(0.999) <= 1e-9 * ceiling
+    assert ceiling == 0 or missing(1.001) > 0
 
 
 @pytest.mark.parametrize("change", [{"pinned": True}, {"serving": False}, {"claim": Span(0, 4)}])
