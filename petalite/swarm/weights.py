@@ -156,7 +156,8 @@ class PeerWeights:
         self._loop = asyncio.get_running_loop()
         self._thread = threading.current_thread()
         self.liars: set[PeerId] = set()
-        self._fetching: set[concurrent.futures.Future[None]] = set()
+        self._fetching: set[asyncio.Task[None]] = set()
+        self._closed = False
         self._locked: IO[bytes] | None = None
         self._usual_s: deque[float] = deque(maxlen=64)  # that pieces took
 
@@ -165,9 +166,10 @@ class PeerWeights:
         self._directory = Directory(self._peer.dht, self._model_id, Span(0, n_blocks))
 
     def close(self) -> None:
-        """End what is being fetched, and let others have the folder."""
-        for future in list(self._fetching):
-            future.cancel()
+        """End what is being fetched, and let others have the folder. On the loop's thread."""
+        self._closed = True
+        for task in self._fetching:
+            task.cancel()
         if self._locked is not None:
             self._locked.close()
 
@@ -305,14 +307,21 @@ class PeerWeights:
     def fetch(self, store: TensorStore, names: Sequence[str]) -> None:
         """`tensorstore.Fetch`, for another thread than the loop's, which would wait for itself."""
         assert threading.current_thread() is not self._thread
-        future = asyncio.run_coroutine_threadsafe(self.bring_tensors(store, names), self._loop)
-        self._fetching.add(future)
         try:
-            future.result()
+            asyncio.run_coroutine_threadsafe(self._bring_while_open(store, names), self._loop).result()
         except concurrent.futures.CancelledError:
             raise ShuttingDown("the node that fetched weights is closing") from None
+
+    async def _bring_while_open(self, store: TensorStore, names: Sequence[str]) -> None:
+        if self._closed:
+            raise ShuttingDown("the node that fetched weights is closed")
+        task = asyncio.current_task()
+        assert task is not None
+        self._fetching.add(task)
+        try:
+            await self.bring_tensors(store, names)
         finally:
-            self._fetching.discard(future)
+            self._fetching.discard(task)
 
     async def bring_tensors(self, store: TensorStore, names: Sequence[str]) -> None:
         """Into the store, each found right. Raises Unreachable when nobody gives any more of them."""

@@ -20,6 +20,7 @@ from petalite.errors import (
     InvalidCheckpoint,
     Refused,
     ResourceLimit,
+    ShuttingDown,
     Unreachable,
     WrongModel,
 )
@@ -423,3 +424,15 @@ def test_manifests_name_files(model: Path, tmp_path: Path) -> None:
     ):
         with pytest.raises(InvalidCheckpoint, match="manifest"):
             Manifest.parse({"version": 1, "tensors": {}, "files": files}, source="manifest.json")
+
+
+async def test_nothing_is_fetched_once_it_is_closed(swarm: Swarm) -> None:
+    """A thread that loads may come with its next tensors after that: the folder is somebody else's now."""
+    giver = await swarm.giver()
+    fetching = swarm.weights()
+    store = await swarm.store(fetching)
+    asked = giver.asked
+    fetching.close()
+    with pytest.raises(ShuttingDown):
+        await asyncio.to_thread(fetching.fetch, store, [BLOCK])
+    assert giver.asked == asked
