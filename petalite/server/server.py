@@ -76,6 +76,7 @@ class BlockServer:
         self._loaded: LoadedBlocks | None = None  # None: nothing is served, while it loads
         self._speed: BlockSpeed | None = None  # of the blocks served last
         self._load_s = 0.0
+        self._leaving = False
         self._closing = AsyncExitStack()
 
     async def start(self, progress: Progress | None = None) -> None:
@@ -128,6 +129,7 @@ class BlockServer:
 
         Takes at most 5 s more than `drain_s`.
         """
+        self._leaving = True
         await self._closing.aclose()
 
     @property
@@ -280,7 +282,9 @@ class BlockServer:
         return entries
 
     async def _announce(self) -> None:
-        """Say what is so now."""
+        """Say what is so now; once it leaves, there is nothing more to say than that."""
+        if self._leaving:
+            return
         entries = self._entries()
         if self._announcement is None:
             self._announcement = await self.peer.dht.announce_all(entries, self.settings.record_ttl_s)
@@ -323,5 +327,6 @@ def holdings_of(entries: Sequence[ServerEntry]) -> list[Holding]:
 async def _end(task: asyncio.Task[None]) -> None:
     """Cancel a task and wait for its end; what had gone wrong in it is raised here."""
     task.cancel()
-    with suppress(asyncio.CancelledError):
-        await task
+    await asyncio.wait([task])
+    if not task.cancelled():
+        task.result()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
-from contextlib import AsyncExitStack
+from contextlib import AsyncExitStack, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from petalite.server.loaded import ComputeSettings
 from petalite.server.memory import MemorySettings
 from petalite.server.moving import MoveSettings, look
 from petalite.server.node import Node
-from petalite.server.server import BlockServer, ServerSettings
+from petalite.server.server import BlockServer, ServerSettings, _end
 from petalite.server.throughput import BlockSpeed
 from petalite.swarm.records import ServerRecord, pack, unpack
 from petalite.swarm.spans import Span
@@ -198,3 +198,48 @@ async def test_leaving_takes_no_longer_than_it_says(servers: Servers) -> None:
             assert first.sessions.count == 0
     with pytest.raises(ShuttingDown):
         await first._load(Span(0, 1))
+
+
+async def test_leaving_with_a_claim_takes_no_longer_either(
+    servers: Servers, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The claim is not taken back first, from peers that are silent: all that it announced is withdrawn."""
+    first, leaving = await servers.start(), await servers.start("3:6")
+    await servers.start("0:3")
+    await leaving.close()
+    claimed = asyncio.Event()
+
+    async def prepare(span: Span) -> None:
+        claimed.set()
+
+    async def silence(*_: object) -> None:
+        await asyncio.sleep(60.0)
+
+    monkeypatch.setattr(first, "prepare", prepare)
+    looking = first._spawn(look(first, replace(SOON, claim_s=60.0)))
+    first._closing.push_async_callback(_end, looking)
+    await claimed.wait()
+    monkeypatch.setattr(Announcement, "update", silence)
+    async with asyncio.timeout(0.1 + 5.0) as deadline:
+        await first.close()
+    assert not deadline.expired()
+    assert looking.cancelled()
+
+
+async def test_who_gives_up_waiting_for_a_task_to_end_is_not_held() -> None:
+    """The task takes its time over being cancelled; its end is waited for, but not against one's own."""
+
+    async def slow() -> None:
+        try:
+            await asyncio.sleep(60.0)
+        finally:
+            with suppress(asyncio.CancelledError):
+                await asyncio.sleep(60.0)
+
+    task = asyncio.create_task(slow())
+    await asyncio.sleep(0)
+    with pytest.raises(TimeoutError):
+        async with asyncio.timeout(0.01):
+            await _end(task)
+    task.cancel()
+    await asyncio.wait([task])
