@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated
 
-from petalite.errors import NetworkError, RemoteError
+from petalite.errors import BadMessage, NetworkError, RemoteError
 from petalite.net.host import Host
 from petalite.net.identity import PeerId
 from petalite.net.messages import Message
@@ -91,9 +91,11 @@ class Links:
 
     async def _exchange(self, peer: PeerId, nbytes: int) -> None:
         noise = memoryview(self._noise)[:nbytes]
-        await self._host.call(
+        answer = await self._host.call(
             peer, METHOD, encode(Transfer(nbytes)), [noise], timeout_s=CALL_S, priority=Priority.BULK
         )
+        if sum(map(len, answer.buffers)) != nbytes:
+            raise BadMessage(f"{peer.short()} was asked for {nbytes} bytes and gave another number")
 
 
 def neighbours(span: Span, me: PeerId, servers: Sequence[ServerEntry]) -> list[ServerEntry]:
