@@ -10,9 +10,8 @@ from dataclasses import dataclass
 
 from petalite.swarm.messages import DECODE_TOKENS
 
-LEARN_STEPS = 4  # before that many, the settings' own bound holds
-# A chain that was mended is not known, but much is the same: until its own steps are, it gets so many times
-# what the one before would have had.
+LEARN_STEPS = 4  # are known well; before the first of a session the settings' own bound holds
+# Fewer steps, or those of a chain that was mended since, say less: so many times what they would allow.
 DOUBT = 4.0
 
 
@@ -46,8 +45,11 @@ class _Learnt:
 
     @property
     def usual_s(self) -> float | None:
-        """The mean and four deviations; those of the chain before, until enough is known of this one."""
-        return self.mean_s + 4 * self.deviation_s if self.is_enough else self.before_s
+        """The mean and four deviations; until this chain is known well, no less than of the one before."""
+        if not self.count:
+            return self.before_s
+        own_s = self.mean_s + 4 * self.deviation_s
+        return own_s if self.is_enough else max(own_s, self.before_s or 0.0)
 
 
 class Patience:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from petalite.client.patience import LEARN_STEPS, Patience, PatienceSettings
+from petalite.client.patience import DOUBT, LEARN_STEPS, Patience, PatienceSettings
 
 
 def test_before_learning_the_settings_hold() -> None:
@@ -22,6 +22,16 @@ def test_steady_steps_are_waited_for_a_few_times_as_long() -> None:
     for _ in range(100):
         patience.observe(200, 20.0)
     assert 80 <= patience.timeout_s(200) < 90
+
+
+def test_one_step_says_something_and_is_doubted() -> None:
+    """A replay of a long text is not waited for as if nothing were known of its prompt's prefill."""
+    patience = Patience(PatienceSettings(step_s=30, token_s=0.25))
+    patience.observe(100, 0.1)
+    assert patience.timeout_s(2000) == 2000 * 0.001 * 3 * 4 * DOUBT
+    assert patience.timeout_s(1) == 30.25, "nothing is known of steps"
+    patience.observe(1, 0.5)
+    assert patience.timeout_s(1) == 0.5 * 3 * 4 * DOUBT
 
 
 def test_a_mended_chain_is_judged_by_the_one_before_and_more_mildly() -> None:
