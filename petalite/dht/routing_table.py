@@ -219,6 +219,7 @@ class RoutingTable:
             if self._diverse(contact, bucket):
                 self._enter(bucket, Entry(contact, now_s - self.settings.fresh_s))
                 return
+        self._enter(bucket, loser)  # after all: nobody else may have its place
 
     def _diverse(self, contact: Contact, bucket: Bucket | None) -> bool:
         """Whether there is room for one more peer of this prefix."""

@@ -106,6 +106,21 @@ def test_without_a_replacement_a_peer_may_fail_a_few_times():
     assert peer.node_id not in table
 
 
+def test_nobody_gives_way_to_those_that_may_not_enter():
+    """Those that wait are of one network, and only one of them may have a place: a second peer that misses
+    one call keeps its own."""
+    table = RoutingTable(OWN, TableSettings(k=3, per_prefix_in_bucket=1), PUBLIC)
+    first, second, *_ = full_bucket(table)
+    crowd = [peer for n in range(1000, 1040) if not OWN.shared_bits((peer := contact(n, (99, 9))).node_id)]
+    for peer in crowd[:3]:
+        table.add(peer, 0.0)
+    table.failed(first.node_id, 1.0)
+    assert len(table) == 3
+    table.failed(second.node_id, 1.0)
+    assert second.node_id in table
+    assert len(table) == 3
+
+
 def test_those_waiting_are_bounded():
     table = RoutingTable(OWN, TableSettings(k=4))
     far = full_bucket(table)
