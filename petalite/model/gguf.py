@@ -13,6 +13,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import os
 import re
 import secrets
 import shutil
@@ -72,7 +73,7 @@ def import_gguf(
     source, target = Path(source).expanduser(), Path(target).expanduser()
     if dtype not in _TARGET_DTYPES:
         raise InvalidArgument(f"dtype {dtype!r} is not known; choose one of {', '.join(_TARGET_DTYPES)}")
-    if target.exists():
+    if os.path.exists(target):  # noqa: PTH110 -- Path's raises for a name that is too long
         raise InvalidArgument(f"{target} exists already; give a folder that does not, or remove it first")
     file = _Source(source)
     scratch = target.with_name(f".{target.name}.{secrets.token_hex(4)}")
@@ -99,7 +100,7 @@ class _Source:
             raise InvalidArgument(
                 "importing GGUF files needs an extra: pip install 'petalite[gguf]'"
             ) from error
-        if not path.is_file():
+        if not os.path.isfile(path):  # noqa: PTH113 -- as above
             raise InvalidCheckpoint(f"there is no file {path}")
         self.path = path
         self._gguf = gguf

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import sys
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
@@ -130,7 +131,8 @@ def list_versions(folder: str | Path) -> tuple[list[Version], list[InvalidAdapte
 
 def find_version(which: str | Path, folder: str | Path | None = None) -> Version:
     """By path; or, in a folder, by the beginning of its digest. Raises InvalidAdapter, InvalidArgument."""
-    if folder is None or Path(which).is_file():
+    # Path's is_file raises for a name that is too long.
+    if folder is None or os.path.isfile(which):  # noqa: PTH113
         return read_version(which)
     prefix = str(which).lower()
     found = [version for version in list_versions(folder)[0] if version.digest.startswith(prefix)]

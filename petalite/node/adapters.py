@@ -8,7 +8,7 @@ from pathlib import Path
 from rich.table import Table
 
 from petalite.model.versions import Version, diff, find_version, lineage, list_versions
-from petalite.node.console import err, out
+from petalite.node.console import err, out, plain
 
 
 def run(folder: Path, compare: tuple[str, str] | None) -> None:
@@ -17,12 +17,12 @@ def run(folder: Path, compare: tuple[str, str] | None) -> None:
         return
     versions, broken = list_versions(folder)
     for model in sorted({version.card.model for version in versions}):
-        out.print(f"\n[bold]{model}[/]")
+        out.print(f"\n[bold]{plain(model)}[/]")
         out.print(tree([version for version in versions if version.card.model == model]))
     for error in broken:
-        err.print(f"[red]{error}[/]")
+        err.print(f"[red]{plain(error)}[/]")
     if not versions:
-        out.print(f"{folder} has no versions; petalite.tuning.save_version writes them")
+        out.print(f"{plain(folder)} has no versions; petalite.tuning.save_version writes them")
 
 
 def tree(versions: list[Version]) -> Table:
@@ -33,12 +33,12 @@ def tree(versions: list[Version]) -> Table:
         values = sum(math.prod(shape) for shape in version.shapes.values())
         table.add_row(
             "  " * max(0, depth - 1) + ("└ " if depth else "") + version.short,
-            card.method,
-            _pairs(card.settings),
-            _pairs(card.metrics),
+            plain(card.method),
+            plain(_pairs(card.settings)),
+            plain(_pairs(card.metrics)),
             f"{values:,}",
-            card.created[:16].replace("T", " "),
-            card.note,
+            plain(card.created[:16].replace("T", " ")),
+            plain(card.note),
         )
     return table
 
@@ -46,7 +46,7 @@ def tree(versions: list[Version]) -> Table:
 def show_diff(one: Version, other: Version) -> None:
     table = Table("", one.short, other.short, box=None)
     for key, (a, b) in diff(one, other).items():
-        table.add_row(key, _text(a), _text(b))
+        table.add_row(*map(plain, (key, _text(a), _text(b))))
     out.print(table)
 
 

@@ -5,7 +5,9 @@ Nothing heavy is imported until a command needs it: `--help` and `bootstrap` loa
 
 from __future__ import annotations
 
+import os
 import sys
+from io import TextIOWrapper
 from pathlib import Path
 from typing import Annotated
 
@@ -204,6 +206,14 @@ def main() -> None:
     """Errors of petalite's own end in one sentence and exit code 2; everything else is a bug and shows
     itself.
     """
+    for descriptor in range(3):  # closed ones would be given to sockets, and be spoken to
+        try:
+            os.fstat(descriptor)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)
+    for stream in (sys.stdin, sys.stdout):
+        if isinstance(stream, TextIOWrapper):  # a letter that a terminal has not ends no conversation
+            stream.reconfigure(errors="replace")
     try:
         app()
     except PetaliteError as error:

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from typing import Any, TypeVar
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from petalite.net.loop import new_event_loop
@@ -18,6 +19,12 @@ T = TypeVar("T")
 
 out = Console(highlight=False, soft_wrap=True)
 err = Console(highlight=False, soft_wrap=True, stderr=True)
+
+
+def plain(text: object) -> str:
+    """A stranger's text for a console: its brackets are no markup, and it moves no cursor."""
+    return escape("".join(letter if letter.isprintable() else "\ufffd" for letter in str(text)))
+
 
 Report = Callable[[int, int], None]
 """`report(done, total)`: progress of something countable."""

@@ -154,7 +154,10 @@ class Room:
     memory: Annotated[
         float | None,
         Option(
-            metavar="GIB", help="For blocks and cache together. By default half of what is free.", min=0.001
+            metavar="GIB",
+            help="For blocks and cache together. By default half of what is free.",
+            min=0.001,
+            max=2**30,
         ),
     ] = None
     cache_tokens: Annotated[

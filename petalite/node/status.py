@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from rich.table import Table
 
-from petalite.node.console import out, run_async
+from petalite.node.console import out, plain, run_async
 from petalite.node.settings import NodeSettings
 from petalite.swarm.directory import Directory, find_models
 from petalite.swarm.peer import SwarmPeer
@@ -36,7 +36,7 @@ async def _run(settings: NodeSettings) -> None:
 def show_model(model: ModelRecord, directory: Directory) -> None:
     spans = [entry.record.span for entry in directory.servers if entry.record.serving]
     missing = uncovered(directory.span, spans)
-    out.print(f"\n[bold]{model.model_id}[/]  {model.n_blocks} blocks, {len(spans)} servers")
+    out.print(f"\n[bold]{plain(model.model_id)}[/]  {model.n_blocks} blocks, {len(spans)} servers")
     if missing:
         out.print(f"[red]nobody serves {describe(missing)}[/]")
     out.print(f"  holders per block  {holders(directory.span, spans)}")
@@ -47,17 +47,17 @@ def show_model(model: ModelRecord, directory: Directory) -> None:
         table.add_row(
             entry.peer.short(),
             f"{record.span}{going}",
-            record.dtype if record.quant == "none" else f"{record.dtype} {record.quant}",
+            plain(record.dtype) if record.quant == "none" else plain(f"{record.dtype} {record.quant}"),
             f"{record.block_ms:.2f}",
             f"{record.sessions}, {record.kept_mib} MiB kept" if record.kept_mib else str(record.sessions),
             str(record.free_tokens) if record.serving else "loading",
-            record.addresses[0] if record.addresses else str(entry.peer),
+            plain(record.addresses[0]) if record.addresses else str(entry.peer),
         )
     out.print(table)
     lent = {(one.name, one.digest) for entry in directory.servers for one in entry.record.adapters}
     for name, digest in sorted(lent):
         spans = [entry.record.span for entry in directory.servers if lends(entry.record, digest)]
-        out.print(f"  adapter {name} ({digest.hex()[:12]})  {holders(directory.span, spans)}")
+        out.print(f"  adapter {plain(name)} ({digest.hex()[:12]})  {holders(directory.span, spans)}")
 
 
 def lends(record: ServerRecord, digest: bytes) -> bool:

@@ -15,7 +15,7 @@ from petalite.client.model import Prompt
 from petalite.client.sync import DistributedModel
 from petalite.client.trace import HopTiming, Recovery, Trace
 from petalite.errors import InvalidArgument
-from petalite.node.console import err, out
+from petalite.node.console import err, out, plain
 from petalite.node.options import Blocks, Choosing, Way
 from petalite.swarm.messages import DECODE_TOKENS
 from petalite.swarm.peer import load_swarm_key
@@ -134,5 +134,5 @@ def describe_recovery(recovery: Recovery) -> str:
     lost = " and ".join(peer.short() for peer in recovery.lost)
     return (
         f"replaced {lost} (blocks {recovery.span}) in {recovery.seconds * 1e3:.0f} ms, "
-        f"{recovery.replayed_tokens} tokens replayed: {recovery.cause}"
+        f"{recovery.replayed_tokens} tokens replayed: {plain(recovery.cause)}"
     )

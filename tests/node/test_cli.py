@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import shutil
 import signal
 import socket
@@ -347,6 +348,45 @@ def test_help_is_quick() -> None:
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert result.returncode == 0, f"took {time.monotonic() - began_s:.1f} s and loaded torch"
     assert "serve" in result.stdout
+
+
+@pytest.mark.parametrize("note", ["[/]", "[/b] is no markup", "[bold]", "\x1b[2J\nx"])
+def test_adapters_takes_nobodys_word_for_markup(tmp_path: Path, here: Here, note: str) -> None:
+    from petalite.model.versions import Card, write_version
+
+    card = Card(f"tiny{note}@0", "prompt", {note: note}, {note: 1.0}, note=note)
+    one = write_version(tmp_path, {"prompt": torch.zeros(2)}, card)
+    other = write_version(tmp_path, {"prompt": torch.ones(2)}, card)
+    for arguments in ((), ("--diff", one.short, other.short)):
+        shown = here("adapters", str(tmp_path), *arguments)
+        assert shown.returncode == 0 and "\x1b[2J" not in shown.stdout
+    assert "".join(letter if letter.isprintable() else "\ufffd" for letter in note) in (
+        here("adapters", str(tmp_path)).stdout
+    )
+
+
+def test_names_that_no_file_can_have(tmp_path: Path, refused: Refused) -> None:
+    name = "x" * 400
+    assert "begins with" in refused("adapters", str(tmp_path), "--diff", name, "abcd")
+    assert "there is no file" in refused("import-gguf", name, str(tmp_path / "new"))
+
+
+@pytest.mark.parametrize("room", ["inf", "1e300"])
+def test_memory_without_end(here: Here, model: Path, room: str) -> None:
+    result = here("serve", str(model), "--new-swarm", "--memory", room)
+    assert result.returncode == 2 and "--memory" in result.stderr
+
+
+def test_a_terminal_of_few_letters_and_one_that_is_gone(model: Path) -> None:
+    command = [sys.executable, "-m", "petalite.node", "generate", str(model), "--local", "--prompt", "a"]
+    command += ["--max-new-tokens", "40"]
+    environment = os.environ | {"PYTHONIOENCODING": "ascii"}
+    said = subprocess.run(command, capture_output=True, env=environment, timeout=DEADLINE_S, check=False)
+    assert said.returncode == 0 and said.stdout.isascii(), said.stderr
+    closed = subprocess.run(
+        ["sh", "-c", 'exec "$@" >&-', "sh", *command], stderr=subprocess.PIPE, timeout=DEADLINE_S, check=False
+    )
+    assert closed.returncode == 0, closed.stderr
 
 
 def test_adapters_shows_versions_and_what_two_differ_in(tmp_path: Path, refused: Refused) -> None:
