@@ -7,6 +7,7 @@ there and another comes back.
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import os
 import random
@@ -63,14 +64,8 @@ class Links:
         for entry in near:
             self._host.book.add(entry.peer, entry.addresses)
         rates: dict[PeerId, float] = {}
-        for index, entry in enumerate(near):
-            try:
-                if index < MOST_MEASURED:
-                    rates[entry.peer] = await self._rate(entry.peer)
-                elif not self._host.is_connected(entry.peer):
-                    await self._host.connect(entry.peer, timeout_s=CALL_S)
-            except (NetworkError, RemoteError) as error:
-                logger.debug("no link to %s was measured: %s", entry.peer.short(), error)
+        measured, others = near[:MOST_MEASURED], near[MOST_MEASURED:]
+        await asyncio.gather(self._measure(measured, rates), *(self._connect(entry.peer) for entry in others))
         if rates:
             self.bytes_per_s = statistics.median(rates.values())
         known = [(entry.peer, self._host.rtt_s(entry.peer)) for entry in near]
@@ -79,6 +74,21 @@ class Links:
             for peer, rtt_s in known
             if rtt_s is not None
         )
+
+    async def _measure(self, near: Sequence[ServerEntry], rates: dict[PeerId, float]) -> None:
+        """One after the other, so that they do not share our own link."""
+        for entry in near:
+            try:
+                rates[entry.peer] = await self._rate(entry.peer)
+            except (NetworkError, RemoteError) as error:
+                logger.debug("no link to %s was measured: %s", entry.peer.short(), error)
+
+    async def _connect(self, peer: PeerId) -> None:
+        try:
+            if not self._host.is_connected(peer):
+                await self._host.connect(peer, timeout_s=CALL_S)
+        except (NetworkError, RemoteError) as error:
+            logger.debug("no connection to %s: %s", peer.short(), error)
 
     async def _rate(self, peer: PeerId) -> float:
         """Bytes per second each way, the round trip that it takes to ask left out."""
