@@ -48,6 +48,7 @@ class NodeProcess:
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
+            errors="replace",  # whatever it says, what comes after is read
             env=environment,
         )
         self._reader = threading.Thread(target=self._read, daemon=True)

@@ -291,6 +291,12 @@ def test_bootstrap_keeps_its_identity_in_a_private_file(tmp_path: Path) -> None:
     assert identity.stat().st_mode & 0o777 == 0o600
 
 
+def test_a_child_is_heard_after_letters_that_are_none() -> None:
+    said = r"printf '\377\n  address  /ip4/127.0.0.1/tcp/5\n'"
+    with NodeProcess(wrap=lambda command: ["sh", "-c", said]) as node:
+        assert str(node.address) == "/ip4/127.0.0.1/tcp/5"
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_server_leaves_cleanly(here: Here, number: signal.Signals, model: Path) -> None:
     """Told to stop, it withdraws its records: the swarm that is left knows at once, without waiting for a
