@@ -163,6 +163,8 @@ def read_peft(folder: Path, config: ModelConfig, kind: type[Block], names: Tenso
             raise InvalidAdapter(f"{path} has a header of over {MAX_HEADER_BYTES} bytes; no LoRA needs one")
         infos = read_header(path)
         ours = {_our_name(name, config, kind, names): name for name in infos}
+        if len(ours) != len(infos):
+            raise InvalidAdapter(f"{path} has two tensors for one A or B of a linear")
         ranks = _check_pairs({name: infos[stored].shape for name, stored in ours.items()}, config, kind)
         for name, info in infos.items():
             if info.dtype not in _STORED:
@@ -261,7 +263,7 @@ def _place(name: str) -> Place | None:
 def _number(value: Any, what: str) -> float:
     try:
         number = float(value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         number = math.nan
     if isinstance(value, bool) or not (math.isfinite(number) and 0 < abs(number) < 1e6):
         raise InvalidAdapter(f"{what} is {str(value)[:50]!r}; expected a number")

@@ -207,6 +207,7 @@ def test_a_peft_folder_is_read(checkpoint: Checkpoint, tmp_path: Path) -> None:
         {"alpha_pattern": {"q_proj": 3}},
         {"lora_alpha": "many"},
         {"lora_alpha": True},
+        {"lora_alpha": 10**400},
     ],
     ids=str,
 )
@@ -216,6 +217,16 @@ def test_what_is_more_than_a_lora_is_refused(
     folder = peft_folder(llama, factors(llama, ("query",)), tmp_path / "peft", **settings)
     with pytest.raises(InvalidAdapter, match=next(iter(settings))):
         open_peft(llama, folder)
+
+
+def test_a_peft_folder_that_says_a_thing_twice_is_refused(llama: Checkpoint, tmp_path: Path) -> None:
+    folder = peft_folder(llama, factors(llama, ("query",)), tmp_path / "peft")
+    tensors = load_file(folder / "adapter_model.safetensors")
+    name = next(iter(tensors))
+    tensors[name.replace(".weight", ".default.weight")] = torch.zeros_like(tensors[name])
+    save_file(tensors, folder / "adapter_model.safetensors")
+    with pytest.raises(InvalidAdapter, match="two tensors"):
+        read_peft(folder, llama.config, block_kind(llama), llama.family.names)
 
 
 def test_a_peft_folder_of_another_model_is_refused(llama: Checkpoint, tmp_path: Path) -> None:
