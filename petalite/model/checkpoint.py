@@ -66,12 +66,15 @@ class FolderFiles:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.name = folder.resolve().name
-        self._looks = {path.name: _look(path) for path in folder.glob("*.safetensors")}
+        self._looks = {path.name: _look(path) for path in folder.glob("*.safetensors") if path.is_file()}
 
     def find(self, name: str) -> Path | None:
         path = self.folder / name
-        if not path.is_file():
-            return None
+        try:
+            if not path.is_file():
+                return None
+        except OSError as error:
+            raise InvalidCheckpoint(f"cannot read {path}: {error.strerror or error}") from error
         look = _look(path)
         if self._looks.setdefault(name, look) != look:
             raise InvalidCheckpoint(

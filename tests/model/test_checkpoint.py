@@ -330,6 +330,21 @@ def test_a_hub_that_fails_is_one_clear_sentence(hub: dict[str, Any], error: Exce
     assert "\n" not in str(caught.value)
 
 
+def test_files_that_nobody_asks_for_may_be_gone(tmp_path: Path) -> None:
+    folder = tiny_llama(tmp_path / "tiny")
+    (folder / "consolidated.safetensors").symlink_to(tmp_path / "nowhere")
+    load_span(Checkpoint.open(folder), 0, 1)
+
+
+def test_an_index_that_names_what_no_file_can_be_named(tmp_path: Path) -> None:
+    folder = tiny_llama(tmp_path / "tiny")
+    (folder / "model.safetensors").unlink()
+    index = {"weight_map": {"model.embed_tokens.weight": "x" * 300 + ".safetensors"}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(InvalidCheckpoint, match="File name too long"):
+        Checkpoint.open(folder).read({"model.embed_tokens.weight": (260, 64)})
+
+
 @pytest.mark.parametrize("name", ["owner/a--b", "own..er/x", "owner/x.git", "-owner/x"])
 def test_a_name_that_no_repository_can_have(name: str) -> None:
     with pytest.raises(InvalidCheckpoint, match=f"of {name} from the hub"):
