@@ -51,12 +51,12 @@ class Dice(SwarmServers):
     def __init__(self, peer: SwarmPeer, directory: Directory, seed: int) -> None:
         super().__init__(peer.host, directory)
         self._chance = random.Random(seed)
-        self._open: list[_Doomed] = []
+        self._stages: list[_Doomed] = []
 
     async def open(self, hop: Hop, opening: Opening, listener: Listener) -> RemoteHop:
         doomed = _Doomed(listener, self)
         doomed.hop = await super().open(hop, opening, doomed)
-        self._open.append(doomed)
+        self._stages.append(doomed)
         return doomed.hop
 
     def failed(self, peer: PeerId, error: Exception) -> None:
@@ -64,8 +64,8 @@ class Dice(SwarmServers):
 
     def roll(self) -> None:
         """Before each step."""
-        self._open = [doomed for doomed in self._open if not doomed.is_over]
-        for doomed in self._open:
+        self._stages = [doomed for doomed in self._stages if not doomed.is_over]
+        for doomed in self._stages:
             if self._chance.random() < self.rate:
                 doomed.die()
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 from torch import Tensor, nn
 
@@ -20,7 +20,7 @@ from petalite.tuning.modules import Classifier, DeepPrompts, PromptTuning, Tuned
 class Tunable(Protocol):
     """Of `petalite.tuning`, or one's own module that says the same of itself."""
 
-    METHOD: Any
+    METHOD: ClassVar[str]
 
     @property
     def model(self) -> DistributedModel: ...
