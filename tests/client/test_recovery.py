@@ -34,64 +34,49 @@ from tests.client.runs import (
 @BOTH
 def test_a_death_at_any_single_message_changes_nothing(pushing: bool) -> None:
     """Every message of the run, at its sender's end and its receiver's, exhaustively."""
+
+    async def main(fatal: int, victim: PeerId) -> None:
+        swarm = FakeSwarm(SPANS, pushing=pushing)
+        swarm.net.at_message(fatal, swarm.net.kill, victim)
+        assert torch.equal(await generate(swarm), expected()), f"{victim.short()} dies at message {fatal}"
+        assert set(swarm.failures) <= {victim}
+
     for fatal, pair in enumerate(messages_of_a_run(pushing)):
         for victim in set(pair) - {CLIENT}:
-            run(_with_a_death(pushing, fatal, victim))
-
-
-async def _with_a_death(pushing: bool, fatal: int, victim: PeerId) -> None:
-    swarm = FakeSwarm(SPANS, pushing=pushing)
-
-    def on_message(number: int, source: PeerId, target: PeerId) -> None:
-        if number == fatal:
-            swarm.net.kill(victim)
-
-    swarm.net.on_message = on_message
-    assert torch.equal(await generate(swarm), expected()), f"{victim.short()} dies at message {fatal}"
-    assert set(swarm.failures) <= {victim}
+            run(main(fatal, victim))
 
 
 @BOTH
 def test_a_server_silent_from_any_message_on_is_replaced(pushing: bool) -> None:
     """It keeps its connections and says nothing; only time tells."""
+
+    async def main(fatal: int, victim: PeerId) -> None:
+        swarm = FakeSwarm(SPANS, pushing=pushing)
+        swarm.net.at_message(fatal, swarm.net.silent.add, victim)
+        try:
+            output = await generate(swarm)
+        except AssertionError:
+            assert swarm.open_rows() == len(swarm.backends[victim].rows), "only the silent one has not heard"
+        else:
+            assert torch.equal(output, expected()), f"{victim.short()} falls silent at message {fatal}"
+        assert set(swarm.failures) <= {victim}
+
     for fatal, pair in enumerate(messages_of_a_run(pushing)):
         for victim in set(pair) - {CLIENT}:
-            run(_with_silence(pushing, fatal, victim))
-
-
-async def _with_silence(pushing: bool, fatal: int, victim: PeerId) -> None:
-    swarm = FakeSwarm(SPANS, pushing=pushing)
-
-    def on_message(number: int, source: PeerId, target: PeerId) -> None:
-        if number == fatal:
-            swarm.net.silent.add(victim)
-
-    swarm.net.on_message = on_message
-    try:
-        output = await generate(swarm)
-    except AssertionError:
-        assert swarm.open_rows() == len(swarm.backends[victim].rows), "only the silent one has not heard"
-    else:
-        assert torch.equal(output, expected()), f"{victim.short()} falls silent at message {fatal}"
-    assert set(swarm.failures) <= {victim}
+            run(main(fatal, victim))
 
 
 def test_a_link_cut_between_servers_is_carried_by_the_client() -> None:
     """At any message between two servers; both live, and nobody else holds their blocks."""
+
+    async def main(fatal: int, pair: tuple[PeerId, PeerId]) -> None:
+        swarm = FakeSwarm(CHAIN)
+        swarm.net.at_message(fatal, swarm.net.cut_link, *pair)
+        assert torch.equal(await generate(swarm), expected()), f"{pair} cut at message {fatal}"
+
     for fatal, pair in enumerate(messages_of_a_run(pushing=True)):
         if CLIENT not in pair:
-            run(_with_a_cut(fatal, pair))
-
-
-async def _with_a_cut(fatal: int, pair: tuple[PeerId, PeerId]) -> None:
-    swarm = FakeSwarm(CHAIN)
-
-    def on_message(number: int, source: PeerId, target: PeerId) -> None:
-        if number == fatal:
-            swarm.net.cut_link(*pair)
-
-    swarm.net.on_message = on_message
-    assert torch.equal(await generate(swarm), expected()), f"{pair} cut at message {fatal}"
+            run(main(fatal, pair))
 
 
 def test_a_server_may_come_twice_in_a_row() -> None:

@@ -213,6 +213,15 @@ class MemoryNet:
         if not {call.owner, call.peer} & (self.dead | self.silent):
             deliver()
 
+    def at_message(self, number: int, harm: Callable[..., None], *arguments: Any) -> None:
+        """Do harm before that message leaves."""
+
+        def on_message(leaving: int, source: PeerId, target: PeerId) -> None:
+            if leaving == number:
+                harm(*arguments)
+
+        self.on_message = on_message
+
     def kill(self, peer: PeerId) -> None:
         self.dead.add(peer)
         for call in [call for call in self.calls if peer in (call.owner, call.peer)]:

@@ -306,6 +306,7 @@ def test_a_file_whose_making_was_cut_off(repository: Server, tmp_path: Path) -> 
     place.mkdir(parents=True)
     (place / "model.safetensors").touch()
     load_span(Checkpoint.open("owner/tiny"), 0, 1)
+    assert (place / "model.safetensors").stat().st_size > 0
 
 
 def test_a_hub_that_cannot_be_reached_at_all(repository: Server, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -29,9 +29,12 @@ async def test_a_writer_that_is_not_wanted_any_more_goes_on() -> None:
     wanted = True
     writing = asyncio.create_task(inbox.room(lambda: wanted))
     await asyncio.sleep(0)
+    assert not writing.done()
     wanted = False
     inbox.wake()
-    await writing
+    async with asyncio.timeout(10):
+        await writing
+    assert inbox.is_full
 
 
 def test_what_waits_in_all_is_bounded_and_each_takes_one() -> None:
