@@ -131,8 +131,9 @@ class ModelDrafter:
             self._model.thread.run(self._drop)  # after a draft that nobody waits for any more
 
     def _drop(self) -> None:
-        if self._row is not None:
-            self._model.cache.drop(self._row)
+        row, self._row = self._row, None
+        if row is not None:
+            self._model.cache.drop(row)
 
     def _draft(self, text: list[int], chooser: Chooser, count: int) -> Draft:
         drafts: list[int] = []

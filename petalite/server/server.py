@@ -120,7 +120,12 @@ class BlockServer:
         return task
 
     def _ended(self, task: asyncio.Task[None]) -> None:
-        if not task.cancelled() and (error := task.exception()) is not None and not self.failed.done():
+        if not task.cancelled() and (error := task.exception()) is not None:
+            self._fail(error)
+
+    def _fail(self, error: BaseException) -> None:
+        """For the first reason that there is."""
+        if not self.failed.done():
             self.failed.set_exception(error)
 
     async def close(self) -> None:
@@ -237,7 +242,7 @@ class BlockServer:
                 self._loaded = await self._load(source)
             except Exception as again:
                 await self._withdraw()
-                self.failed.set_exception(again)
+                self._fail(again)
                 raise
         self.sessions.resume(self.loaded.backend)
         self.training.resume(self.loaded.backend)
