@@ -8,7 +8,8 @@ from __future__ import annotations
 import asyncio
 import logging
 import socket
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Iterable
+from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
 from time import monotonic
@@ -45,22 +46,26 @@ class Acceptor:
         self._tasks: list[asyncio.Task[None]] = []  # one for each listening socket
         self._closed = False
 
-    async def listen(self, address: Multiaddr) -> list[Multiaddr]:
-        """Accept connections there; the addresses with the actual ports."""
-        bound, places = [], await resolve(address)
-        if self._closed:
-            raise ShuttingDown("this host is closed")
-        for family, *_, sockaddr in places:
-            try:
-                listener = socket.create_server(sockaddr, family=family, backlog=_BACKLOG)
-            except OSError as error:
-                raise InvalidAddress(f"cannot listen on {address}: {error.strerror or error}") from error
+    async def listen(self, addresses: Iterable[Multiaddr]) -> list[Multiaddr]:
+        """Accept connections at all of them, or (InvalidAddress) at none; where, with the actual ports."""
+        with ExitStack() as opened:
+            listeners = []
+            for address in addresses:
+                try:
+                    for family, *_, sockaddr in await resolve(address):
+                        listener = socket.create_server(sockaddr, family=family, backlog=_BACKLOG)
+                        listeners.append(opened.enter_context(listener))
+                except OSError as error:
+                    raise InvalidAddress(f"cannot listen on {address}: {error.strerror or error}") from error
+            if self._closed:
+                raise ShuttingDown("this host is closed")
+            opened.pop_all()
+        for listener in listeners:
             listener.setblocking(False)
             task = self._spawn(self._accept(listener))
             task.add_done_callback(partial(_close_on_failure, listener))
             self._tasks.append(task)
-            bound.append(multiaddr_of(listener.getsockname()))
-        return bound
+        return [multiaddr_of(listener.getsockname()) for listener in listeners]
 
     def close(self) -> None:
         """Accept no more."""

@@ -124,11 +124,10 @@ class Host:
         self.methods[method] = Method(handler, request, policy or MethodPolicy())
 
     async def listen(self, addresses: Iterable[Multiaddr]) -> list[Multiaddr]:
-        """Accept connections there. Returns the addresses with the actual ports and our peer id."""
+        """Accept connections at all of them, or at none. Returns the addresses with the actual ports and our
+        peer id."""
         self._start()
-        bound: list[Multiaddr] = []
-        for address in addresses:
-            bound += [place.with_peer(self.peer_id) for place in await self._acceptor.listen(address)]
+        bound = [place.with_peer(self.peer_id) for place in await self._acceptor.listen(addresses)]
         self.addresses += bound
         return bound
 

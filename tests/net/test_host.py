@@ -18,6 +18,7 @@ from petalite.errors import (
     Cancelled,
     ConnectionLost,
     HandshakeFailed,
+    InvalidAddress,
     InvalidArgument,
     ShuttingDown,
     Unreachable,
@@ -342,8 +343,30 @@ async def test_swarm_keys_that_agree(net: Net) -> None:
 
 async def test_listening_where_somebody_listens(net: Net) -> None:
     server, other = await net.host(listen=True), await net.host()
-    with pytest.raises(Exception, match="cannot listen"):
+    with pytest.raises(InvalidAddress, match="cannot listen"):
         await other.listen([server.addresses[0]])
+
+
+async def test_listening_is_all_or_nothing(net: Net, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where a name's second place, or a later address, cannot be had, the ones before it are let go."""
+    server, other = await net.host(listen=True), await net.host()
+    taken = server.addresses[0]
+    with socket.create_server(("127.0.0.1", 0)) as sock:
+        free = Multiaddr("ip4", "127.0.0.1", sock.getsockname()[1])
+    with pytest.raises(InvalidAddress, match="cannot listen"):
+        await other.listen([free, taken])
+    with pytest.raises(InvalidAddress, match="cannot listen"):
+        await other.listen([free, Multiaddr("dns", "no-such-host.invalid", 0)])
+    resolve = accepting.resolve
+
+    async def both(_address: Multiaddr) -> list[Any]:
+        return [*await resolve(free), *await resolve(taken)]
+
+    with monkeypatch.context() as patched, pytest.raises(InvalidAddress, match="cannot listen"):
+        patched.setattr(accepting, "resolve", both)
+        await other.listen([Multiaddr("dns", "two.places", 0)])
+    assert other.addresses == []
+    assert await other.listen([free]) == [free.with_peer(other.peer_id)]
 
 
 async def test_a_connection_needs_little(net: Net) -> None:
