@@ -8,6 +8,7 @@ knows no socket and no address book.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -339,9 +340,11 @@ class Call:
         """Memory for buffers that are on their way."""
         if messages.body_bytes(sizes) != size:
             raise BadMessage(f"buffers of {messages.body_bytes(sizes)} bytes in a message that has {size}")
-        if not self._link.memory.reserve(size):
-            raise ResourceLimit(f"no memory for a message of {size} bytes now")
-        return self._lane.allocate(size)
+        if self._link.memory.reserve(size):
+            with contextlib.suppress(MemoryError, OSError):
+                return self._lane.allocate(size)
+            self._link.memory.release(size)
+        raise ResourceLimit(f"no memory for a message of {size} bytes now")
 
     def _release(self) -> None:
         """The message is whole, or will never be: its memory is its reader's."""

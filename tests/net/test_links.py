@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import json
 import resource
 import socket
@@ -229,6 +230,24 @@ async def test_messages_beyond_the_memory_set_aside_are_refused(net: Net) -> Non
             server._gate.memory.used == server._links[caller.peer_id].lanes[0].connection.receiver.reserved
         )
     )
+
+
+@pytest.mark.parametrize("error", [MemoryError(), OSError(errno.ENOMEM, "Cannot allocate memory")])
+async def test_memory_that_cannot_be_had_is_not_set_aside(
+    two: tuple[Host, Host], monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    caller, server = two
+
+    def take(_size: int) -> memoryview:
+        raise error
+
+    lane = server._links[caller.peer_id].lanes[0]
+    with monkeypatch.context() as patched:
+        patched.setattr(lane, "allocate", take)
+        with pytest.raises(ResourceLimit, match="no memory"):
+            await caller.call(server.peer_id, "echo", {}, [bytes(3_000_000)], timeout_s=5)
+    await eventually(lambda: server._gate.memory.used == lane.connection.receiver.reserved)
+    await caller.call(server.peer_id, "echo", {}, [bytes(3_000_000)], timeout_s=5)
 
 
 async def test_a_message_that_stops_after_its_header_gives_its_memory_back(two: tuple[Host, Host]) -> None:
