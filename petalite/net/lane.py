@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import socket
 from collections.abc import Callable, Sequence
 from ipaddress import ip_address
@@ -24,6 +25,8 @@ from petalite.net.pool import RECEIVE_BYTES, Scratch
 from petalite.net.records import LENGTH, MAX_PLAINTEXT_BYTES, PREFIX_BYTES
 from petalite.net.states import CLOSED, Event
 from petalite.net.streams import Segment, Stream
+
+logger = logging.getLogger(__name__)
 
 BATCH_BYTES = 128 * 1024
 BATCHES_PER_TURN = 4  # then the loop's other work has its turn
@@ -122,8 +125,8 @@ class Lane:
                 size = self._sock.recv_into(self._rest)
         except (BlockingIOError, InterruptedError):
             return
-        except OSError as error:
-            self._lose(f"the connection broke: {error.strerror or error}")
+        except Exception as error:
+            self._fail(error)
             return
         if not size:
             self._lose("the peer closed the connection")
@@ -143,17 +146,20 @@ class Lane:
         try:
             for data in pieces:
                 self._open_records(data, now)
+            if monotonic() - now > TURN_S:
+                self._read_bytes = max(self._read_bytes >> 1, MIN_READ_BYTES)
+            elif len(data) == self._read_bytes:
+                self._read_bytes = min(self._read_bytes << 1, RECEIVE_BYTES)
+            if connection.events:
+                self._notify()
         except RemoteProtocolError as error:
             connection.close(code_of(error), str(error))
             self._notify()
             self._end(error, guilty=True)
             return
-        if monotonic() - now > TURN_S:
-            self._read_bytes = max(self._read_bytes >> 1, MIN_READ_BYTES)
-        elif len(data) == self._read_bytes:
-            self._read_bytes = min(self._read_bytes << 1, RECEIVE_BYTES)
-        if connection.events:
-            self._notify()
+        except Exception as error:
+            self._fail(error)
+            return
         if connection.state is CLOSED:
             code, reason = connection.close_code, connection.close_reason
             self._end(from_wire(code, reason) if code else ConnectionLost(f"the peer closed: {reason}"))
@@ -201,8 +207,8 @@ class Lane:
         if not self._blocked and self._fd >= 0:
             try:
                 self._pump()
-            except OSError as error:
-                self._lose(f"the connection broke: {error.strerror or error}")
+            except Exception as error:
+                self._fail(error)
 
     def write(self, stream: Stream, header: bytes, buffers: Sequence[Segment], fin: bool) -> None:
         """Queue a message and flush. A small one that nothing stands before skips the queue."""
@@ -216,8 +222,8 @@ class Lane:
         try:
             if not self._send(self._sealer.sealed(record)):
                 self._await_room()
-        except OSError as error:
-            self._lose(f"the connection broke: {error.strerror or error}")
+        except Exception as error:
+            self._fail(error)
 
     def _pump(self) -> None:
         sender = self.connection.sender
@@ -266,8 +272,8 @@ class Lane:
             self._blocked = False
             self._loop.remove_writer(self._fd)
             self._pump()
-        except OSError as error:
-            self._lose(f"the connection broke: {error.strerror or error}")
+        except Exception as error:
+            self._fail(error)
 
     # -- ending ------------------------------------------------------------------------------------
 
@@ -324,6 +330,14 @@ class Lane:
         self.ending = True
         self._linger = self._loop.call_later(LINGER_S, self.abort)
         self.flush()
+
+    def _fail(self, error: Exception) -> None:
+        """The socket failed; or something in here did, and what was to be sent or told is lost with it."""
+        if isinstance(error, OSError):
+            self._lose(f"the connection broke: {error.strerror or error}")
+        else:
+            logger.error("a lane failed", exc_info=error)
+            self._lose("this end of the connection failed")
 
     def _lose(self, reason: str) -> None:
         told = self.ending

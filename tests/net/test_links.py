@@ -77,6 +77,35 @@ async def test_a_lost_bulk_lane_ends_its_own_calls_alone(two: tuple[Host, Host])
     assert len(link.lanes) == 2
 
 
+@pytest.mark.parametrize("failing", ["receiving", "telling", "sending", "writing"])
+async def test_a_lane_that_fails_inside_ends_its_calls_at_once(
+    two: tuple[Host, Host], monkeypatch: pytest.MonkeyPatch, failing: str
+) -> None:
+    """What its peer sent, or was to get, is lost then, and nobody should wait until a deadline to hear it."""
+    caller, server = two
+    lane = server._links[caller.peer_id].lanes[0]
+
+    def fail(*_: object) -> None:
+        raise MemoryError
+
+    match failing:
+        case "receiving":
+            monkeypatch.setattr(lane.connection.receiver, "message", fail)
+        case "telling":
+            monkeypatch.setattr(server, "handle", fail)
+        case "sending":
+            monkeypatch.setattr(lane.connection.sender, "next_records", fail)
+        case "writing":
+            monkeypatch.setattr(lane, "_send", fail)
+    async with asyncio.timeout(10):
+        with pytest.raises(ConnectionLost, match="closed the connection"):
+            await caller.call(server.peer_id, "echo", {}, [bytes(100_000)], timeout_s=30)
+        await eventually(lambda: not server._all_links)
+    monkeypatch.undo()
+    await caller.call(server.peer_id, "echo", timeout_s=5)
+    assert not server._gate.reputation.score(caller.peer_id, time.monotonic())
+
+
 async def test_who_waits_for_a_place_on_a_bulk_lane_that_is_lost_goes_on_the_other(net: Net) -> None:
     settings = HostSettings(windows=Windows(streams=2))
     caller, server = await net.host(), await net.host(settings, listen=True)
