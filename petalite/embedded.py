@@ -117,6 +117,10 @@ class EmbeddedHop:
         wanted = self.codec.encode(wanted_outputs(outputs, message.rows, message.output))
         self._listener.answered(Answer(done, memoryview(wanted)))
 
+    @property
+    def traffic(self) -> tuple[int, int]:
+        return 0, 0
+
     async def probe(self) -> Progress:
         return Progress(self._reached, self._reached)
 

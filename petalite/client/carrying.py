@@ -17,6 +17,7 @@ from petalite.client.hops import Answer
 from petalite.client.patience import Patience
 from petalite.client.stages import Answers, Awaited, Leg, Stage, StageFailed
 from petalite.client.trace import StepTiming
+from petalite.client.watching import cut_off, probe
 from petalite.errors import (
     BadMessage,
     DeadlineExceeded,
@@ -27,12 +28,11 @@ from petalite.errors import (
 )
 from petalite.swarm.codecs import Codec, session_codec, unpack
 from petalite.swarm.kept import Row
-from petalite.swarm.messages import ALL, LAST, NONE, FromClient, HopReport, Progress, Step
+from petalite.swarm.messages import ALL, LAST, NONE, FromClient, HopReport, Step
 
 # Parts under way, with those at work: less than half of what may wait at one server (`server.session`).
 AHEAD_PARTS = 12
 AHEAD_BYTES = 8 << 20
-PROBE_S = 2.0  # a stage that does not say within this how far it is, is lost
 
 
 @dataclass(slots=True)
@@ -85,7 +85,7 @@ class Carrier:
         self, legs: Sequence[Leg], part: Part, turns: Sequence[_Turn] = (), *, replaying: bool = False
     ) -> Carried:
         """One part through all legs, each leg's input kept once it has answered; but what `replaying` feeds
-        into the first leg is not kept again. Raises StageFailed.
+        into the first leg is not kept again, and has no deadline (`client.watching`). Raises StageFailed.
         """
         began_s = time.perf_counter()
         data, codec, hidden = part.data, part.codec, None
@@ -95,7 +95,7 @@ class Carrier:
             output = part.output if is_last else ALL
             if codec is not leg.kept.codec:
                 data = recode(data, codec, leg.kept.codec, self._hidden_size)
-            answer = await self._ask(leg, part, data, output, turns[number] if turns else None)
+            answer = await self._ask(leg, part, data, output, turns[number] if turns else None, replaying)
             codec, answered = await self._checked(leg, part, output, answer)
             if output != NONE:
                 self._check_finite(leg, codec, answered)
@@ -145,32 +145,31 @@ class Carrier:
             late = DeadlineExceeded(f"{stage.peer.short()} takes no more messages")
             raise self._failed(stage, late) from None
 
-    async def next(self, awaited: Awaited, n_tokens: int) -> Answer:
-        """The next of many answers, of at least one token. Raises StageFailed of whoever kept it back."""
-        timeout_s = self.patience.timeout_s(n_tokens)
-        try:
-            async with asyncio.timeout(timeout_s):
-                answer = await awaited.next()
-        except TimeoutError:
-            raise await self._late(awaited, timeout_s) from None
+    async def next(self, awaited: Awaited) -> Answer:
+        """The next of a replay's answers, of at least one token. Raises StageFailed."""
+        answer = await awaited.next()
         if not all(n for _, _, n in answer.done.rows):
             raise self._failed(awaited.stages[-1], BadMessage("an answer to no tokens"))
         return answer
 
-    async def _ask(self, leg: Leg, part: Part, data: memoryview, output: str, turn: _Turn | None) -> Answer:
+    async def _ask(
+        self, leg: Leg, part: Part, data: memoryview, output: str, turn: _Turn | None, replaying: bool
+    ) -> Answer:
         """Send a step into a leg and wait for its answer."""
         n_tokens = part.n_tokens
         self._in_flight += n_tokens
         timeout_s = self.patience.timeout_s(self._in_flight)
         clock = asyncio.get_running_loop().time
         began_s = clock()
-        awaited = self.answers.awaiting(leg.stages, timeout_s)
+        awaited = self.answers.awaiting(leg.stages, None if replaying else timeout_s)
         try:
             with awaited:
                 if turn is not None:
                     await turn.come()
                 name, stop, number = leg.kept.codec.name, leg.last.span.end, awaited.number
                 step = Step(part.rows, name, stop, output, number, self.epoch, forks=part.forks)
+                if replaying:
+                    leg.first.asked = max(leg.first.asked, number)
                 await self._send(leg.first, step, data)
                 if turn is not None:
                     turn.gone()
@@ -226,7 +225,7 @@ class Carrier:
     async def _late(self, awaited: Awaited, timeout_s: float) -> StageFailed:
         """Whose fault it is that an answer did not come: the first that has not passed the step on; or the
         link to it, where the stage before says that it has, and it knows nothing of the step."""
-        progress = await asyncio.gather(*map(_probe, awaited.stages))
+        progress = await asyncio.gather(*map(probe, awaited.stages))
         before, culprit = None, awaited.stages[-1]
         for stage, reached in zip(awaited.stages, progress, strict=True):
             if reached is None or reached.sent < awaited.number:
@@ -236,8 +235,7 @@ class Carrier:
         text = f"{culprit.peer.short()} did not pass a step on within {timeout_s:.1f} s"
         late = DeadlineExceeded(text)
         if before is not None and reached is not None and reached.received < awaited.number:
-            before.link_down(before.epoch, f"nothing of {before.peer.short()} reaches {culprit.peer.short()}")
-            return StageFailed(culprit, culprit.error or late)
+            return cut_off(before, culprit, late)
         return self._failed(culprit, late)
 
 
@@ -248,14 +246,6 @@ def _window(legs: Sequence[Leg], parts: Sequence[Part]) -> int:
     largest = max((len(part.data) for part in parts), default=0)
     on_wires = min(AHEAD_PARTS, AHEAD_BYTES // max(largest, 1))
     return max(sum(len(leg.stages) for leg in legs) + 1, on_wires)
-
-
-async def _probe(stage: Stage) -> Progress | None:
-    try:
-        async with asyncio.timeout(PROBE_S):
-            return await stage.opened.probe()
-    except (NetworkError, RemoteError, TimeoutError):
-        return None
 
 
 def recode(data: memoryview, source: Codec, target: Codec, hidden_size: int) -> memoryview:

@@ -13,8 +13,9 @@ import asyncio
 import logging
 import secrets
 import time
-from collections.abc import Sequence
+from collections.abc import Coroutine, Sequence
 from dataclasses import dataclass
+from typing import Any, TypeVar
 
 from petalite.client.adapters import AdapterSource
 from petalite.client.carrying import Carrier, Part
@@ -22,6 +23,7 @@ from petalite.client.hops import NOTHING_MORE, Opening, Servers, Wanted
 from petalite.client.settings import SessionSettings
 from petalite.client.stages import Answers, Leg, Stage, StageFailed, legs_of
 from petalite.client.trace import Recovery, Trace
+from petalite.client.watching import watched
 from petalite.errors import (
     BadMessage,
     BadTensor,
@@ -36,11 +38,13 @@ from petalite.errors import (
 )
 from petalite.swarm.codecs import unpack
 from petalite.swarm.kept import KeptInputs
-from petalite.swarm.messages import NONE, TOKEN_BYTES, Expect, Relink, Successor
+from petalite.swarm.messages import NONE, REPLAY_TOKENS, TOKEN_BYTES, Expect, Relink, Successor
 from petalite.swarm.routing import Hop
 from petalite.swarm.spans import Span
 
 logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 SUSPECT_S = 2.0  # a stage that another says is gone has so long to say that it is there
 LONGEST_PAUSE_S = 2.0
@@ -252,7 +256,7 @@ class Chain:
         if before is None or (lost and lost[0].kept is not None):
             return lost[0].kept if lost else None
         one_leg = all(self._pushes(a, b) for a, b in zip([before.hop, *hops], hops, strict=False))
-        return before if one_leg else await self._pull(before)
+        return before if one_leg else await self._watched((before,), self._pull(before))
 
     async def _open(
         self,
@@ -320,17 +324,18 @@ class Chain:
         """Bring new stages to where the lost ones were. Raises StageFailed."""
         try:
             if isinstance(feeder, Stage):
-                await self._replay_from(feeder, stages, token)
-            else:
-                await self._replay(feeder, stages)
+                await self._watched((feeder, *stages), self._replay_from(feeder, stages, token))
+            elif feeder is not None:
+                await self._watched(stages, self._replay(feeder, stages))
         except StageFailed as failure:
             await self._report(failure.stage)  # while it can still be asked
             raise
 
-    async def _replay(self, inputs: KeptInputs | None, stages: list[Stage]) -> None:
+    async def _watched(self, stages: Sequence[Stage], replay: Coroutine[Any, Any, T]) -> T:
+        return await watched(stages, replay, self._carrier.patience.longest_s(self.n_tokens))
+
+    async def _replay(self, inputs: KeptInputs, stages: list[Stage]) -> None:
         """Feed `stages` what the lost ones were fed; what each leg passes on is kept for the next."""
-        if inputs is None:
-            return
         parts = [
             Part((row,), row[2], data, inputs.codec, NONE)
             for row, data in inputs.replay(self._settings.chunk_tokens, self._lengths)
@@ -340,7 +345,8 @@ class Chain:
     async def _replay_from(self, keeper: Stage, stages: list[Stage], token: bytes) -> None:
         """Have the stage before feed them what it pushed to the lost ones."""
         lengths = self._lengths
-        with self._answers.awaiting((keeper, *stages)) as awaited:
+        with self._answers.awaiting((keeper, *stages), count=_replayed_steps(lengths)) as awaited:
+            keeper.asked = awaited.numbers[-1]
             keeper.pushes_to = stages[0]
             keeper.epoch = self._carrier.epoch
             successor = Successor(stages[0].peer, token)
@@ -349,20 +355,21 @@ class Chain:
             await self._carrier.tell(keeper, relink)
             left = sum(lengths)
             while left > 0:
-                answer = await self._carrier.next(awaited, left)
+                answer = await self._carrier.next(awaited)
                 left -= sum(n_tokens for _, _, n_tokens in answer.done.rows)
 
     async def _pull(self, keeper: Stage) -> KeptInputs:
         """What a stage pushed on, for the client to keep from now on; the stage pushes no more."""
         lengths = self._lengths
-        with self._answers.awaiting((keeper,)) as awaited:
+        with self._answers.awaiting((keeper,), count=_replayed_steps(lengths)) as awaited:
+            keeper.asked = awaited.numbers[-1]
             keeper.pushes_to = None
             relink = Relink(None, awaited.number, self._carrier.epoch, keeper.span.end, lengths)
             await self._carrier.tell(keeper, relink)
             inputs = KeptInputs(keeper.opened.codec, self._hidden_size)
             left = sum(lengths)
             while left > 0:
-                answer = await self._carrier.next(awaited, left)
+                answer = await self._carrier.next(awaited)
                 left -= await self._take(keeper, inputs, answer.done.rows, answer.data, answer.done.codec)
         return inputs
 
@@ -384,3 +391,8 @@ class Chain:
             raise StageFailed(keeper, error) from error
         inputs.put([(row, position, n) for row, position, n in rows], unpacked)
         return n_tokens
+
+
+def _replayed_steps(lengths: Sequence[int]) -> int:
+    """In how many steps a server replays rows of these lengths; one where there is nothing to replay."""
+    return max(1, sum(-(-length // REPLAY_TOKENS) for length in lengths))

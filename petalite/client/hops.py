@@ -87,6 +87,13 @@ class OpenHop(Protocol):
         """Steps leave in the order of the calls. Raises NetworkError or RemoteError."""
         ...
 
+    @property
+    def traffic(self) -> tuple[int, int]:
+        """Bytes of messages that have not left yet, and of one that has not come whole: while they change,
+        something moves.
+        """
+        ...
+
     async def probe(self) -> Progress:
         """Ask how far it is."""
         ...

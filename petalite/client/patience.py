@@ -70,9 +70,13 @@ class Patience:
         """The chain has changed."""
         self._step, self._token = _Learnt(self._step.usual_s), _Learnt(self._token.usual_s)
 
+    def longest_s(self, n_tokens: int) -> float:
+        """Whatever has been learnt."""
+        return self.settings.step_s + self.settings.token_s * n_tokens
+
     def timeout_s(self, n_tokens: int) -> float:
         """For the answer to a step of so many tokens."""
-        longest_s = self.settings.step_s + self.settings.token_s * n_tokens
+        longest_s = self.longest_s(n_tokens)
         # A few tokens, guessed ahead or of several rows, take longer than their share of a prefill, and never
         # longer than as many steps.
         learnt, times = self._step if n_tokens <= DECODE_TOKENS else self._token, n_tokens

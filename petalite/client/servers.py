@@ -199,6 +199,10 @@ class RemoteHop:
         else:
             await self._call.send(write(message))
 
+    @property
+    def traffic(self) -> tuple[int, int]:
+        return self._call.stream.queued, self._call.stream.filled
+
     async def probe(self) -> Progress:
         if self._probed is None or self._probed.done():
             self._probed = asyncio.get_running_loop().create_future()

@@ -38,7 +38,7 @@ class SessionSettings:
     token_s: float = 0.25
     hop_s: float = 5.0  # for one server to open its part of the session
     open_s: float = 30.0  # to find a chain and open it, in all, before opening fails
-    recovery_s: float = 60.0  # to find and fill a replacement, in all, before the step fails
+    recovery_s: float = 60.0  # to find a replacement that can be filled, in all, before the step fails
     chunk_tokens: int = 512  # a longer prefill, or replay, goes in steps of this many
     retry_s: float = 0.05  # pause before a third attempt to open hops; doubles up to two seconds
     # Codec between machines: "q8" rounds at every edge, "q8+zstd" packs it; None: loses nothing.

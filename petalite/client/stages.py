@@ -9,7 +9,6 @@ leg. Knows who failed; what to do about it is the chain's business.
 from __future__ import annotations
 
 import asyncio
-import itertools
 import math
 from collections import deque
 from collections.abc import Sequence
@@ -44,6 +43,8 @@ class Stage:
         self.error: PetaliteError | None = None  # why it is lost
         self.is_suspect = False  # lost by another's word alone
         self.is_reported = False  # whoever chooses servers was told
+        self.asked = 0  # the last number that a replay asked of it
+        self.heard = 0  # and that it answered
         self._answers = answers
 
     @property
@@ -105,15 +106,16 @@ def legs_of(stages: Sequence[Stage]) -> list[Leg]:
 
 
 class Awaited:
-    """Answers with one number, which the last of `stages` gives and any of them can prevent.
+    """Answers with one number, or several, which the last of `stages` gives and any of them can prevent.
 
     A context manager of one task: inside, answers are taken, until TimeoutError is raised at `deadline_s`.
     """
 
     def __init__(
-        self, answers: Answers, number: int, stages: tuple[Stage, ...], deadline_s: float | None
+        self, answers: Answers, numbers: range, stages: tuple[Stage, ...], deadline_s: float | None
     ) -> None:
-        self.number = number
+        self.numbers = numbers
+        self.number = numbers[0]
         self.stages = stages
         self.deadline_s = deadline_s  # by the loop's clock
         self._answers = answers
@@ -176,31 +178,38 @@ class Answers:
     def __init__(self) -> None:
         self.bad_edges: set[tuple[PeerId, PeerId]] = set()  # (from, to) that could not push
         self._awaited: dict[int, Awaited] = {}
-        self._numbers = itertools.count(1)
+        self._next_number = 1
         self._timer: asyncio.TimerHandle | None = None
         self._fires_s = math.inf
 
-    def awaiting(self, stages: tuple[Stage, ...], timeout_s: float | None = None) -> Awaited:
-        """A new number, under which the last of `stages` is to answer, in time if one is given."""
+    def awaiting(
+        self, stages: tuple[Stage, ...], timeout_s: float | None = None, *, count: int = 1
+    ) -> Awaited:
+        """New numbers, under which the last of `stages` is to answer, in time if one is given."""
         deadline_s = None if timeout_s is None else asyncio.get_running_loop().time() + timeout_s
-        return Awaited(self, next(self._numbers), stages, deadline_s)
+        numbers = range(self._next_number, self._next_number + count)
+        self._next_number = numbers.stop
+        return Awaited(self, numbers, stages, deadline_s)
 
     def enter(self, awaited: Awaited) -> None:
-        self._awaited[awaited.number] = awaited
+        for number in awaited.numbers:
+            self._awaited[number] = awaited
         if awaited.deadline_s is not None and awaited.deadline_s < self._fires_s:
             self._set_timer(awaited.deadline_s)
 
     def leave(self, awaited: Awaited) -> None:
-        del self._awaited[awaited.number]
+        for number in awaited.numbers:
+            del self._awaited[number]
 
     def put(self, stage: Stage, answer: Answer) -> None:
         """What nobody waits for any more, or was not asked of this stage, is dropped."""
         awaited = self._awaited.get(answer.done.number)
         if awaited is not None and awaited.stages[-1] is stage:
+            stage.heard = answer.done.number
             awaited.put(answer)
 
     def fail(self, stage: Stage) -> None:
-        for awaited in self._awaited.values():
+        for awaited in set(self._awaited.values()):
             if stage in awaited.stages:
                 awaited.put(stage)
 

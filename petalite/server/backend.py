@@ -189,6 +189,10 @@ class Backend:
         if not self._thread.closed:
             self._thread.run(self._drop_rows, rows.numbers)
 
+    def held_tokens(self, rows: Rows) -> int:
+        """In the caches of these rows, which are open, as of the last pass."""
+        return sum(map(self._cache.length, rows.numbers))
+
     async def fork(self, forks: Sequence[tuple[int, int]]) -> None:
         """For each (row, other row) of cache rows, make the other one a copy."""
         await self._thread.run(self._fork, forks)

@@ -47,6 +47,7 @@ from petalite.swarm.messages import (
     MAX_STEP_TOKENS,
     NONE,
     OUTPUTS,
+    REPLAY_TOKENS,
     Expect,
     HopReport,
     LinkDown,
@@ -66,7 +67,6 @@ from petalite.swarm.messages import (
 # is held back, as a predecessor is.
 INBOX_STEPS = 32
 INBOX_BYTES = 64 << 20
-REPLAY_TOKENS = 512  # in one step of a replay
 LARGE_BYTES = 1 << 18  # what is larger is coded on the compute thread: the event loop must not stand still
 
 Connect = Callable[[Successor], Awaitable[Onward]]
@@ -151,7 +151,12 @@ class Session:
                     self._let_go_of_successor()
                     self._inbox.put(command)
                 case Probe():
-                    await self._send(self.call, write(Progress(self._received, self._sent)))
+                    await self._send(self.call, write(self._progress()))
+
+    def _progress(self) -> Progress:
+        source = self._predecessor
+        coming = source.stream.filled if isinstance(source, Call) else 0
+        return Progress(self._received, self._sent, self._backend.held_tokens(self._rows), coming)
 
     def _take(self, message: Message) -> bool:
         """A decode step that there is room for: by far the most of what comes."""
@@ -342,12 +347,13 @@ class Session:
         if relink.successor is not None:
             await self._link(relink.successor)
         lengths = (*relink.lengths, *(0 for _ in range(self.request.rows - len(relink.lengths))))
-        for row, data in self.kept.replay(REPLAY_TOKENS, lengths):
+        replay = self.kept.replay(REPLAY_TOKENS, lengths)
+        for number, (row, data) in enumerate(replay, relink.number):
             if self._link_down or relink.epoch < self._epoch:
                 return
             to_client = relink.successor is None
             output = ALL if to_client else NONE
-            step = Step((row,), self.codec.name, relink.stop, output, relink.number, relink.epoch)
+            step = Step((row,), self.codec.name, relink.stop, output, number, relink.epoch)
             if to_client:
                 await self._answer(step, (HopReport(0.0, 0.0),), data)
             else:

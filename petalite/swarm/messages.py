@@ -32,6 +32,7 @@ SESSION_METHOD = "session"
 ATTACH_METHOD = "session.attach"
 MAX_ROWS = 256  # of one session
 MAX_STEP_TOKENS = 4096  # packed in one step; longer prefills come in chunks
+REPLAY_TOKENS = 512  # of one row, in one step of what a server replays
 MAX_LENGTH = 1 << 20  # tokens a row may be opened for
 TOKEN_BYTES = 16
 DIGEST_BYTES = 32
@@ -193,12 +194,13 @@ class Relink:
     """Push to another hop; first replay what was pushed of each row, up to `lengths`, as steps that end at
     `stop`.
 
-    Without a successor the replay goes to the client.
+    Without a successor the replay goes to the client. Each of its steps has REPLAY_TOKENS of one row, or the
+    row's rest, and a number of its own.
     """
 
     KIND: ClassVar[str] = "relink"
     successor: Successor | None
-    number: Count  # of every step of the replay
+    number: Count  # of the replay's first step; the others follow
     epoch: Count
     stop: Block
     lengths: Annotated[tuple[Annotated[int, between(0, MAX_LENGTH)], ...], length(1, MAX_ROWS)]
@@ -215,18 +217,22 @@ class LinkDown:
 
 @dataclass(frozen=True, slots=True)
 class Probe:
-    """Where are you? Asked when an answer is late."""
+    """Where are you? Asked when an answer is late, and while a replay goes on."""
 
     KIND: ClassVar[str] = "probe"
 
 
 @dataclass(frozen=True, slots=True)
 class Progress:
-    """The numbers of the last step that came in, and of the last that went out, to client or successor."""
+    """The numbers of the last step that came in, and of the last that went out, to client or successor; and
+    what shows, within a step, that it is at work.
+    """
 
     KIND: ClassVar[str] = "progress"
     received: Count
     sent: Count
+    held: Count = 0  # tokens, in the caches of all its rows
+    coming: Count = 0  # bytes that are here of what the predecessor sends
 
 
 @dataclass(frozen=True, slots=True)

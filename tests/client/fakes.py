@@ -52,7 +52,7 @@ def reference(span: Span, history: torch.Tensor) -> torch.Tensor:
 
 class FakeBackend:
     """Rows are the histories that they were fed. `stuck` computes nothing until it is not; `lies` makes NaN
-    of everything.
+    of everything; a token takes `token_s`.
     """
 
     def __init__(self, span: Span, dtype: torch.dtype) -> None:
@@ -60,6 +60,7 @@ class FakeBackend:
         self.span: Any = SimpleNamespace(start=span.start, end=span.end, dtype=dtype, config=config)
         self.rows: dict[int, torch.Tensor] = {}
         self.lies = False
+        self.token_s = 0.0
         self._goes = asyncio.Event()
         self._goes.set()
 
@@ -78,6 +79,9 @@ class FakeBackend:
         numbers = [max(self.rows, default=-1) + 1 + i for i in range(count)]
         self.rows.update({number: torch.zeros(0, E) for number in numbers})
         return Rows(numbers, 0)
+
+    def held_tokens(self, rows: Rows) -> int:
+        return sum(len(self.rows[number]) for number in rows.numbers)
 
     async def fork(self, forks: Sequence[tuple[int, int]]) -> None:
         await asyncio.sleep(0)
@@ -100,8 +104,13 @@ class FakeBackend:
             history = self.rows[segment.row]
             if segment.position > len(history):
                 raise SessionGap(f"{segment.position} > {len(history)}")
-            fed = torch.cat([history[: segment.position], hidden[offset : offset + segment.n_tokens].float()])
-            self.rows[segment.row] = fed
+            fed = history[: segment.position]
+            for tokens in (
+                hidden[offset : offset + segment.n_tokens].float().split(1 if self.token_s else 4096)
+            ):
+                if self.token_s:
+                    await asyncio.sleep(self.token_s)
+                self.rows[segment.row] = fed = torch.cat([fed, tokens])
             offset += segment.n_tokens
             outputs.append(reference(Span(start, end), fed)[segment.position :])
         output = torch.cat(outputs)

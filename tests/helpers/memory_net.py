@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 from collections import deque
 from collections.abc import Awaitable, Callable, Mapping, Sequence
+from types import SimpleNamespace
 from typing import Any
 
 import msgpack
@@ -34,6 +35,7 @@ class MemoryCall:
     def __init__(self, net: MemoryNet, owner: PeerId, peer: PeerId, method: str) -> None:
         self.net, self.owner, self.peer, self.method = net, owner, peer, method
         self.priority = Priority.NORMAL
+        self.stream = SimpleNamespace(queued=0, filled=0)  # messages are whole
         self.other: MemoryCall
         self.task: asyncio.Task[None] | None = None
         self.on_the_way: deque[Callable[[], None]] = deque()

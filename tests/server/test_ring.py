@@ -50,7 +50,7 @@ async def test_a_predecessor_with_the_token_feeds_the_session(serving: Serving) 
     direct = await step(await serving.open(client), states, (0, 0, 3))
     assert torch.equal(F32.decode(buffers[0], states.shape[1]), direct)
     await call.send(write(Probe()))
-    assert (await heard(call))[0] == Progress(7, 7)
+    assert (await heard(call))[0] == Progress(7, 7, held=3)
     again = await before.open(serving.address, ATTACH_METHOD, encode(Attach(TOKEN)))
     with pytest.raises(Refused):
         await again.receive()
