@@ -21,28 +21,12 @@ from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption,
 
 from petalite.errors import InvalidAddress, InvalidIdentity
 
-# Identity multihash (0x00) of 36 bytes; protobuf PublicKey{Type = Ed25519 (1), Data = 32 bytes}.
-_PREFIX = bytes([0x00, 0x24, 0x08, 0x01, 0x12, 0x20])
+# In front of the 32-byte key, as one number: identity multihash (0x00) of 36 bytes; protobuf
+# PublicKey{Type = Ed25519 (1), Data = 32 bytes}.
+_PREFIX = 0x002408011220
 _ALPHABET = "123456789ABCDEFGHJKLMNPQRSTUVWXYZabcdefghijkmnopqrstuvwxyz"
 _DIGITS = {letter: value for value, letter in enumerate(_ALPHABET)}
 _TEXT_LENGTH = 52  # of every Ed25519 peer id: 38 bytes in base58, the leading zero byte as one '1'
-
-
-def _base58(data: bytes) -> str:
-    number = int.from_bytes(data, "big")
-    letters = []
-    while number:
-        number, digit = divmod(number, 58)
-        letters.append(_ALPHABET[digit])
-    zeros = len(data) - len(data.lstrip(b"\0"))
-    return _ALPHABET[0] * zeros + "".join(reversed(letters))
-
-
-def _base58_decode(text: str, length: int) -> bytes:
-    number = 0
-    for letter in text:
-        number = number * 58 + _DIGITS[letter]
-    return number.to_bytes(length, "big")
 
 
 class PeerId(bytes):
@@ -63,13 +47,13 @@ class PeerId(bytes):
     @classmethod
     def parse(cls, text: str) -> PeerId:
         """From `12D3Koo…`. Raises InvalidAddress for anything else, other key types included."""
-        if len(text) == _TEXT_LENGTH and all(letter in _DIGITS for letter in text):
-            try:
-                raw = _base58_decode(text, len(_PREFIX) + 32)
-            except OverflowError:
-                raw = b""
-            if raw.startswith(_PREFIX):
-                return cls(raw[len(_PREFIX) :])
+        if len(text) == _TEXT_LENGTH and _DIGITS.keys() >= set(text):
+            number = 0
+            for letter in text:
+                number = number * 58 + _DIGITS[letter]
+            prefix, key = divmod(number, 1 << 256)
+            if prefix == _PREFIX:
+                return cls(key.to_bytes(cls.BYTES, "big"))
         raise InvalidAddress(
             f"{text[:60]!r} is not a peer id; expected 12D3Koo…, the {_TEXT_LENGTH} base58 letters of a key"
         )
@@ -87,7 +71,11 @@ class PeerId(bytes):
         return "…" + str(self)[-8:]
 
     def __str__(self) -> str:
-        return _base58(_PREFIX + self)
+        number, letters = _PREFIX << 256 | int.from_bytes(self, "big"), ""
+        while number:
+            number, digit = divmod(number, 58)
+            letters = _ALPHABET[digit] + letters
+        return _ALPHABET[0] + letters
 
     def __repr__(self) -> str:
         return f"PeerId({str(self)!r})"
