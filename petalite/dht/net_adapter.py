@@ -15,8 +15,9 @@ from petalite.errors import InvalidArgument
 from petalite.net.host import Host
 from petalite.net.identity import PeerId
 from petalite.net.link import Link
+from petalite.net.methods import MethodPolicy
 from petalite.net.multiaddr import Multiaddr
-from petalite.net.rpc import Call, MethodPolicy
+from petalite.net.rpc import Call
 from petalite.net.streams import Priority
 
 # Bodies only, and no more at once than a flood of them may cost.

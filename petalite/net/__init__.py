@@ -3,8 +3,9 @@
 from petalite.net.host import Host, HostSettings
 from petalite.net.identity import Identity, PeerId
 from petalite.net.messages import Message
+from petalite.net.methods import MethodPolicy
 from petalite.net.multiaddr import Multiaddr
-from petalite.net.rpc import Call, MethodPolicy
+from petalite.net.rpc import Call
 from petalite.net.streams import Priority
 
 __all__ = [

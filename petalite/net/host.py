@@ -38,9 +38,10 @@ from petalite.net.lane import Lane
 from petalite.net.limits import VIOLATION, Gate, Limits, prefix_of
 from petalite.net.link import MAX_LANES, Link, Timers
 from petalite.net.messages import MAX_DEADLINE_MS, REQUEST, Buffer, Message
+from petalite.net.methods import Handler, Method, MethodPolicy
 from petalite.net.multiaddr import Multiaddr
 from petalite.net.pool import Scratch
-from petalite.net.rpc import Body, Call, Handler, Method, MethodPolicy
+from petalite.net.rpc import Body, Call
 from petalite.net.streams import BULK, Priority
 
 logger = logging.getLogger(__name__)

@@ -10,9 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import Awaitable, Callable, Mapping, Sequence
-from dataclasses import dataclass
-from time import monotonic
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from petalite.errors import (
@@ -23,15 +21,13 @@ from petalite.errors import (
     ErrorCode,
     LocalProtocolError,
     PetaliteError,
-    RateLimited,
     ResourceLimit,
-    UnknownMethod,
     code_of,
     from_wire,
 )
 from petalite.net import messages, schema
-from petalite.net.limits import TokenBucket
 from petalite.net.messages import FAILURE, MESSAGE, REQUEST, Buffer, Header, Message
+from petalite.net.methods import Method, MethodPolicy, admit
 from petalite.net.multiaddr import Multiaddr
 from petalite.net.states import READABLE, RECEIVED, RECEIVING, SENDING, SENT, Event
 from petalite.net.streams import Priority, Stream
@@ -44,32 +40,9 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 Body: TypeAlias = Mapping[str, Any] | None
-Reply: TypeAlias = Message | Mapping[str, Any] | None
-Handler: TypeAlias = Callable[..., Awaitable[Reply]]
 
 NEAR_S = 2.5  # a deadline less far away has a timer
 REQUEST_TIMEOUT_S = 30.0  # from a stream's opening to the whole of its first message
-
-
-@dataclass(frozen=True, slots=True)
-class MethodPolicy:
-    """What a method's callers may ask for."""
-
-    max_message_bytes: int = 256 * 1024 * 1024  # all buffers of one message
-    max_buffers: int = 64  # per message
-    max_concurrent: int = 1024  # calls at once, of all peers together
-    calls_per_s: float = 5000.0  # of one peer, after a burst of as many
-    priority: Priority = Priority.INTERACTIVE  # the highest class in which answers are sent
-
-
-@dataclass(slots=True)
-class Method:
-    """A served method: its handler and what counts for it."""
-
-    handler: Handler
-    request: type | None
-    policy: MethodPolicy
-    running: int = 0
 
 
 _REPLIES = MethodPolicy(max_message_bytes=1 << 30)  # what an answer may be
@@ -277,28 +250,12 @@ class Call:
         if (header[0] == REQUEST) is not (self._methods is not None):
             raise BadMessage("a call begins with a request, and has one")
         if self._methods is not None:
-            self._served = self._admit_request(header[3], self._methods)
+            self.method = header[3]
+            self._served = admit(self._methods, self.method, self._link.rates)
             self._methods, self._header = None, header
-        if sizes := header[2]:
+        if header[2]:
             policy = _REPLIES if self._served is None else self._served.policy
-            if len(sizes) > policy.max_buffers or sum(sizes) > policy.max_message_bytes:
-                raise BadMessage(
-                    f"a message of {len(sizes)} buffers with {sum(sizes)} bytes; {self.method or 'a call'} "
-                    f"takes {policy.max_buffers} with {policy.max_message_bytes}"
-                )
-
-    def _admit_request(self, name: str, methods: Mapping[str, Method]) -> Method:
-        self.method = name
-        method = methods.get(name)
-        if method is None:
-            raise UnknownMethod(f"there is no method {name!r} here")
-        policy, now, rates = method.policy, monotonic(), self._link.rates
-        bucket = rates.get(name)
-        if bucket is None:
-            bucket = rates[name] = TokenBucket(policy.calls_per_s, policy.calls_per_s, now)
-        if not bucket.take(now):
-            raise RateLimited(f"more than {policy.calls_per_s:g} calls to {name!r} a second")
-        return method
+            policy.check(header[2], self.method)
 
     def _write(self, header: Header, buffers: Sequence[Buffer], fin: bool = False) -> None:
         if self._error is not None:

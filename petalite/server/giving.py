@@ -11,7 +11,8 @@ from petalite.model.checkpoint import Checkpoint
 from petalite.model.manifest import Manifest
 from petalite.model.tensorstore import PIECE_BYTES
 from petalite.net.host import Host
-from petalite.net.rpc import Call, MethodPolicy
+from petalite.net.methods import MethodPolicy
+from petalite.net.rpc import Call
 from petalite.net.schema import encode
 from petalite.net.streams import Priority
 from petalite.swarm.weights import METHOD, ReadWeights, WeightsRead

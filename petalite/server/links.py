@@ -21,7 +21,8 @@ from petalite.errors import BadMessage, NetworkError, RemoteError
 from petalite.net.host import Host
 from petalite.net.identity import PeerId
 from petalite.net.messages import Message
-from petalite.net.rpc import Call, MethodPolicy
+from petalite.net.methods import MethodPolicy
+from petalite.net.rpc import Call
 from petalite.net.schema import between, encode
 from petalite.net.streams import Priority
 from petalite.swarm.directory import ServerEntry

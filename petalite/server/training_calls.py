@@ -13,7 +13,8 @@ from contextlib import contextmanager
 from petalite.errors import BadMessage, Busy, WrongModel, WrongSpan
 from petalite.net.host import Host
 from petalite.net.messages import Message
-from petalite.net.rpc import Call, MethodPolicy
+from petalite.net.methods import MethodPolicy
+from petalite.net.rpc import Call
 from petalite.net.schema import encode
 from petalite.net.streams import Priority
 from petalite.server.adapters import Adapters
