@@ -110,9 +110,7 @@ class HandshakeState:
             else:
                 self._mix_secret(token)
         self.payload_hash = self.hash
-        message += self._seal(payload(self.hash))
-        self._forget_keys_if_finished()
-        return message
+        return message + self._seal(payload(self.hash))
 
     def read(self, message: bytes) -> bytes:
         """The payload of the peer's next message. Raises HandshakeFailed, and is of no use from then on."""
@@ -127,14 +125,16 @@ class HandshakeState:
             else:
                 self._mix_secret(token)
         self.payload_hash = self.hash
-        payload = self._open(rest)
-        self._forget_keys_if_finished()
-        return payload
+        return self._open(rest)
 
     def keys(self) -> tuple[bytes, bytes]:
-        """(sending key, receiving key) of the transport, once finished: Split of Noise §5.2."""
+        """(sending key, receiving key) of the transport, once finished: Split of Noise §5.2.
+
+        It forgets the others.
+        """
         if not self.finished:
             raise LocalProtocolError("the handshake has not finished")
+        self._ours, self._psk = {}, None
         to_responder, to_initiator = _hkdf(self._chaining_key, b"", 2)
         return (to_responder, to_initiator) if self._initiator else (to_initiator, to_responder)
 
@@ -196,10 +196,6 @@ class HandshakeState:
                 ) from error
         self._mix_hash(box)
         return plaintext
-
-    def _forget_keys_if_finished(self) -> None:
-        if self.finished:
-            self._ours, self._psk = {}, None
 
 
 def _cut(message: bytes, size: int) -> tuple[bytes, bytes]:
