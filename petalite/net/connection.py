@@ -9,14 +9,11 @@ have the messages.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from types import MappingProxyType
-
 from petalite.errors import ErrorCode, Flood, LocalProtocolError, RemoteProtocolError, StreamLimitExceeded
 from petalite.net import frames
 from petalite.net.credit import Windows
 from petalite.net.frames import HEADER_BYTES, MAX_DATA_BYTES, U32, U64, FrameType, encode
-from petalite.net.limits import TokenBucket
+from petalite.net.limits import Budget, TokenBucket
 from petalite.net.receiving import Receiver
 from petalite.net.sending import FLAGS_SHIFT, HEADER, Sender
 from petalite.net.states import CLOSED, OPENED, RECEIVED, SENDING, SENT, STATE_STEPS, TAKING, Event, State
@@ -38,16 +35,16 @@ class Connection:
         ours: Windows,
         theirs: Windows,
         now: float = 0.0,
-        reserve: Callable[[int], bool] = lambda _size: True,
+        memory: Budget | None = None,
     ) -> None:
-        """`reserve` sets memory aside for what goes beyond the first windows, and may refuse it."""
+        """`memory` is for what goes beyond the first windows."""
         self.state = State.OPEN
         self.peer_left = False  # the peer sent GOAWAY
         self.close_code, self.close_reason = 0, ""
         self.events: list[tuple[Event, Stream | None]] = []  # for the layer above to read and to clear
         self.streams: dict[int, Stream] = {}
         self.sender = Sender(theirs.connection_bytes, self.events, self._over)
-        self.receiver = Receiver(ours, now, reserve, self.sender.control, self.events, self._over)
+        self.receiver = Receiver(ours, now, memory or Budget(), self.sender.control, self.events, self._over)
 
         self._ours, self._theirs = ours, theirs
         self._parity = int(initiator)  # of the ids of the streams that we open: 1, 3, …, or 2, 4, …
@@ -216,7 +213,7 @@ class Connection:
     def _on_max_data(self, _stream_id: int, _head: int, payload: memoryview) -> None:
         self.sender.limit = max(self.sender.limit, *U64.unpack(payload))
 
-    def _on_reset(self, stream_id: int, _head: int, payload: memoryview) -> None:
+    def _on_reset_stream(self, stream_id: int, _head: int, payload: memoryview) -> None:
         stream = self._known(stream_id)
         if stream is None or stream.receive >= RECEIVED:
             raise RemoteProtocolError(f"RESET_STREAM on stream {stream_id}, whose sender had ended it")
@@ -224,7 +221,7 @@ class Connection:
         (stream.reset_code,) = U32.unpack(payload)
         self.receiver.reset(stream)
 
-    def _on_stop(self, stream_id: int, _head: int, payload: memoryview) -> None:
+    def _on_stop_sending(self, stream_id: int, _head: int, payload: memoryview) -> None:
         stream = self._known(stream_id)
         if stream is not None and stream.send < SENT:
             self._count_given_up(stream)
@@ -248,6 +245,9 @@ class Connection:
         if stream is not None:
             self.set_priority(stream, PRIORITIES[head & 0xFFFF])
 
+    def _on_pad(self, _stream_id: int, _head: int, _payload: memoryview) -> None:
+        pass
+
     def _on_ping(self, _stream_id: int, _head: int, payload: memoryview) -> None:
         self.sender.control.answer(FrameType.PONG, 0, bytes(payload))
 
@@ -267,20 +267,5 @@ class Connection:
         self.events.append((Event.ROOM, None))
 
 
-# Of all types but MESSAGE: what is legal of those is taken before a handler is looked for.
-_HANDLERS = MappingProxyType(
-    {
-        FrameType.HEAD: Connection._on_head,
-        FrameType.BLOCK: Connection._on_block,
-        FrameType.PRIORITY: Connection._on_priority,
-        FrameType.MAX_STREAM_DATA: Connection._on_max_stream_data,
-        FrameType.MAX_DATA: Connection._on_max_data,
-        FrameType.RESET_STREAM: Connection._on_reset,
-        FrameType.STOP_SENDING: Connection._on_stop,
-        FrameType.PING: Connection._on_ping,
-        FrameType.PONG: Connection._on_pong,
-        FrameType.CLOSE: Connection._on_close,
-        FrameType.GOAWAY: Connection._on_goaway,
-        FrameType.PAD: lambda *_: None,
-    }
-)
+# A frame's handler is named like its type. Of all but MESSAGE what is legal is taken before it is looked for.
+_HANDLERS = {kind: getattr(Connection, f"_on_{kind.name.lower()}") for kind in FrameType}

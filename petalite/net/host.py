@@ -35,7 +35,7 @@ from petalite.net.handshake import Handshake, Hello
 from petalite.net.identity import Identity, PeerId
 from petalite.net.journal import Journal
 from petalite.net.lane import Lane
-from petalite.net.limits import VIOLATION, Gate, Limits, prefix_of
+from petalite.net.limits import VIOLATION, Budget, Gate, Limits, prefix_of
 from petalite.net.link import MAX_LANES, Link, Timers
 from petalite.net.messages import MAX_DEADLINE_MS, REQUEST, Buffer, Message
 from petalite.net.methods import Handler, Method, MethodPolicy
@@ -166,8 +166,7 @@ class Host:
 
     async def _dial(self, peer_id: PeerId, patient: bool) -> Link:
         established = await self._reach(peer_id, _INTERACTIVE, patient)
-        link = Link(self, established, outbound=True, memory=self._gate.memory)
-        self._adopt(link)
+        link = self._adopt(established)
         self._attach(link, established)
         return self._links.get(peer_id, link)
 
@@ -211,14 +210,13 @@ class Host:
             code, reason = ErrorCode.RESOURCE_LIMIT, "too many connections"
         if code:
             self.journal.note("link:refused", peer, code, reason=reason)
-            refused = Link(self, established, outbound=False, memory=self._gate.memory)
+            refused = Link(self, established, self._gate.memory)
             self._attach(refused, established)
             refused.close(code, reason)
             return
         if link is None:
             self.book.add(peer, claimed_addresses(hello, established.address))
-            link = Link(self, established, outbound=False, memory=self._gate.memory)
-            self._adopt(link)
+            link = self._adopt(established)
         self._attach(link, established, lambda: self._gate.leave(prefix))
 
     def _link_of_instance(self, peer: PeerId, instance: bytes) -> Link | None:
@@ -232,7 +230,8 @@ class Host:
     ) -> None:
         """A lane of the link on this connection; `on_gone` is called when its socket is closed."""
         initiator, theirs = established.handshake.initiator, established.secured.hello.windows()
-        connection = Connection(initiator, self.settings.windows, theirs, monotonic(), link.memory.reserve)
+        memory = Budget(parent=link.memory)
+        connection = Connection(initiator, self.settings.windows, theirs, monotonic(), memory)
         connection.receiver.rtt_s = established.rtt_s
         lane = Lane(established.sock, connection, established.secured, self._scratch, link)
 
@@ -246,14 +245,16 @@ class Host:
         self._lanes.add(lane)
         link.attach(lane, established.handshake.leftover)
 
-    def _adopt(self, link: Link) -> None:
-        """Use this link for new calls to its peer, or the one there is.
+    def _adopt(self, established: Established) -> Link:
+        """A link to the peer, to use for new calls instead of the one there is, or besides it.
 
         Both ends decide alike: of two that were dialled at once, the one that the smaller peer id dialled. Of
         two in the same direction the newer, and what a former process of the peer left behind is dead.
         """
+        link = Link(self, established, self._gate.memory)
         self._all_links.add(link)
-        self.journal.note("link:opened", link.peer, address=link.remote_address, outbound=link.outbound)
+        address, agent = link.remote_address, link.hello.agent
+        self.journal.note("link:opened", link.peer, address=address, outbound=link.outbound, agent=agent)
         current = self._links.get(link.peer)
         if current is not None and current.hello.instance != link.hello.instance:
             current.finish(ConnectionLost("the peer was restarted"))
@@ -263,6 +264,7 @@ class Host:
             current.supplanted = not link.supplanted
         if not link.supplanted:
             self._links[link.peer] = link
+        return link
 
     def on_lost(self, link: Link, error: PetaliteError, guilty: bool) -> None:
         """A link ended."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import os
+import sys
 from collections import Counter, OrderedDict
 from collections.abc import Hashable
 from dataclasses import dataclass
@@ -77,7 +78,7 @@ class Budget:
 
     __slots__ = ("_limit", "_parent", "used")
 
-    def __init__(self, limit: int, parent: Budget | None = None) -> None:
+    def __init__(self, limit: int = sys.maxsize, parent: Budget | None = None) -> None:
         self._limit, self._parent = limit, parent
         self.used = 0
 
@@ -93,6 +94,11 @@ class Budget:
         self.used -= size
         if self._parent is not None:
             self._parent.release(size)
+
+    def close(self) -> None:
+        """Release all, and set nothing aside any more."""
+        self.release(self.used)
+        self._limit = 0
 
 
 class Reputation:

@@ -41,11 +41,11 @@ class Timers:
 class Link:
     """Created with its handshake done; `attach` hands it its first lane, and perhaps more."""
 
-    def __init__(self, host: Host, established: Established, outbound: bool, memory: Budget) -> None:
+    def __init__(self, host: Host, established: Established, memory: Budget) -> None:
         """`memory` is the host's, of which the peer may have a part."""
         self.peer, self.hello = established.secured.peer_id, established.secured.hello
         self.remote_address = established.address  # where its packets come from, without its id
-        self.outbound = outbound
+        self.outbound = established.handshake.initiator
         self.memory = Budget(host.settings.limits.peer_memory_bytes, memory)  # for what the peer sends
         self.loop = asyncio.get_running_loop()
         self.supplanted = False  # another link to the peer is used for new calls
@@ -147,7 +147,7 @@ class Link:
     def _fail_calls(self, lane: Lane, error: PetaliteError) -> None:
         """A lane is gone, and its calls with it."""
         self._changed.set()
-        self.memory.release(lane.connection.receiver.end())
+        lane.connection.receiver.end()
         for stream in list(lane.connection.streams.values()):
             if stream.owner is not None:
                 stream.owner.lost(error)
@@ -162,7 +162,7 @@ class Link:
                 lane.abort()
                 self.lane_lost(lane, ConnectionLost(reason), guilty=False)
             else:
-                self.memory.release(lane.connection.receiver.give_back())
+                lane.connection.receiver.give_back()
                 for stream in lane.connection.streams.values():
                     if stream.owner is not None:
                         stream.owner.watch_deadline()

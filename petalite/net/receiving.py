@@ -14,6 +14,7 @@ from collections.abc import Callable
 from petalite.errors import FlowControlViolation, FrameTooLarge, RemoteProtocolError
 from petalite.net.credit import Window, Windows
 from petalite.net.frames import MAX_DATA_BYTES, MESSAGE_COST, U32, U64, FrameType, encode
+from petalite.net.limits import Budget
 from petalite.net.scheduling import ControlQueue
 from petalite.net.states import FIN_STEP, READABLE, RECEIVING, SENT, Event, Step
 from petalite.net.streams import Incoming, Stream
@@ -28,7 +29,7 @@ class Receiver:
         self,
         ours: Windows,
         now: float,
-        reserve: Callable[[int], bool],
+        memory: Budget,
         control: ControlQueue,
         events: list[tuple[Event, Stream | None]],
         over: Callable[[Stream], None],
@@ -36,12 +37,12 @@ class Receiver:
         self.now = now
         self.rtt_s = 0.1
         self.received = self.consumed = 0  # credit that was used, and what of it was read or thrown away
-        self.reserved = 0  # bytes of memory, beyond the first windows
+        self.memory = memory  # for what goes beyond the first windows
         self.block: Stream | None = None  # whose bytes the next record is
         self._block_bytes, self._block_ends = 0, False
-        self._ours, self._reserve_memory = ours, reserve
+        self._ours = ours
         self._allowance = 0  # unread bytes for which credit is still given
-        self.window = Window(ours.connection_bytes, ours.max_connection_bytes, now, self._reserve)
+        self.window = Window(ours.connection_bytes, ours.max_connection_bytes, now, memory.reserve)
         self.first_window = self._stream_window(now)  # of every stream, until it is given more
         self._control, self._events, self._over = control, events, over
 
@@ -72,18 +73,16 @@ class Receiver:
             self._control.send(encode(FrameType.STOP_SENDING, stream.id, U32.pack(code)))
         self._drop_unread(stream)
 
-    def give_back(self) -> int:
-        """Stop allowing for unread bytes while there are none; how much reserved memory that frees."""
-        freed = self._allowance if self.received == self.consumed else 0
-        self._allowance -= freed
-        self.reserved -= freed
-        return freed
+    def give_back(self) -> None:
+        """Stop allowing for unread bytes while there are none."""
+        if self.received == self.consumed:
+            self.memory.release(self._allowance)
+            self._allowance = 0
 
-    def end(self) -> int:
-        """The lane is gone: set no more memory aside; how much was."""
-        self._reserve_memory = lambda _size: False
-        freed, self.reserved, self._allowance = self.reserved, 0, 0
-        return freed
+    def end(self) -> None:
+        """The lane is gone: release all memory, and take no more."""
+        self._allowance = 0
+        self.memory.close()
 
     # -- what comes --------------------------------------------------------------------------------
 
@@ -205,7 +204,7 @@ class Receiver:
     def _grant_connection(self) -> None:
         if self.received - self.consumed > self._allowance:
             more = min(_ALLOWANCE_STEP_BYTES, self._ours.allowance_bytes - self._allowance)
-            if more and self._reserve(more):
+            if more and self.memory.reserve(more):
                 self._allowance += more
         read = min(self.received, self.consumed + self._allowance)
         if read >= self.window.due_at:
@@ -213,8 +212,3 @@ class Receiver:
 
     def _stream_window(self, now: float) -> Window:
         return Window(self._ours.stream_bytes, self._ours.max_stream_bytes, now)
-
-    def _reserve(self, size: int) -> bool:
-        granted = self._reserve_memory(size)
-        self.reserved += size * granted
-        return granted

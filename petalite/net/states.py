@@ -59,7 +59,7 @@ class Event(IntEnum):
     """What happened; the stream's or the connection's state says the rest."""
 
     OPENED = auto()  # the peer opened this stream
-    READABLE = auto()  # `need` bytes, the whole target, or the end has come
+    READABLE = auto()  # the first message that waits, the whole target, or the end has come
     RESET = auto()  # the peer gave up sending: `reset_code`
     STOPPED = auto()  # the peer stopped reading: `stop_code`
     DRAINED = auto()  # the outbox is empty
