@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from functools import partial
 
+from petalite.client.adapters import AdapterSource
 from petalite.client.hops import NOTHING_MORE, Answer, Listener, Opening, Wanted
 from petalite.client.model import AsyncDistributedModel, open_model
 from petalite.client.settings import SessionSettings, TrainingSettings
@@ -63,10 +64,13 @@ class EmbeddedServers:
     async def is_much_better_than(self, chain: Sequence[Hop], history_tokens: int) -> bool:
         return False
 
-    async def open(self, hop: Hop, opening: Opening, listener: Listener) -> EmbeddedHop:
-        span, part = hop.span, None if opening.adapter is None else opening.adapter.part(hop.span)
+    async def bring(self, hop: Hop, adapter: AdapterSource) -> None:
+        part = adapter.part(hop.span)
         if part is not None and part.blob is not None:
             await self._trainer.put_adapter(part.blob)
+
+    async def open(self, hop: Hop, opening: Opening, listener: Listener) -> EmbeddedHop:
+        span, part = hop.span, None if opening.adapter is None else opening.adapter.part(hop.span)
         with ExitStack() as stack:
             adapter = stack.enter_context(self._adapters.use(None if part is None else part.digest))
             rows = await self._backend.open_rows(opening.rows, opening.max_length, span.start, span.end)

@@ -287,22 +287,25 @@ class Chain:
                 self._settings.wire,
                 self._adapter,
             )
-            openings.append(self._open_one(stage, opening))
-        tasks = [asyncio.create_task(opening) for opening in openings]
-        try:
-            await asyncio.gather(*tasks)
-        except BaseException:
-            for stage, task in zip(stages, tasks, strict=True):
-                task.cancel()
-                stage.close()
-            await asyncio.gather(*tasks, return_exceptions=True)
-            raise
+            openings.append((stage, opening))
+        # First, as hops attach to each other once they are open, and wait a few seconds for that.
+        if self._adapter is not None:
+            await _all_of(stages, [self._bring(stage, self._adapter) for stage in stages])
+            self.check_open()
+        await _all_of(stages, [self._open_one(*each) for each in openings])
         for i, stage in enumerate(stages):
             if not pushed[i]:
                 stage.kept = KeptInputs(stage.opened.codec, self._hidden_size)
         if isinstance(feeder, KeptInputs):
             stages[0].kept = feeder
         return stages
+
+    async def _bring(self, stage: Stage, adapter: AdapterSource) -> None:
+        try:
+            await self._servers.bring(stage.hop, adapter)
+        except (NetworkError, RemoteError) as error:
+            stage.lost(error)
+            raise StageFailed(stage, error) from error
 
     async def _open_one(self, stage: Stage, opening: Opening) -> None:
         try:
@@ -396,3 +399,16 @@ class Chain:
 def _replayed_steps(lengths: Sequence[int]) -> int:
     """In how many steps a server replays rows of these lengths; one where there is nothing to replay."""
     return max(1, sum(-(-length // REPLAY_TOKENS) for length in lengths))
+
+
+async def _all_of(stages: Sequence[Stage], tries: Sequence[Coroutine[Any, Any, None]]) -> None:
+    """Of each stage one, at once. Where one fails, none goes on and every stage is closed."""
+    tasks = [asyncio.create_task(one) for one in tries]
+    try:
+        await asyncio.gather(*tasks)
+    except BaseException:
+        for stage, task in zip(stages, tasks, strict=True):
+            task.cancel()
+            stage.close()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        raise

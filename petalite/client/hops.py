@@ -132,6 +132,10 @@ class Servers(Protocol):
         """Whether to change to another chain, at the price of a replay of so many tokens."""
         ...
 
+    async def bring(self, hop: Hop, adapter: AdapterSource) -> None:
+        """Send the hop what it lacks of a LoRA, however long that takes as long as it goes on."""
+        ...
+
     async def open(self, hop: Hop, opening: Opening, listener: Listener) -> OpenHop: ...
 
     def training(self, peer: PeerId, settings: TrainingSettings) -> SpanTraining:

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import asyncio
+from collections.abc import Coroutine, Sequence
+from typing import Any, TypeVar
 
 from torch import Tensor
 
 from petalite.client.settings import TrainingSettings
-from petalite.errors import BadMessage
+from petalite.errors import BadMessage, DeadlineExceeded
 from petalite.net.host import Host
 from petalite.net.identity import PeerId
 from petalite.net.messages import Buffer, Message
+from petalite.net.rpc import Call
 from petalite.net.schema import decode, encode
 from petalite.net.streams import Priority
 from petalite.swarm.codecs import codec_named
@@ -19,6 +22,8 @@ from petalite.swarm.spans import Span
 from petalite.swarm.training import (
     ADAPTER,
     ADAPTER_METHOD,
+    ADAPTER_PIECE_BYTES,
+    ADAPTER_PIECE_S,
     BACKWARD_METHOD,
     F32,
     FORWARD_METHOD,
@@ -35,6 +40,8 @@ from petalite.swarm.training import (
     input_buffers,
     read_gradients,
 )
+
+T = TypeVar("T")
 
 
 class RemoteTraining:
@@ -76,19 +83,47 @@ class RemoteTraining:
         done = decode(TrainDone, reply.body)
         return read_gradients(call, done, reply.buffers, inputs.hidden.shape[2], n_values)
 
-    async def put_adapter(self, blob: Buffer) -> None:
-        digest = adapter_digest(blob)
-        timeout_s = self._settings.call_s
-        reply = await self._host.call(
-            self._peer,
-            ADAPTER_METHOD,
-            encode(PutAdapter(self._model_id, digest)),
-            [blob],
-            timeout_s=timeout_s,
-            priority=Priority.BULK,
+    async def put_adapter(self, blob: Buffer, *, ask: bool = False) -> None:
+        """`SpanTraining.put_adapter`. `ask`: send nothing before it is clear that the server lacks it.
+
+        However long all of it takes, each piece has to leave in time.
+        """
+        data, digest = memoryview(blob), adapter_digest(blob)
+        begun = 0 if ask else min(len(data), ADAPTER_PIECE_BYTES)
+        put = PutAdapter(self._model_id, digest, len(data) - begun)
+        opening = self._host.open(
+            self._peer, ADAPTER_METHOD, encode(put), [data[:begun]], priority=Priority.BULK
         )
-        if decode(AdapterHeld, reply.body).digest != digest:
+        call = await self._within(self._settings.call_s, opening)
+        try:
+            wanted = await self._wanted(call, digest)
+            if wanted not in (0, put.more):
+                raise BadMessage(f"the server wants {wanted} bytes more of an adapter that has {put.more}")
+            if wanted:
+                for start in range(begun, len(data), ADAPTER_PIECE_BYTES):
+                    piece = data[start : start + ADAPTER_PIECE_BYTES]
+                    await self._within(ADAPTER_PIECE_S, call.send({}, [piece]))
+                if await self._wanted(call, digest):
+                    raise BadMessage("the server wants more of an adapter than there is")
+        finally:
+            call.end()
+
+    async def _wanted(self, call: Call, digest: bytes) -> int:
+        """How many bytes of the adapter the server says that it wants."""
+        reply = await self._within(self._settings.call_s, call.receive())
+        held = decode(AdapterHeld, {} if reply is None else reply.body)
+        if held.digest != digest:
             raise BadMessage("the server says that it holds another adapter than it was sent")
+        return held.more
+
+    async def _within(self, timeout_s: float, step: Coroutine[Any, Any, T]) -> T:
+        try:
+            async with asyncio.timeout(timeout_s):
+                return await step
+        except TimeoutError:
+            raise DeadlineExceeded(
+                f"{self._peer.short()} took longer than {timeout_s:g} s for a piece of an adapter"
+            ) from None
 
     def _describe(
         self,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Sequence
 
-from petalite.client.adapters import AdapterPart
+from petalite.client.adapters import AdapterSource
 from petalite.client.hops import NOTHING_MORE, Answer, Listener, Opening, Wanted
 from petalite.client.outlook import Outlook
 from petalite.client.remote_training import RemoteTraining
@@ -17,7 +17,6 @@ from petalite.errors import (
     NetworkError,
     PetaliteError,
     RemoteError,
-    UnknownAdapter,
 )
 from petalite.net.host import Host
 from petalite.net.identity import PeerId
@@ -131,19 +130,13 @@ class SwarmServers:
     def training(self, peer: PeerId, settings: TrainingSettings) -> RemoteTraining:
         return RemoteTraining(self._host, peer, self.model_id, settings)
 
+    async def bring(self, hop: Hop, adapter: AdapterSource) -> None:
+        part = adapter.part(hop.span)
+        if part is not None and part.blob is not None:
+            await self.training(hop.peer, TrainingSettings()).put_adapter(part.blob, ask=True)
+
     async def open(self, hop: Hop, opening: Opening, listener: Listener) -> RemoteHop:
         part = None if opening.adapter is None else opening.adapter.part(hop.span)
-        try:
-            return await self._open(hop, opening, part, listener)
-        except UnknownAdapter:
-            if part is None or part.blob is None:
-                raise
-        await self.training(hop.peer, TrainingSettings()).put_adapter(part.blob)
-        return await self._open(hop, opening, part, listener)
-
-    async def _open(
-        self, hop: Hop, opening: Opening, part: AdapterPart | None, listener: Listener
-    ) -> RemoteHop:
         request = OpenSession(
             self._directory.model_id,
             hop.span.start,

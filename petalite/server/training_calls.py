@@ -6,13 +6,14 @@ that call with a code, and no other.
 
 from __future__ import annotations
 
+import asyncio
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from petalite.errors import BadMessage, Busy, WrongModel, WrongSpan
+from petalite.errors import BadMessage, Busy, DeadlineExceeded, WrongModel, WrongSpan
 from petalite.net.host import Host
-from petalite.net.messages import Message
+from petalite.net.messages import Buffer, Message
 from petalite.net.methods import MethodPolicy
 from petalite.net.rpc import Call
 from petalite.net.schema import encode
@@ -28,6 +29,8 @@ from petalite.swarm.messages import HopReport
 from petalite.swarm.spans import Span
 from petalite.swarm.training import (
     ADAPTER_METHOD,
+    ADAPTER_PIECE_BYTES,
+    ADAPTER_PIECE_S,
     BACKWARD_METHOD,
     F32,
     FORWARD_METHOD,
@@ -42,7 +45,7 @@ from petalite.swarm.training import (
     read_inputs,
 )
 
-_ADAPTERS_AT_ONCE = 4  # being received
+_ADAPTERS_AT_ONCE = 16  # being received, some of them over slow links
 
 
 class TrainingService:
@@ -140,12 +143,17 @@ class TrainingService:
             return Message(_done(request, found.report), data)
 
     async def _put_adapter(self, call: Call, request: PutAdapter) -> Message:
-        with self._entered(call, request.model_id):
+        with self._entered(call, request.model_id, request.more):
             if len(call.request.buffers) != 1:
                 raise BadMessage(
                     f"{len(call.request.buffers)} buffers came; an adapter is one file in one buffer"
                 )
-            await self.trainer.put_adapter(call.request.buffers[0], request.digest, peer=call.peer)
+            [blob] = call.request.buffers
+            self._adapters.check_size(len(blob) + request.more)
+            if request.digest not in self._adapters:
+                if request.more:
+                    blob = await _rest(call, request, blob)
+                await self.trainer.put_adapter(blob, request.digest, peer=call.peer)
             return Message(encode(AdapterHeld(request.digest)))
 
     @property
@@ -153,11 +161,11 @@ class TrainingService:
         return self._backend.span.config.hidden_size
 
     @contextmanager
-    def _entered(self, call: Call, model_id: str) -> Iterator[None]:
+    def _entered(self, call: Call, model_id: str, more_bytes: int = 0) -> Iterator[None]:
         self._open.check_open()
         if model_id != self._model_id:
             raise WrongModel(f"this server holds {self._model_id}, the call is for {model_id}")
-        brought_bytes = sum(map(len, call.request.buffers))
+        brought_bytes = sum(map(len, call.request.buffers)) + more_bytes
         if self._brought_bytes and self._brought_bytes + brought_bytes > self._settings.calls_bytes:
             raise Busy(
                 f"training calls under way have brought {self._brought_bytes >> 20} MiB, this one brings "
@@ -179,6 +187,24 @@ class TrainingService:
         if request.prompt_tokens > request.tokens:
             raise BadMessage(f"{request.prompt_tokens} prompts cannot be added to {request.tokens} tokens")
         return Span(request.start, request.end)
+
+
+async def _rest(call: Call, request: PutAdapter, begun: Buffer) -> bytearray:
+    """The whole file. Each piece has to come in time, and none is smaller than it must be."""
+    blob, nbytes = bytearray(begun), len(begun) + request.more
+    await call.send(encode(AdapterHeld(request.digest, request.more)))
+    while len(blob) < nbytes:
+        try:
+            async with asyncio.timeout(ADAPTER_PIECE_S):
+                message = await call.receive()
+        except TimeoutError:
+            raise DeadlineExceeded(f"no piece of the adapter came for {ADAPTER_PIECE_S:g} s") from None
+        sizes = [] if message is None else [len(piece) for piece in message.buffers]
+        expected = min(ADAPTER_PIECE_BYTES, nbytes - len(blob))
+        if message is None or sizes != [expected]:
+            raise BadMessage(f"pieces of {sizes} bytes of an adapter came, expected one of {expected}")
+        blob += message.buffers[0]
+    return blob
 
 
 def _left_s(call: Call) -> float:

@@ -26,12 +26,14 @@ from petalite.errors import BadMessage, BadTensor
 from petalite.net.messages import Buffer
 from petalite.net.schema import between, length
 from petalite.swarm.codecs import CODECS, Codec, codec_named
-from petalite.swarm.messages import Block, Digest, HopReport, Milliseconds, Text, Token
+from petalite.swarm.messages import Block, Count, Digest, HopReport, Milliseconds, Text, Token
 from petalite.swarm.spans import Span
 
 FORWARD_METHOD = "train.forward"
 BACKWARD_METHOD = "train.backward"
 ADAPTER_METHOD = "train.adapter"
+ADAPTER_PIECE_BYTES = 1 << 17
+ADAPTER_PIECE_S = 10.0  # for each piece to leave, and to come
 
 MAX_CALL_TOKENS = 1 << 16  # rows · tokens of one call; a server's own limit is what its record announces
 MAX_PROMPT_TOKENS = 256  # of deep prompts in a block
@@ -80,17 +82,22 @@ class TrainDone:
 
 @dataclass(frozen=True, slots=True)
 class PutAdapter:
-    """One buffer: a safetensors file as `petalite.model.lora` describes it, whose SHA-256 is the digest."""
+    """One buffer: a safetensors file as `petalite.model.lora` describes it, whose SHA-256 is the digest; or
+    the beginning of one, perhaps empty. The rest then comes in messages of one buffer of
+    ADAPTER_PIECE_BYTES, the last of what is left, once the server wants it.
+    """
 
     model_id: Text
     digest: Digest
+    more: Count = 0  # bytes that are not in this message
 
 
 @dataclass(frozen=True, slots=True)
 class AdapterHeld:
-    """The answer to `PutAdapter`."""
+    """The answer to `PutAdapter`; the first of two where the server wants the rest."""
 
     digest: Digest
+    more: Count = 0  # bytes that are wanted
 
 
 def adapter_digest(blob: Buffer) -> bytes:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -10,15 +11,17 @@ import torch
 
 from petalite.client.remote_training import RemoteTraining
 from petalite.client.settings import TrainingSettings
-from petalite.errors import BadMessage, BadTensor, PetaliteError
+from petalite.errors import BadMessage, BadTensor, DeadlineExceeded, PetaliteError
 from petalite.net.messages import Message
 from petalite.net.schema import decode, encode
+from petalite.sim import loop
 from petalite.swarm.codecs import CODECS
 from petalite.swarm.messages import HopReport
 from petalite.swarm.spans import Span
 from petalite.swarm.training import (
     ADAPTER,
     ADAPTER_METHOD,
+    ADAPTER_PIECE_BYTES,
     BACKWARD_METHOD,
     F32,
     FORWARD_METHOD,
@@ -137,16 +140,76 @@ async def test_bodies_that_are_wrong() -> None:
             await training(lambda *_, body=body: Message(body, [bytes(240)])).forward(SPAN, INPUTS)
 
 
-async def test_an_adapter_is_handed_over_by_its_digest() -> None:
-    def answer(method: str, body: dict[str, Any], buffers: Sequence[Any]) -> Message:
-        put = decode(PutAdapter, body)
-        assert method == ADAPTER_METHOD and put == PutAdapter("toy@0", adapter_digest(b"blob"))
-        assert bytes(buffers[0]) == b"blob"
-        return Message(encode(AdapterHeld(put.digest)))
+class Upload:
+    """A call of one who hands over an adapter; a message takes `message_s` to leave."""
 
-    await training(answer).put_adapter(b"blob")
+    def __init__(self, host: Uploads, body: Any, begun: bytes) -> None:
+        self.host, self.put, self.got = host, decode(PutAdapter, body), bytearray(begun)
+        self.pieces = 0
+        self.is_over = False
+
+    async def send(self, body: Any, buffers: Sequence[Any]) -> None:
+        await asyncio.sleep(self.host.message_s)
+        self.got += buffers[0]
+        self.pieces += 1
+
+    async def receive(self) -> Message:
+        digest = self.put.digest
+        missing = self.put.more - self.pieces * ADAPTER_PIECE_BYTES
+        if digest in self.host.held or missing <= 0:
+            assert digest in self.host.held or adapter_digest(self.got) == digest
+            self.host.held.add(digest)
+            missing = 0
+        return Message(encode(AdapterHeld(self.host.says or digest, missing)))
+
+    def end(self) -> None:
+        self.is_over = True
+
+
+class Uploads:
+    """A host of such calls."""
+
+    def __init__(self, message_s: float = 0.0) -> None:
+        self.message_s = message_s
+        self.held: set[bytes] = set()
+        self.says: bytes | None = None
+        self.calls: list[Upload] = []
+
+    async def open(self, who: object, method: str, body: Any, buffers: Sequence[Any], **_: Any) -> Upload:
+        assert method == ADAPTER_METHOD
+        self.calls.append(Upload(self, body, buffers[0]))
+        return self.calls[-1]
+
+    def put(self, blob: bytes, *, ask: bool = False) -> None:
+        host: Any = self
+        place = RemoteTraining(host, peer(1), "toy@0", TrainingSettings())
+        loop.run(place.put_adapter(blob, ask=ask))
+        assert self.calls[-1].is_over
+
+
+def test_a_small_adapter_goes_with_the_question() -> None:
+    host = Uploads()
+    host.put(b"blob")
+    assert host.calls[0].put == PutAdapter("toy@0", adapter_digest(b"blob"))
+    host.says = bytes(32)
     with pytest.raises(BadMessage, match="another adapter"):
-        await training(lambda *_: Message(encode(AdapterHeld(bytes(32))))).put_adapter(b"blob")
+        host.put(b"blob")
+    assert host.calls[1].is_over
+
+
+def test_an_adapter_has_as_long_as_its_pieces_leave_in_time() -> None:
+    """Nine seconds each; all of it takes minutes. What the server has is not sent."""
+    blob = bytes(range(256)) * (20 * ADAPTER_PIECE_BYTES // 256) + b"rest"
+    host = Uploads(message_s=9.0)
+    host.put(blob, ask=True)
+    assert host.calls[0].pieces == 21
+    host.put(blob, ask=True)
+    host.put(blob)
+    assert [one.pieces for one in host.calls] == [21, 0, 0]
+    host = Uploads(message_s=11.0)
+    with pytest.raises(DeadlineExceeded, match="took longer than 10 s"):
+        host.put(blob)
+    assert host.calls[0].is_over
 
 
 async def test_a_call_has_time_for_what_is_before_it() -> None:

@@ -17,6 +17,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from petalite.client.remote_training import RemoteTraining
+from petalite.client.settings import TrainingSettings as CallSettings
 from petalite.errors import (
     BadAdapter,
     BadMessage,
@@ -54,6 +56,7 @@ from petalite.swarm.training import (
     FORWARD_METHOD,
     HIDDEN,
     PROMPTS,
+    AdapterHeld,
     PutAdapter,
     SpanGradients,
     SpanInputs,
@@ -468,6 +471,45 @@ async def test_an_adapter_is_known_by_its_digest(llama: Path, stack: AsyncExitSt
     await serving.forward(SpanInputs(HIDDEN_STATES, None, call.adapter), call)
     with pytest.raises(BadAdapter, match="digest"):
         await serving.call(ADAPTER_METHOD, PutAdapter(MODEL, bytes(32)), [blob])
+
+
+async def test_an_adapter_comes_in_pieces(
+    llama: Path, stack: AsyncExitStack, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for module in ("petalite.server.training_calls", "petalite.client.remote_training"):
+        monkeypatch.setattr(f"{module}.ADAPTER_PIECE_BYTES", 1000)
+    monkeypatch.setattr("petalite.server.training_calls.ADAPTER_PIECE_S", 0.2)
+    serving = await serving_of(llama, stack)
+    blob = blob_of(factors(serving.checkpoint, ("query",)))
+    digest = adapter_digest(blob)
+    assert len(blob) > 5000
+    peer = serving.address.peer_id
+    assert peer is not None
+    serving.client.book.add(peer, [serving.address])
+    place = RemoteTraining(serving.client, peer, MODEL, CallSettings())
+    for put, expected in (
+        (PutAdapter(MODEL, digest, len(blob)), [bytes(1001)]),
+        (PutAdapter(MODEL, digest, len(blob)), [bytes(999)]),
+        (PutAdapter(MODEL, digest, len(blob)), []),
+        (PutAdapter(MODEL, digest, len(blob)), [b"", b""]),
+    ):
+        async with await serving.client.open(serving.address, ADAPTER_METHOD, encode(put), [b""]) as call:
+            first = await call.receive()
+            assert first is not None and decode(AdapterHeld, first.body) == AdapterHeld(digest, len(blob))
+            await call.send({}, expected)
+            with pytest.raises(BadMessage):
+                await call.receive()
+    async with await serving.client.open(serving.address, ADAPTER_METHOD, encode(put), [b""]) as call:
+        await call.receive()
+        with pytest.raises(DeadlineExceeded):
+            await call.receive()
+    with pytest.raises(BadAdapter, match="takes"):
+        await serving.call(ADAPTER_METHOD, PutAdapter(MODEL, digest, 1 << 40), [b""])
+    assert digest not in serving.adapters
+    await place.put_adapter(blob, ask=True)
+    assert digest in serving.adapters
+    await place.put_adapter(blob)
+    assert serving.is_at_rest()
 
 
 async def test_the_longest_unused_adapter_goes_and_one_in_use_stays(
