@@ -97,6 +97,11 @@ class Connection:
         """Whether no stream can ever be opened again: another connection has to take over."""
         return self.state is not TAKING or self.peer_left or self._opened >= MAX_OPENED
 
+    @property
+    def used_up(self) -> bool:
+        """Whether either end has no ids left for streams; both know it."""
+        return max(self._opened, self._peer_opened) >= MAX_OPENED
+
     def open_stream(self, priority: Priority) -> Stream:
         if not self.can_open:
             raise LocalProtocolError("no stream can be opened now; look at can_open first")

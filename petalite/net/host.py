@@ -249,7 +249,8 @@ class Host:
         """A link to the peer, to use for new calls instead of the one there is, or besides it.
 
         Both ends decide alike: of two that were dialled at once, the one that the smaller peer id dialled. Of
-        two in the same direction the newer, and what a former process of the peer left behind is dead.
+        two in the same direction the newer, also where the older has no ids left for streams, and what a
+        former process of the peer left behind is dead.
         """
         link = Link(self, established, self._gate.memory)
         self._all_links.add(link)
@@ -259,8 +260,8 @@ class Host:
         if current is not None and current.hello.instance != link.hello.instance:
             current.finish(ConnectionLost("the peer was restarted"))
         elif current is not None:
-            ours_first = self.peer_id < link.peer
-            link.supplanted = current.outbound != link.outbound and link.outbound is not ours_first
+            crossed = current.outbound != link.outbound and not current.lanes[0].connection.used_up
+            link.supplanted = crossed and link.outbound is not (self.peer_id < link.peer)
             current.supplanted = not link.supplanted
         if not link.supplanted:
             self._links[link.peer] = link

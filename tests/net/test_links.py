@@ -483,3 +483,22 @@ async def test_a_deadline_holds_while_waiting_for_room(net: Net) -> None:
     async with await caller.open(server.addresses[0], "stream"):
         with pytest.raises(DeadlineExceeded, match="room"):
             await caller.call(server.peer_id, "stream", timeout_s=0.05)
+
+
+@pytest.mark.parametrize("smaller_dials", [True, False])
+async def test_another_connection_takes_over_when_ids_run_out(
+    net: Net, monkeypatch: pytest.MonkeyPatch, smaller_dials: bool
+) -> None:
+    """Whichever end dialled first, and whichever runs out."""
+    monkeypatch.setattr("petalite.net.connection.MAX_OPENED", 3)
+    identities = sorted((Identity.generate() for _ in range(2)), key=lambda identity: identity.peer_id)
+    first, second = [await net.host(identity=identity, listen=True) for identity in identities]
+    for host in (first, second):
+        host.serve("echo", echo)
+    dialler, server = (first, second) if smaller_dials else (second, first)
+    await dialler.connect(server.addresses[0])
+    await server.connect(dialler.addresses[0])
+    for _ in range(8):
+        await server.call(dialler.peer_id, "echo", timeout_s=5)
+    for _ in range(8):
+        await dialler.call(server.peer_id, "echo", timeout_s=5)
