@@ -140,9 +140,15 @@ class Connection:
     # -- frames ------------------------------------------------------------------------------------
 
     def receive(self, plain: memoryview, now: float) -> None:
-        """Take a record's plaintext. Raises RemoteProtocolError, after which only `close` makes sense."""
+        """Take a record's plaintext, which is where `receiver.target` wanted it.
+
+        Raises RemoteProtocolError, after which only `close` makes sense.
+        """
         receiver = self.receiver
         receiver.now = now
+        if receiver.block is not None:
+            receiver.block_received(plain)
+            return
         position, end = 0, len(plain)
         if not end:
             raise RemoteProtocolError("an empty record")

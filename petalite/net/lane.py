@@ -177,15 +177,10 @@ class Lane:
             if end > size:
                 self._keep_partial(data[position:], PREFIX_BYTES + length)
                 return
-            plain = data[begin : end - TAG_BYTES]
-            if receiver.block is None:
-                opener.open(data[begin:end], plain)
-                connection.receive(plain, now)
-            else:
-                target = receiver.block_target(length - TAG_BYTES)
-                plain = plain if target is None else target
-                opener.open(data[begin:end], plain)
-                receiver.block_received(plain, now)
+            target = receiver.target(length - TAG_BYTES)
+            plain = data[begin : end - TAG_BYTES] if target is None else target
+            opener.open(data[begin:end], plain)
+            connection.receive(plain, now)
             self.last_received, position = now, end
         if position < size:
             self._keep_partial(data[position:], PREFIX_BYTES)

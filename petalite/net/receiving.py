@@ -120,17 +120,17 @@ class Receiver:
             raise RemoteProtocolError(f"{-stream.due} bytes that no message announced on {stream!r}")
         self.block, self._block_bytes, self._block_ends = stream, size, fin
 
-    def block_target(self, size: int) -> memoryview | None:
-        """Where to open the record that was announced: its reader's memory; None: wherever it lies."""
-        assert self.block is not None
+    def target(self, size: int) -> memoryview | None:
+        """Where to open the next record, of so many bytes: in its reader's memory; None: anywhere."""
+        if self.block is None:
+            return None
         if size != self._block_bytes:
             raise RemoteProtocolError(f"a record of {size} bytes behind a BLOCK of {self._block_bytes}")
         target, filled = self.block.target, self.block.filled
         return None if target is None else target[filled : filled + size]
 
-    def block_received(self, plain: memoryview, now: float) -> None:
-        """The record is open, in its target if there is one."""
-        self.now = now
+    def block_received(self, plain: memoryview) -> None:
+        """The record that was announced is open, in its target if there is one."""
         stream, self.block = self.block, None
         assert stream is not None
         size = len(plain)

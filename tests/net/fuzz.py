@@ -61,13 +61,10 @@ def connection(data: bytes) -> None:
         while position < len(data):
             end = position + 1 + data[position]
             record = data[position + 1 : end]
-            if core.receiver.block is None:
-                core.receive(memoryview(record), 0.0)
-            else:
-                target = core.receiver.block_target(len(record))
-                if target is not None:
-                    target[:] = record
-                core.receiver.block_received(memoryview(record), 0.0)
+            target = core.receiver.target(len(record))
+            if target is not None:
+                target[:] = record
+            core.receive(memoryview(record), 0.0)
             position = end
             for stream in list(core.streams.values()):
                 assert 0 <= stream.consumed <= stream.received < stream.window.limit + MAX_DATA_BYTES

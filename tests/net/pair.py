@@ -27,13 +27,10 @@ class End:
 
     def take(self, record: bytes, now: float = 0.0) -> None:
         """Give it a record as a lane does: straight into its reader's memory where there is a target."""
-        if self.core.receiver.block is None:
-            self.core.receive(memoryview(record), now)
-        else:
-            target = self.core.receiver.block_target(len(record))
-            if target is not None:
-                target[:] = record
-            self.core.receiver.block_received(memoryview(record), now)
+        target = self.core.receiver.target(len(record))
+        if target is not None:
+            target[:] = record
+        self.core.receive(memoryview(record), now)
         self.collect()
 
     def collect(self) -> None:

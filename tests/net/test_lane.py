@@ -111,11 +111,8 @@ def test_records_cut_anywhere_and_lost_anywhere(
         length = len(wire)
     reference = Connection(False, WINDOWS, WINDOWS)
     for plain in plaintexts[:whole]:
-        if reference.receiver.block is None:
-            reference.receive(memoryview(plain), 0.0)
-        else:
-            assert reference.receiver.block_target(len(plain)) is None
-            reference.receiver.block_received(memoryview(plain), 0.0)
+        assert reference.receiver.target(len(plain)) is None
+        reference.receive(memoryview(plain), 0.0)
 
     async def run() -> None:
         ours, theirs = socket.socketpair()
