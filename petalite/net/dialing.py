@@ -1,8 +1,8 @@
 """Finding a way to a peer: which of its addresses worked, trying several at once, and the handshake there.
 
 The book remembers and backs off; `dial` races (RFC 8305, "Happy Eyeballs") up to the point where a peer has
-proved who it is, and only then tells the winner who we are. Knows addresses, names and sockets; knows no
-link.
+proved who it is; only the winner will hear who we are, on its lane. Knows addresses, names and sockets;
+knows no link.
 """
 
 from __future__ import annotations
@@ -100,7 +100,7 @@ class Established:
     sock: socket.socket
     handshake: Handshake  # finished
     rtt_s: float
-    last_message: bytes = b""  # the initiator's, which tells the peer who we are and is not yet sent
+    unsent: bytes = b""  # the initiator's last message, which tells the peer who we are
 
     @property
     def secured(self) -> Secured:
@@ -136,15 +136,6 @@ async def dial(
         both = zip(addresses, errors, strict=False)
         tried = [f"{address}: {error or 'no answer in time'}" for address, error in both]
         raise Unreachable(f"no address of {peer} answers ({'; '.join(tried)})")
-    book.worked(peer, proved.address)
-    try:
-        await asyncio.get_running_loop().sock_sendall(proved.sock, proved.last_message)
-        proved.address = multiaddr_of(proved.sock.getpeername())
-    except BaseException as error:
-        proved.close()
-        if isinstance(error, OSError):
-            raise Unreachable(f"{peer} went away during the handshake: {error}") from error
-        raise
     return proved
 
 
@@ -159,8 +150,10 @@ async def _attempt(
             sock = await start_connection(places, happy_eyeballs_delay=_STAGGER_S, interleave=1)
             tune(sock)
             handshake = new()
-            rtt_s, last_message = await converse(sock, handshake)
-            return Established(address, sock, handshake, rtt_s, last_message)
+            rtt_s, unsent = await converse(sock, handshake)
+            place = multiaddr_of(sock.getpeername())
+            book.worked(peer, address)
+            return Established(place, sock, handshake, rtt_s, unsent)
     except BaseException as error:
         if sock is not None:
             sock.close()

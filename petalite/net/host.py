@@ -243,7 +243,7 @@ class Host:
 
         lane.on_gone = gone
         self._lanes.add(lane)
-        link.attach(lane, established.handshake.leftover)
+        link.attach(lane, established)
 
     def _adopt(self, established: Established) -> Link:
         """A link to the peer, to use for new calls instead of the one there is, or besides it.

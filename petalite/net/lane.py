@@ -102,9 +102,12 @@ class Lane:
         self._blocked = False  # a writer is registered
         self._linger: asyncio.TimerHandle | None = None
 
-    def start(self, leftover: bytes) -> None:
-        """Begin, with what came behind the handshake."""
+    def start(self, leftover: bytes, unsent: bytes = b"") -> None:
+        """Begin, with what came behind the handshake and what is to be sent to its end."""
         self._loop.add_reader(self._fd, self._on_readable)
+        if unsent:
+            self._unsent = memoryview(unsent)
+            self._await_room()
         if leftover:
             # Never more than one read's worth; behind it the socket speaks for itself.
             self._scratch.receive[: len(leftover)] = leftover

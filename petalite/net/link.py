@@ -61,12 +61,12 @@ class Link:
     def __repr__(self) -> str:
         return f"<Link {'to' if self.outbound else 'from'} {self.peer.short()} at {self.remote_address}>"
 
-    def attach(self, lane: Lane, leftover: bytes) -> None:
+    def attach(self, lane: Lane, established: Established) -> None:
         """Use this lane too; the first is the interactive one."""
         if self.lanes:
             lane.unsent_s = BULK_UNSENT_S
         self.lanes.append(lane)
-        lane.start(leftover)
+        lane.start(established.handshake.leftover, established.unsent)
 
     @property
     def closed(self) -> bool:
