@@ -156,8 +156,6 @@ class Lane:
             if connection.events:
                 self._notify()
         except RemoteProtocolError as error:
-            connection.close(code_of(error), str(error))
-            self._notify()
             self._end(error, guilty=True)
             return
         except Exception as error:
@@ -275,18 +273,19 @@ class Lane:
 
     # -- ending ------------------------------------------------------------------------------------
 
-    def tick(self, now: float, ping_every_s: float, dead_after_s: float) -> str | None:
-        """Ask for a sign of life from time to time; why to give the peer up, if it owes one too long."""
+    def tick(self, now: float, ping_every_s: float, dead_after_s: float) -> None:
+        """Ask for a sign of life from time to time; give the peer up if it owes one too long."""
         connection, silent_s = self.connection, now - self.last_received
         self._fit_unsent(now)
         if connection.pinging:
             if silent_s > max(dead_after_s, 8 * connection.receiver.rtt_s):
-                return f"no sign of life for {silent_s:.1f} s"
+                self.abort()
+                error = ConnectionLost(f"no sign of life for {silent_s:.1f} s")
+                self._owner.lane_lost(self, error, guilty=False)
         elif now - self._pinged_at >= ping_every_s:
             self._pinged_at = now
             connection.ping(now)
             self.flush()
-        return None
 
     def _fit_unsent(self, now: float) -> None:
         """Let the kernel hold what it sends in `unsent_s`, if it was the kernel that held us back."""
@@ -299,8 +298,11 @@ class Lane:
     def close(self, code: ErrorCode, reason: str) -> None:
         """End it from this side; the peer hears why."""
         if not self.ending:
+            self.ending = True
             self.connection.close(code, reason)
-            self._linger_then_abort()
+            # To close with unread bytes would send RST, which can overtake the reason and destroy it.
+            self._linger = self._loop.call_later(LINGER_S, self.abort)
+            self.flush()
 
     def abort(self) -> None:
         """End it at once."""
@@ -320,14 +322,9 @@ class Lane:
     def _end(self, error: PetaliteError, guilty: bool = False) -> None:
         """The peer closed, or its bytes broke a rule: say the last word, then tell the owner."""
         if not self.ending:
-            self._linger_then_abort()
+            self.close(code_of(error), str(error))
+            self._notify()
             self._owner.lane_lost(self, error, guilty)
-
-    def _linger_then_abort(self) -> None:
-        # To close with unread bytes would send RST, which can overtake the reason and destroy it.
-        self.ending = True
-        self._linger = self._loop.call_later(LINGER_S, self.abort)
-        self.flush()
 
     def _fail(self, error: Exception) -> None:
         """The socket failed; or something in here did, and what was to be sent or told is lost with it."""

@@ -157,15 +157,11 @@ class Link:
     def tick(self, now: float) -> None:
         """Give up what gives no sign of life, and close what nobody uses."""
         for lane in self.lanes[:]:
-            reason = lane.tick(now, self._timers.ping_every_s, self._timers.dead_after_s)
-            if reason is not None:
-                lane.abort()
-                self.lane_lost(lane, ConnectionLost(reason), guilty=False)
-            else:
-                lane.connection.receiver.give_back()
-                for stream in lane.connection.streams.values():
-                    if stream.owner is not None:
-                        stream.owner.watch_deadline()
+            lane.tick(now, self._timers.ping_every_s, self._timers.dead_after_s)
+            lane.connection.receiver.give_back()
+            for stream in lane.connection.streams.values():
+                if stream.owner is not None:
+                    stream.owner.watch_deadline()
         traffic = sum(lane.connection.sender.sent + lane.connection.receiver.received for lane in self.lanes)
         if self.error is not None or self.calls or traffic != self._traffic:
             self._used_at, self._traffic = now, traffic
