@@ -115,12 +115,9 @@ class Handshake:
         yield third
 
     def _respond(self) -> Generator[bytes, None, None]:
-        while len(self._buffer) < PRELUDE_BYTES:
-            self._check_magic()
+        while len(self._buffer) < PRELUDE_BYTES and MAGIC.startswith(bytes(self._buffer[: len(MAGIC)])):
             yield b""
-        self._check_magic()
-        prelude = bytes(self._buffer[:PRELUDE_BYTES])
-        del self._buffer[:PRELUDE_BYTES]
+        prelude = self._cut(PRELUDE_BYTES)
         self._suite = self._suite_of(prelude)
         noise = self._new_noise(prelude)
         first = yield from self._next(b"")
@@ -132,32 +129,32 @@ class Handshake:
 
     def _next(self, answer: bytes) -> Generator[bytes, None, bytes]:
         """Say `answer`, and wait for the next message."""
-        end = LENGTH.size
-        while True:
-            if len(self._buffer) >= LENGTH.size:
-                (length,) = LENGTH.unpack_from(self._buffer)
-                if not 32 <= length <= MAX_MESSAGE_BYTES:
-                    raise HandshakeFailed(
-                        f"a handshake message claims {length} bytes; they have 32 to {MAX_MESSAGE_BYTES}"
-                    )
-                end = LENGTH.size + length
-            if len(self._buffer) >= end > LENGTH.size:
-                message = bytes(self._buffer[LENGTH.size : end])
-                del self._buffer[:end]
-                return message
+        while len(self._buffer) < LENGTH.size:
             yield answer
             answer = b""
+        (length,) = LENGTH.unpack(self._cut(LENGTH.size))
+        if not 32 <= length <= MAX_MESSAGE_BYTES:
+            raise HandshakeFailed(
+                f"a handshake message claims {length} bytes; they have 32 to {MAX_MESSAGE_BYTES}"
+            )
+        while len(self._buffer) < length:
+            yield answer
+            answer = b""
+        return self._cut(length)
+
+    def _cut(self, size: int) -> bytes:
+        """The next bytes, so many of them if they have come."""
+        cut = bytes(self._buffer[:size])
+        del self._buffer[:size]
+        return cut
 
     def _new_noise(self, prelude: bytes) -> HandshakeState:
         static = X25519PrivateKey.generate()
         return HandshakeState(self._suite, self.initiator, prelude, static, psk=self._swarm_key)
 
-    def _check_magic(self) -> None:
-        magic = bytes(self._buffer[: len(MAGIC)])
-        if not MAGIC.startswith(magic):
-            raise HandshakeFailed(f"not a petalite peer: its first bytes are {magic!r}")
-
     def _suite_of(self, prelude: bytes) -> Suite:
+        if not prelude.startswith(MAGIC):
+            raise HandshakeFailed(f"not a petalite peer: its first bytes are {prelude[: len(MAGIC)]!r}")
         version, number, flags, reserved = prelude[len(MAGIC) :]
         if version != VERSION or reserved or flags & ~FLAG_SWARM_KEY or number not in SUITES:
             raise HandshakeFailed(
