@@ -390,7 +390,11 @@ class Host:
             await asyncio.sleep(_TICK_S)
             now = monotonic()
             for link in list(self._all_links):
-                link.tick(now)
+                try:
+                    link.tick(now)
+                except Exception:
+                    logger.exception("%r failed", link)
+                    link.finish(ConnectionLost("this end of the connection failed"))
             self._scratch.trim(now)
 
     def handle(self, call: Call) -> None:

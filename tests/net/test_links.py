@@ -106,6 +106,19 @@ async def test_a_lane_that_fails_inside_ends_its_calls_at_once(
     assert not server._gate.reputation.score(caller.peer_id, time.monotonic())
 
 
+async def test_a_link_that_fails_at_its_tick_stops_no_other_links_clock(
+    net: Net, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("petalite.net.host._TICK_S", 0.01)
+    caller, first, second = await net.host(), await net.host(listen=True), await net.host(listen=True)
+    link, other = await caller.connect(first.addresses[0]), await caller.connect(second.addresses[0])
+    monkeypatch.setattr(link, "tick", lambda _now: 1 / 0)
+    await eventually(lambda: link.closed)
+    ticked: list[float] = []
+    monkeypatch.setattr(other, "tick", ticked.append)
+    await eventually(lambda: len(ticked) > 1)
+
+
 async def test_who_waits_for_a_place_on_a_bulk_lane_that_is_lost_goes_on_the_other(net: Net) -> None:
     settings = HostSettings(windows=Windows(streams=2))
     caller, server = await net.host(), await net.host(settings, listen=True)
