@@ -1,5 +1,7 @@
 #include "team.h"
 
+#include <time.h>
+
 #include <atomic>
 #include <chrono>
 #include <memory>
@@ -23,10 +25,41 @@ namespace {
 
 constexpr int64_t kBarrierSpinNs = 30'000;   // of waiting for workers that are at their last piece
 constexpr int64_t kIdleSpinNs = 60'000;      // of waiting for the next call
-constexpr int64_t kLostNs = 15'000;          // between two looks at the clock: the core was somebody else's
+constexpr int64_t kLostNs = 15'000;          // between two looks at the clock: was the core somebody else's?
+constexpr int64_t kTakenNs = 1'000'000;      // it was, if so much of the time for work is missing,
+constexpr int64_t kTakenShare = 8;           // and an eighth of it,
+constexpr int64_t kWatchedNs = 20'000'000;   // since the count began, which it does anew after so long
 constexpr int64_t kCrowdedNs = 20'000'000;   // for so long afterwards nobody spins
 
 int64_t now_ns() { return std::chrono::steady_clock::now().time_since_epoch() / std::chrono::nanoseconds(1); }
+
+// How long this thread was without a core while it had work. What a hypervisor takes does not count, nor a moment of some
+// daemon's: nobody waits for the core then. Another program that computes does.
+class Watch {
+  public:
+    // The thread leaves its work, for other things or to sleep; and comes back.
+    void leave() { left_ = now_ns(), cpu_left_ = cpu_ns(); }
+    void come_back() { began_ += now_ns() - left_, cpu_before_ += cpu_ns() - cpu_left_; }
+
+    // Whether another program computes on this core.
+    bool taken(int64_t now) {
+        const int64_t cpu = cpu_ns(), elapsed = now - began_, lost = elapsed - (cpu - cpu_before_);
+        const bool taken = lost > kTakenNs && lost > elapsed / kTakenShare;
+        if (taken || elapsed > kWatchedNs) began_ = now, cpu_before_ = cpu;
+        return taken;
+    }
+
+  private:
+    static int64_t cpu_ns() {
+        timespec spent;
+        clock_gettime(CLOCK_THREAD_CPUTIME_ID, &spent);
+        return spent.tv_sec * int64_t(1'000'000'000) + spent.tv_nsec;
+    }
+
+    int64_t began_ = now_ns(), cpu_before_ = cpu_ns(), left_ = began_, cpu_left_ = cpu_before_;
+};
+
+thread_local Watch watch;
 
 void relax() {
 #if defined(__x86_64__)
@@ -59,7 +92,7 @@ class Signal {
             while (load() == old) {
                 for (int i = 0; i < 8; ++i) relax();
                 const int64_t now = now_ns();
-                if (now - before > kLostNs) {
+                if (now - before > kLostNs && watch.taken(now)) {
                     crowded_until.store(now + kCrowdedNs, std::memory_order_relaxed);
                     break;
                 }
@@ -68,6 +101,7 @@ class Signal {
             }
         }
         if (load() != old) return;
+        watch.leave();
         sleepers_.fetch_add(1);
 #if defined(__linux__)
         while (value_.load() == old)
@@ -79,6 +113,7 @@ class Signal {
         }
 #endif
         sleepers_.fetch_sub(1);
+        watch.come_back();
     }
 
   private:
@@ -118,11 +153,14 @@ class Team {
 
     void run(void (*job)(Worker&, void*), void* context) {
         std::lock_guard<std::mutex> turn(turn_);
-        job_ = job, context_ = context;
-        if (size() > 1) begun_.advance();
         Worker worker(*this, 0, size());
+        if (size() == 1) return job(worker, context);
+        watch.come_back();
+        job_ = job, context_ = context;
+        begun_.advance();
         job(worker, context);
         barrier();
+        watch.leave();
     }
 
     void barrier() {

@@ -2,8 +2,8 @@
 //
 // The caller is worker 0. Work is cut finely; each worker takes the pieces of its own share in order, which memory likes,
 // and then what is left of the others', so that a thread that the system took its core from holds up only the piece it
-// was at. Who waits spins for microseconds and then sleeps; a thread that
-// finds it was descheduled while it spun sleeps at once from then on, for a while: somebody else wants that core.
+// was at. Who waits spins for microseconds and then sleeps; once a thread finds that another program has its core, all
+// sleep at once, for a while.
 #pragma once
 
 #include <cstddef>
