@@ -246,8 +246,8 @@ class _Maker:
         if self._quant != NONE:
             return Gathered((n_out, n_in))
         if self._native is not None:
-            rows = DenseRows(self._native, self._dtype, (n_out, n_in))
-            self._early(rows.weight.panels)
+            rows = DenseRows(self._native, self._dtype, (n_out, n_in), give_back)
+            self._early(rows.memory)
             return rows
         return Gathered((n_out, n_in), self._dtype, self._device)
 

@@ -40,7 +40,9 @@ def test_kernels_equal_the_product(dtype, tolerance, has_bias, n_rows) -> None:
         torch.testing.assert_close(result.double(), exact, rtol=tolerance, atol=tolerance * 10)
         assert torch.equal(made.dense(), weight)
         biases = 48 if has_bias else 0  # native kernels hold them in float32
-        assert weight.nbytes + biases * dtype.itemsize <= made.nbytes <= weight.nbytes + biases * 4
+        most = weight.nbytes + biases * 4
+        least = weight.nbytes * (0.75 if dtype is torch.bfloat16 else 1) + biases * dtype.itemsize
+        assert least <= made.nbytes <= most  # native kernels hold bfloat16 in twelve bits
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), DTYPES)

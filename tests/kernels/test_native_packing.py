@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -11,7 +13,16 @@ from torch import Tensor
 from petalite.errors import InvalidArgument
 from petalite.kernels import native
 from petalite.kernels.native import stored
-from petalite.kernels.native.packing import FLOATS, DenseRows, pack, quantize_packed, unpack
+from petalite.kernels.native.linears import NativeLinear
+from petalite.kernels.native.packing import (
+    FLOATS,
+    DenseRows,
+    Format,
+    PackedWeight,
+    pack,
+    quantize_packed,
+    unpack,
+)
 from petalite.kernels.quantized import FORMATS
 
 found = native.library()
@@ -48,6 +59,76 @@ def test_rows_of_another_dtype_are_converted(dtype: torch.dtype) -> None:
     rows = DenseRows(LIBRARY, dtype, (20, 30))
     rows.put(weight, places, places)
     assert torch.equal(unpack(LIBRARY, rows.weight), weight.to(dtype))
+
+
+# -- bfloat16 in twelve bits ---------------------------------------------------------------------------------
+
+SHORT = pytest.mark.skipif(not LIBRARY.functions.petalite_short_serves(), reason="BF12 does not serve here")
+
+
+def put_at_once(weight: Tensor, used: Callable[[Tensor], None] = lambda memory: None) -> PackedWeight:
+    rows, places = DenseRows(LIBRARY, weight.dtype, tuple(weight.shape), used), torch.arange(len(weight))
+    rows.put(weight, places, places)
+    return rows.weight
+
+
+@SHORT
+@settings(max_examples=60, deadline=None)
+@given(
+    shape=st.tuples(st.integers(1, 40), st.integers(64, 300)),
+    scale=st.sampled_from((1e-38, 1e-30, 0.02, 1.0, 1e30)),
+    odd=st.lists(st.tuples(st.integers(0, 2**31), st.integers(-(2**15), 2**15 - 1)), max_size=20),
+    seed=st.integers(0, 2**31),
+)
+def test_no_number_changes_in_twelve_bits(shape, scale, odd, seed) -> None:
+    """Of any size, with zeros, and with any sixteen bits here and there: NaN, infinities, denormals."""
+    weight = torch.randn(shape, generator=torch.Generator().manual_seed(seed)).mul(scale).bfloat16()
+    weight[shape[0] // 2] = 0
+    bits = weight.view(torch.int16)
+    for place, value in odd:
+        bits.view(-1)[place % bits.numel()] = value
+    packed = put_at_once(weight)
+    assert packed.format is Format.BF12
+    assert torch.equal(unpack(LIBRARY, packed).view(torch.int16), bits)
+
+
+@SHORT
+def test_numbers_of_all_exponents_stay_as_they_are() -> None:
+    bits = torch.randint(0, 0x7F80, (64, 256), dtype=torch.int16)
+    packed = put_at_once(bits.view(torch.bfloat16))
+    assert packed.format is Format.BF16
+    assert torch.equal(unpack(LIBRARY, packed).view(torch.int16), bits)
+
+
+@SHORT
+@pytest.mark.parametrize("n_tokens", [1, 3, 4, 12, 13, 70])
+def test_products_in_twelve_bits_are_those_in_sixteen(n_tokens: int) -> None:
+    """On every instruction set, also on those that pack none; but for the order of a few sums."""
+    weight = torch.randn(100, 331).mul(0.02).bfloat16()
+    weight.view(-1)[torch.randperm(weight.numel())[:300]] *= 1e-6
+    x, before = torch.randn(n_tokens, 331), LIBRARY.instructions
+    short = put_at_once(weight)
+    assert short.format is Format.BF12 and short.n_fine
+    try:
+        for name in (name for name, runs in LIBRARY.instruction_sets().items() if runs):
+            LIBRARY.choose(name)
+            here = put_at_once(weight)
+            assert (here.format is Format.BF12) == (name == before)
+            result = NativeLinear(short, None).product(x)
+            exact = NativeLinear(here, None).product(x)
+            torch.testing.assert_close(result, exact, rtol=1e-5, atol=1e-6)
+            assert torch.equal(NativeLinear(short, None).product(x[-1:]), result[-1:])
+    finally:
+        LIBRARY.choose(before)
+
+
+@SHORT
+def test_a_large_weight_is_shortened_where_it_lies_and_the_rest_given_back() -> None:
+    weight, rest = torch.randn(2048, 2304).mul(0.02).bfloat16(), []
+    packed = put_at_once(weight, rest.append)
+    assert sum(memory.nbytes for memory in rest) == weight.nbytes - packed.nbytes
+    assert rest[0].data_ptr() == packed.panels.data_ptr() + packed.nbytes
+    assert torch.equal(unpack(LIBRARY, packed), weight)
 
 
 @pytest.mark.parametrize(

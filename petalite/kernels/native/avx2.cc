@@ -6,6 +6,7 @@
 
 #include "kernels.h"
 #include "prepare.h"
+#include "short.h"
 #include "target.h"
 
 PETALITE_TARGET_BEGIN("avx2,fma,f16c")
@@ -192,11 +193,9 @@ void digits_halves(const Linear& linear, const void* memory, int n_tokens, int f
 
 // -- floats --------------------------------------------------------------------------------------------------
 
-int64_t even(int64_t n) { return (n + 1) / 2 * 2; }
-
 void prepare_float(const Linear& linear, const float* x, int64_t x_stride, int n_tokens, void* memory) {
     float* columns = static_cast<float*>(memory);
-    for (int64_t k = 0; k < even(linear.n_in); ++k)
+    for (int64_t k = 0; k < float_columns(linear); ++k)
         for (int t = 0; t < n_tokens; ++t) *columns++ = k < linear.n_in ? x[t * x_stride + k] : 0.0f;
 }
 
@@ -261,7 +260,7 @@ size_t tile_bytes(const Linear& linear, int n_tokens) {
     switch (linear.format) {
         case Format::INT8:
         case Format::NF4: return DigitTile::bytes(linear, n_tokens);
-        default: return size_t(even(linear.n_in)) * n_tokens * 4;
+        default: return size_t(float_columns(linear)) * n_tokens * 4;
     }
 }
 
@@ -279,12 +278,14 @@ void halves_of(const Linear& linear, const void* tile, int n_tokens, int from, i
         case Format::F16: return float_halves<Format::F16, T, V>(linear, tile, n_tokens, from, half, once, sums);
         case Format::INT8: return digits_halves<Format::INT8, T, V>(linear, tile, n_tokens, from, half, once, sums);
         case Format::NF4: return digits_halves<Format::NF4, T, V>(linear, tile, n_tokens, from, half, once, sums);
+        case Format::BF12: return;  // `multiply_short`
     }
 }
 
 // As many tokens and rows as the 16 registers hold sums of.
 void multiply(const Linear& linear, const void* tile, int n_tokens, int64_t first, int64_t n_panels, bool once,
               float* sums) {
+    if (linear.format == Format::BF12) return multiply_short(linear, tile, n_tokens, first, n_panels, sums, multiply);
     if (n_tokens > 4) once = false;  // the second four meet the same weights
     for (int64_t p = 0; p < n_panels;) {
         const int now = n_tokens == 1 && n_panels - p >= 2 ? 2 : 1;
@@ -306,7 +307,7 @@ void multiply(const Linear& linear, const void* tile, int n_tokens, int64_t firs
 
 }  // namespace
 
-const Kernels avx2_kernels = {"avx2", tile_bytes, prepare, multiply, gate_by};
+const Kernels avx2_kernels = {"avx2", tile_bytes, prepare, multiply, gate_by, false};
 
 }  // namespace petalite
 

@@ -6,6 +6,7 @@
 
 #include "kernels.h"
 #include "prepare.h"
+#include "short.h"
 #include "target.h"
 
 PETALITE_TARGET_BEGIN("avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx512vbmi,avx512bf16,fma")
@@ -197,17 +198,15 @@ void digits_panel(const Linear& linear, const void* memory, int64_t panel, bool 
 
 // -- floats --------------------------------------------------------------------------------------------------
 
-int64_t even(int64_t n) { return (n + 1) / 2 * 2; }
-
 void prepare_float(const Linear& linear, const float* x, int64_t x_stride, int n_tokens, void* memory) {
     float* columns = static_cast<float*>(memory);
-    for (int64_t k = 0; k < even(linear.n_in); ++k)
+    for (int64_t k = 0; k < float_columns(linear); ++k)
         for (int t = 0; t < n_tokens; ++t) *columns++ = k < linear.n_in ? x[t * x_stride + k] : 0.0f;
 }
 
 void prepare_bf16(const Linear& linear, const float* x, int64_t x_stride, int n_tokens, void* memory) {
     int32_t* columns = static_cast<int32_t*>(memory);
-    const int64_t n_words = (int64_t(linear.n_in) + 1) / 2;
+    const int64_t n_words = float_columns(linear) / 2;
     for (int t = 0; t < n_tokens; ++t, x += x_stride) {
         for (int64_t k = 0; k < n_words; k += 8) {
             int32_t pairs[8];
@@ -267,21 +266,71 @@ void float_panel(const Linear& linear, const void* columns, int64_t panel, bool 
     for (int t = 0; t < T; ++t, sums += kPanelRows) _mm512_storeu_ps(sums, _mm512_add_ps(halves[0][t], halves[1][t]));
 }
 
+// -- BF12 ----------------------------------------------------------------------------------------------------
+
+// What codes stand for, four times over: a look-up takes six bits, of which two are another code's.
+inline __m512i upper_bytes(const ShortPanel& panel) {
+    return _mm512_broadcast_i32x4(_mm_loadu_si128(reinterpret_cast<const __m128i*>(panel.upper)));
+}
+
+// Four steps of BF16.
+inline void widen_block(__m512i upper_bytes, const uint8_t* block, __m512i* steps) {
+    const __m512i codes = line(block), lower = line(block + 64), others = line(block + 128);
+    const __m512i upper = _mm512_permutexvar_epi8(codes, upper_bytes);
+    const __m512i upper_of_others = _mm512_permutexvar_epi8(_mm512_srli_epi16(codes, 4), upper_bytes);
+    steps[0] = _mm512_unpacklo_epi8(lower, upper), steps[1] = _mm512_unpackhi_epi8(lower, upper);
+    steps[2] = _mm512_unpacklo_epi8(others, upper_of_others), steps[3] = _mm512_unpackhi_epi8(others, upper_of_others);
+}
+
+// What is made of a line keeps the processor from running ahead as far as it does where lines are used as they are.
+template <int T>
+inline void prefetch_short(const uint8_t* at, bool once) {
+    const char* line = reinterpret_cast<const char*>(at);
+    if (T < 4) return once ? _mm_prefetch(line + 2 * kAhead, _MM_HINT_NTA) : _mm_prefetch(line + 2 * kAhead, _MM_HINT_T0);
+    _mm_prefetch(line + 2 * kFarAhead, _MM_HINT_T1);
+    _mm_prefetch(line + kAhead / 2, _MM_HINT_T0);
+}
+
+template <int T>
+void short_panel(const Linear& linear, const void* columns, int64_t panel, bool once, float* sums) {
+    const ShortPanel numbers(linear.weight + panel * panel_bytes(linear), linear.n_in);
+    const __m512i upper = upper_bytes(numbers);
+    __m512 halves[2][T];
+    for (int h = 0; h < 2; ++h)
+        for (int t = 0; t < T; ++t) halves[h][t] = _mm512_setzero_ps();
+    const uint8_t* block = numbers.blocks;
+    for (int64_t b = 0; b < short_blocks(linear.n_in); ++b, block += kShortBlock) {
+        __m512i steps[4];
+        widen_block(upper, block, steps);
+        for (int i = 0; i < 3; ++i) prefetch_short<T>(block + i * 64, once);
+#pragma GCC unroll 4
+        for (int i = 0; i < 4; ++i)
+#pragma GCC unroll 12
+            for (int t = 0; t < T; ++t)
+                halves[i % 2][t] = Float<Format::BF16>::add(halves[i % 2][t], (__m512bh)steps[i], columns, (b * 4 + i) * T + t);
+    }
+    for (int t = 0; t < T; ++t) _mm512_storeu_ps(sums + t * kPanelRows, _mm512_add_ps(halves[0][t], halves[1][t]));
+    const auto* inputs = static_cast<const uint16_t*>(columns);
+    add_exceptions(numbers, T, sums, [&](int64_t k, int t) {
+        return float_of_bits(uint32_t(inputs[(k / 2 * T + t) * 2 + k % 2]) << 16);
+    });
+}
+
 // -- the table -----------------------------------------------------------------------------------------------
 
 size_t tile_bytes(const Linear& linear, int n_tokens) {
     switch (linear.format) {
         case Format::INT8:
         case Format::NF4: return DigitTile::bytes(linear, n_tokens);
-        case Format::BF16: return size_t(even(linear.n_in)) * n_tokens * 2;
-        default: return size_t(even(linear.n_in)) * n_tokens * 4;
+        case Format::BF12:
+        case Format::BF16: return size_t(float_columns(linear)) * n_tokens * 2;
+        default: return size_t(float_columns(linear)) * n_tokens * 4;
     }
 }
 
 void prepare(const Linear& linear, const float* x, int64_t x_stride, int n_tokens, void* tile) {
-    const auto run = has_digits(linear.format)       ? prepare_digits<Avx512>
-                     : linear.format == Format::BF16 ? prepare_bf16
-                                                     : prepare_float;
+    const bool bf16 = linear.format == Format::BF16 || linear.format == Format::BF12;
+    const auto run = has_digits(linear.format) ? prepare_digits<Avx512> : bf16 ? prepare_bf16 : prepare_float;
     run(linear, x, x_stride, n_tokens, tile);
 }
 
@@ -293,6 +342,7 @@ void panel_of(const Linear& linear, const void* tile, int64_t panel, bool once, 
         case Format::F16: return float_panel<Format::F16, T>(linear, tile, panel, once, sums);
         case Format::INT8: return digits_panel<Format::INT8, T>(linear, tile, panel, once, sums);
         case Format::NF4: return digits_panel<Format::NF4, T>(linear, tile, panel, once, sums);
+        case Format::BF12: return short_panel<T>(linear, tile, panel, once, sums);
     }
 }
 
@@ -315,7 +365,7 @@ void multiply(const Linear& linear, const void* tile, int n_tokens, int64_t firs
 
 }  // namespace
 
-const Kernels avx512_kernels = {"avx512", tile_bytes, prepare, multiply, gate_by};
+const Kernels avx512_kernels = {"avx512", tile_bytes, prepare, multiply, gate_by, true};
 
 }  // namespace petalite
 

@@ -4,6 +4,7 @@
 // product reads one stream from end to end; 64 bytes are one step of it, whatever the instruction set:
 //   F32   16 rows × 1 input             BF16  16 rows × 2 inputs (row r: inputs 2i, 2i + 1)
 //   F16   16 rows × 2 inputs: the 16 values of input 2i, then those of 2i + 1
+//   BF12  BF16 in three quarters of the room, the same numbers; see short.h
 //   INT8  16 rows × 4 inputs, a byte each, code + 128. Inputs in the order of `columns`: first the outlier columns (64 at most),
 //         filled up to whole steps, after each step its fine codes; then the others.
 //   NF4   16 rows × 8 inputs: row r's byte c holds the code of input 8i + c (lower half) and of 8i + 4 + c. After
@@ -21,7 +22,7 @@ constexpr int kPanelRows = 16;
 constexpr int kNf4Block = 64;
 constexpr int kNf4BlockBytes = kPanelRows * kNf4Block / 2 + kPanelRows * 4;
 
-enum class Format : int32_t { F32 = 0, BF16 = 1, F16 = 2, INT8 = 3, NF4 = 4 };
+enum class Format : int32_t { F32 = 0, BF16 = 1, F16 = 2, INT8 = 3, NF4 = 4, BF12 = 5 };
 
 // Whether products are of whole numbers.
 constexpr bool has_digits(Format format) { return format == Format::INT8 || format == Format::NF4; }
@@ -30,7 +31,7 @@ constexpr bool has_digits(Format format) { return format == Format::INT8 || form
 struct Linear {
     Format format;
     int32_t n_out, n_in;
-    int32_t n_fine;          // INT8, NF4: outlier columns, which have a second digit or code
+    int32_t n_fine;          // INT8, NF4: outlier columns, which have a second digit or code. BF12: see short.h
     const uint8_t* weight;   // panels, `panel_bytes` each
     const float* scale;      // INT8: of each row, filled up to whole panels. Else null
     const int32_t* columns;  // INT8, NF4: (n_in), the outlier columns, then the others, each < n_in. Else null
@@ -49,6 +50,7 @@ inline int64_t panel_bytes(Format format, int64_t n_in, int64_t n_fine) {
         case Format::INT8: return ((n_fine + 3) / 4 * 2 + (n_in - n_fine + 3) / 4) * 64;
         case Format::NF4:
             return (2 * round_up(n_fine, kNf4Block) + round_up(n_in - n_fine, kNf4Block)) / kNf4Block * kNf4BlockBytes;
+        case Format::BF12: return 64 + (n_in + 7) / 8 * 192 + round_up(n_fine * 8, 64);
     }
     return 0;
 }

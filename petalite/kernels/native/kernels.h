@@ -22,6 +22,9 @@ struct Kernels {
 
     // out = silu(gate) · up, 16 of each.
     void (*gate)(const float* gates, const float* ups, float* out);
+
+    // Whether BF12 is at least as fast as BF16 for few tokens, where memory sets the time.
+    bool short_serves;
 };
 
 const Kernels& kernels();

@@ -4,6 +4,7 @@
 
 #include "kernels.h"
 #include "prepare.h"
+#include "short.h"
 #include "target.h"
 
 #if defined(__clang__)
@@ -146,11 +147,9 @@ void digits_panel(const Linear& linear, const void* memory, int n_tokens, int fr
 
 // -- floats --------------------------------------------------------------------------------------------------
 
-int64_t even(int64_t n) { return (n + 1) / 2 * 2; }
-
 void prepare_float(const Linear& linear, const float* x, int64_t x_stride, int n_tokens, void* memory) {
     float* columns = static_cast<float*>(memory);
-    for (int64_t k = 0; k < even(linear.n_in); ++k)
+    for (int64_t k = 0; k < float_columns(linear); ++k)
         for (int t = 0; t < n_tokens; ++t) *columns++ = k < linear.n_in ? x[t * x_stride + k] : 0.0f;
 }
 
@@ -211,7 +210,7 @@ size_t tile_bytes(const Linear& linear, int n_tokens) {
     switch (linear.format) {
         case Format::INT8:
         case Format::NF4: return DigitTile::bytes(linear, n_tokens);
-        default: return size_t(even(linear.n_in)) * n_tokens * 4;
+        default: return size_t(float_columns(linear)) * n_tokens * 4;
     }
 }
 
@@ -228,12 +227,14 @@ void panel_of(const Linear& linear, const void* tile, int n_tokens, int from, in
         case Format::F16: return float_panel<Format::F16, T>(linear, tile, n_tokens, from, panel, sums);
         case Format::INT8: return digits_panel<Format::INT8, T>(linear, tile, n_tokens, from, panel, sums);
         case Format::NF4: return digits_panel<Format::NF4, T>(linear, tile, n_tokens, from, panel, sums);
+        case Format::BF12: return;  // `multiply_short`
     }
 }
 
 // Two tokens' sums of 16 rows fill half of the 32 registers.
 void multiply(const Linear& linear, const void* tile, int n_tokens, int64_t first, int64_t n_panels, bool,
               float* sums) {
+    if (linear.format == Format::BF12) return multiply_short(linear, tile, n_tokens, first, n_panels, sums, multiply);
     for (int64_t panel = first; panel < first + n_panels; ++panel, sums += n_tokens * kPanelRows) {
         for (int from = 0; from < n_tokens; from += 2)
             n_tokens - from == 1 ? panel_of<1>(linear, tile, n_tokens, from, panel, sums)
@@ -243,7 +244,7 @@ void multiply(const Linear& linear, const void* tile, int n_tokens, int64_t firs
 
 }  // namespace
 
-const Kernels neon_kernels = {"neon", tile_bytes, prepare, multiply, gate_by};
+const Kernels neon_kernels = {"neon", tile_bytes, prepare, multiply, gate_by, false};
 
 }  // namespace petalite
 

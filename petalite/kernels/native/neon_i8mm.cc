@@ -179,7 +179,7 @@ void gate(const float* gates, const float* ups, float* out) { neon_kernels.gate(
 
 }  // namespace
 
-const Kernels i8mm_kernels = {"neon-i8mm", tile_bytes, prepare, multiply, gate};
+const Kernels i8mm_kernels = {"neon-i8mm", tile_bytes, prepare, multiply, gate, false};
 
 }  // namespace petalite
 

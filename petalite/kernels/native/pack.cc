@@ -2,8 +2,9 @@
 #include <algorithm>
 #include <cmath>
 #include <cstring>
+#include <vector>
 
-#include "common.h"
+#include "short.h"
 
 #if defined(__SSE2__)
 #include <emmintrin.h>
@@ -201,8 +202,21 @@ PETALITE_API void petalite_pack_float(int32_t format, const void* rows, int64_t 
     }
 }
 
-PETALITE_API void petalite_unpack_float(int32_t format, const void* panels, int64_t n_out, int64_t n_in, void* weight) {
-    if (Format(format) == Format::F32)
+PETALITE_API void petalite_unpack_float(int32_t format, const void* panels, int64_t n_out, int64_t n_in, int64_t n_fine,
+                                        void* weight) {
+    if (Format(format) == Format::BF12) {
+        const int64_t size = panel_bytes(Format::BF12, n_in, n_fine);
+        std::vector<uint16_t> numbers(size_t(short_blocks(n_in) * kShortNumbers));
+        for (int64_t first = 0; first < n_out; first += kPanelRows) {
+            const ShortPanel panel(static_cast<const uint8_t*>(panels) + first / kPanelRows * size, n_in);
+            widen_short(panel, n_in, numbers.data());
+            panel.each_exception([&](int64_t k, int row, uint16_t value) {
+                place(Format::BF16, numbers.data(), k, row) = value;
+            });
+            unpack(Format::BF16, numbers.data(), std::min<int64_t>(kPanelRows, n_out - first), n_in,
+                   static_cast<uint16_t*>(weight) + first * n_in);
+        }
+    } else if (Format(format) == Format::F32)
         unpack(Format::F32, static_cast<const float*>(panels), n_out, n_in, static_cast<float*>(weight));
     else
         unpack(Format(format), static_cast<const uint16_t*>(panels), n_out, n_in, static_cast<uint16_t*>(weight));

@@ -41,10 +41,12 @@ class Format(IntEnum):
     F16 = 2
     INT8 = 3
     NF4 = 4
+    BF12 = 5
 
 
 FLOATS = {torch.float32: Format.F32, torch.bfloat16: Format.BF16, torch.float16: Format.F16}
-_DTYPES = {format_: dtype for dtype, format_ in FLOATS.items()}
+_DTYPES = {format_: dtype for dtype, format_ in FLOATS.items()} | {Format.BF12: torch.bfloat16}
+_WORTHWHILE = 0.9  # of BF16's bytes: with more, BF12 is not used
 
 
 class LinearStruct(ctypes.Structure):
@@ -69,7 +71,7 @@ class PackedWeight:
     format: Format
     shape: tuple[int, int]  # K is filled up to whole blocks for nf4, as in `Nf4Weight`
     panels: Tensor  # (ceil(N / 16), bytes of a panel) uint8
-    n_fine: int = 0  # int8 and nf4: outlier columns
+    n_fine: int = 0  # int8 and nf4: outlier columns; BF12: the most exceptions of a panel
     columns: Tensor | None = None  # int8 and nf4: (K,) int32, outlier columns, then the others
     scales: Tensor | None = None  # int8: (N filled up to whole panels,) float32
 
@@ -149,20 +151,68 @@ def quantize_packed(
 class DenseRows:
     """Room for a dense weight, packed row by row as the rows come."""
 
-    def __init__(self, library: Library, dtype: torch.dtype, shape: tuple[int, int]) -> None:
-        """`shape` (N, K); `dtype` one of FLOATS."""
-        panels = _panels(library, FLOATS[dtype], *shape)
+    def __init__(
+        self,
+        library: Library,
+        dtype: torch.dtype,
+        shape: tuple[int, int],
+        used: Callable[[Tensor], None] = lambda memory: None,
+    ) -> None:
+        """`shape` (N, K); `dtype` one of FLOATS. `used` is called with memory that is not needed any more."""
+        format_ = FLOATS[dtype]
+        size = library.functions.petalite_panel_bytes(format_, shape[1], 0)
+        room = (-(-shape[0] // PANEL_ROWS), size)
+        self._shorten = format_ is Format.BF16 and library.functions.petalite_short_serves()
+        # Where small weights share pages, what is left over of one would be lost.
+        self._to_stay = not self._shorten or math.prod(room) > _Slabs.SHARED
+        panels = panel_memory(library, room) if self._to_stay else torch.empty(room, dtype=torch.uint8)
         if shape[0] % PANEL_ROWS:  # no row comes for what fills it up
             panels[-1:].zero_()
-        self.weight = PackedWeight(FLOATS[dtype], shape, panels)  # once every row was put
-        self._dtype = dtype
-        self._library = library
+        self._dense = PackedWeight(format_, shape, panels)
+        self._weight: PackedWeight | None = None
+        self._dtype, self._library, self._used = dtype, library, used
+
+    @property
+    def memory(self) -> Tensor:
+        """That rows are put into."""
+        return self._dense.panels
+
+    @property
+    def weight(self) -> PackedWeight:
+        """Once every row was put; then no more are."""
+        if self._weight is None:
+            self._weight = self._shortened() if self._shorten else self._dense
+        return self._weight
+
+    def _shortened(self) -> PackedWeight:
+        """The same numbers in BF12, where that is smaller."""
+        functions, panels, n_in = self._library.functions, self._dense.panels, self._dense.shape[1]
+        base, most = ctypes.c_int32(), ctypes.c_int32()
+        found = ctypes.byref(base), ctypes.byref(most)
+        functions.petalite_short_range(panels.data_ptr(), len(panels), n_in, *found)
+        size = functions.petalite_panel_bytes(Format.BF12, n_in, most.value)
+        smaller = size <= _WORTHWHILE * panels.shape[1]
+        room = (len(panels), size if smaller else panels.shape[1])
+        if self._to_stay:
+            memory, nbytes = panels.view(-1), math.prod(room)
+            short, rest = memory[:nbytes].view(room), memory[nbytes:]
+        else:
+            short, rest = panel_memory(self._library, room), panels
+        if smaller:
+            place = panels.data_ptr(), len(panels), n_in, base.value, most.value, short.data_ptr()
+            functions.petalite_shorten(*place)
+        elif not self._to_stay:
+            short.copy_(panels)
+        self._used(rest)
+        if not smaller:
+            return replace(self._dense, panels=short)
+        return replace(self._dense, format=Format.BF12, panels=short, n_fine=most.value)
 
     def put(self, rows: Tensor, here: Tensor, there: Tensor) -> None:
         """Of rows (n, K), in any float dtype, that of number here[i] becomes row there[i]. Both (m,) int64,
         `there` ascending: panels are filled one by one.
         """
-        n_out, n_in = self.weight.shape
+        n_out, n_in = self._dense.shape
         rows = rows.to(self._dtype).contiguous()
         _check("rows", rows, self._dtype, (len(rows), n_in))
         for places, count in ((here, len(rows)), (there, n_out)):
@@ -171,9 +221,9 @@ class DenseRows:
                 raise InvalidArgument(f"places of rows {places.tolist()[:8]}… are not all below {count}")
         here, there = here.contiguous(), there.contiguous()
         self._library.functions.petalite_pack_float(
-            self.weight.format,
+            self._dense.format,
             *(rows.data_ptr(), len(there), n_in, here.data_ptr(), there.data_ptr()),
-            self.weight.panels.data_ptr(),
+            self._dense.panels.data_ptr(),
         )
 
 
@@ -202,7 +252,9 @@ def unpack(library: Library, packed: PackedWeight) -> Tensor | Int8Weight | Nf4W
         )
         return Nf4Weight(halves, block_scales, packed.fine_columns.long())
     dense = torch.empty(n_out, n_in, dtype=_DTYPES[packed.format])
-    library.functions.petalite_unpack_float(packed.format, source, n_out, n_in, dense.data_ptr())
+    library.functions.petalite_unpack_float(
+        packed.format, source, n_out, n_in, packed.n_fine, dense.data_ptr()
+    )
     return dense
 
 
@@ -293,6 +345,7 @@ class _Slabs:
     _ALIGNED = 4096  # so that files can be read into it past the page cache
     _PAGE = 2 << 20
     _SLAB = 16 << 20
+    SHARED = _SLAB // 2  # bytes up to which
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -301,7 +354,7 @@ class _Slabs:
     def take(self, library: Library, nbytes: int) -> Tensor:
         """(nbytes,) uint8."""
         room = nbytes + -nbytes % self._ALIGNED
-        if room > self._SLAB // 2:
+        if room > self.SHARED:
             return self._pages(library, nbytes)
         with self._lock:
             if room > len(self._rest):

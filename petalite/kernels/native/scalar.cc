@@ -4,6 +4,7 @@
 #include "half.h"
 #include "kernels.h"
 #include "prepare.h"
+#include "short.h"
 
 #define PETALITE_ISA linear_scalar
 #include "simd.h"
@@ -124,11 +125,9 @@ void multiply_digits(const Linear& linear, const void* memory, int n_tokens, int
 
 // -- floats --------------------------------------------------------------------------------------------------
 
-int64_t even(int64_t n) { return (n + 1) / 2 * 2; }
-
 void prepare_float(const Linear& linear, const float* x, int64_t x_stride, int n_tokens, void* memory) {
     float* columns = static_cast<float*>(memory);
-    for (int64_t k = 0; k < even(linear.n_in); ++k)
+    for (int64_t k = 0; k < float_columns(linear); ++k)
         for (int t = 0; t < n_tokens; ++t) *columns++ = k < linear.n_in ? x[t * x_stride + k] : 0.0f;
 }
 
@@ -164,7 +163,7 @@ size_t tile_bytes(const Linear& linear, int n_tokens) {
     switch (linear.format) {
         case Format::INT8:
         case Format::NF4: return DigitTile::bytes(linear, n_tokens);
-        default: return size_t(even(linear.n_in)) * n_tokens * 4;
+        default: return size_t(float_columns(linear)) * n_tokens * 4;
     }
 }
 
@@ -175,12 +174,13 @@ void prepare(const Linear& linear, const float* x, int64_t x_stride, int n_token
 
 void multiply(const Linear& linear, const void* tile, int n_tokens, int64_t first, int64_t n_panels, bool,
               float* sums) {
+    if (linear.format == Format::BF12) return multiply_short(linear, tile, n_tokens, first, n_panels, sums, multiply);
     const auto run = has_digits(linear.format) ? multiply_digits : multiply_float;
     run(linear, tile, n_tokens, first, n_panels, sums);
 }
 
 }  // namespace
 
-const Kernels scalar_kernels = {"scalar", tile_bytes, prepare, multiply, gate_by};
+const Kernels scalar_kernels = {"scalar", tile_bytes, prepare, multiply, gate_by, false};
 
 }  // namespace petalite

@@ -5,13 +5,15 @@
 //       float factor[tokens]. Then the others: int32 words[16][tokens]; int32 start[tokens]; float factor[tokens]. In INT8
 //       blocks have no more words than there are inputs.
 //       `start` takes back the 128 that codes have in excess: sums begin there. Times `factor` they are in the inputs' scale.
-// F32, F16: float columns[n_in rounded up to even][tokens]. BF16: as F32 or, where products take bfloat16, int32
-//       columns[n_in / 2 rounded up][tokens], two inputs each.
+// F32, F16: float columns[n_in rounded up to eight][tokens], zeros behind the last. BF16, BF12: as F32 or, where products
+//       take bfloat16, int32 columns[half as many][tokens], two inputs each.
 #pragma once
 
 #include "common.h"
 
 namespace petalite {
+
+inline int64_t float_columns(const Linear& linear) { return round_up(linear.n_in, 8); }
 
 struct DigitTile {
     static constexpr int kSteps = 16;  // of a whole block
