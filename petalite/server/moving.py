@@ -29,7 +29,7 @@ from petalite.swarm.spans import Span
 
 logger = logging.getLogger(__name__)
 
-# A plan for a hundred servers takes up to a second, which the event loop must not stand still for.
+# A plan for a thousand servers takes seconds, which the event loop must not stand still for.
 aside = asyncio.to_thread
 
 MOST_CLAIMS = 4  # of one that joins beside others; after that it takes what it has

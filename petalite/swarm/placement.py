@@ -11,13 +11,23 @@ Pure functions of what is announced: they read no clock, no DHT, and keep nothin
 
 from __future__ import annotations
 
+import math
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate
+from typing import TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
 
 from petalite.errors import InvalidArgument
 from petalite.net.identity import PeerId
 from petalite.swarm.spans import Span, uncovered
+
+Floats: TypeAlias = NDArray[np.float64]
+Servers: TypeAlias = Sequence[int] | slice
+"""Some of a swarm, by their indices."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -210,72 +220,108 @@ def plan_moves(held: Sequence[Holding], n_blocks: int, policy: MovePolicy = Move
 
 def _descents(held: Sequence[Holding], n_blocks: int, aim: float) -> list[Plan]:
     """The plan towards one aim, and every beginning of it."""
-    spans = [holding.future for holding in held]
-    lacking = [aim - tokens_per_s for tokens_per_s in throughputs(held, n_blocks)]
-    holders = [sum(block in span for span in spans) for block in range(n_blocks)]
-    before = aim - max(lacking)
-    moved: set[int] = set()
+    swarm = _Arrangement(held, n_blocks, aim)
+    before = aim - max(swarm.lacking)
+    movable = np.array([_may_move(holding, n_blocks) for holding in held])
+    moved: list[int] = []
     plans = []
-
-    def best(index: int) -> tuple[float, int]:
-        return _best_shift(lacking, holders, spans[index], held[index].tokens_per_s)
-
-    def put(index: int, start: int) -> None:
-        target = Span(start, start + len(spans[index]))
-        _shift(lacking, holders, spans[index], target, held[index].tokens_per_s)
-        spans[index] = target
-
-    while max(lacking) > 0 and len(moved) < len(held):
-        missing = sum(lack * lack for lack in lacking if lack > 0)
-        free = [i for i in range(len(held)) if i not in moved and _may_move(held[i], n_blocks)]
-        gain, start, index = max(((*best(i), -i) for i in free), default=(0.0, 0, 0))
-        if gain <= _NOTICEABLE * missing:
+    while max(swarm.lacking) > 0:
+        missing = sum(lack * lack for lack in swarm.lacking if lack > 0)
+        gains = np.where(movable, swarm.gains(), 0.0)
+        gains[moved] = 0.0
+        most = gains.max()
+        if most <= _NOTICEABLE * missing:
             break
-        put(-index, start)
-        moved.add(-index)
-        for i in sorted(moved):  # those planned before may go better elsewhere now, at no further price
-            gain, start = best(i)
-            if gain > _NOTICEABLE**2 * missing:
-                put(i, start)
-        moved = {i for i in moved if spans[i] != held[i].span}
-        moves = tuple(Move(held[i].peer, held[i].span, spans[i]) for i in sorted(moved))
-        plans.append(Plan(moves, before, aim - max(lacking), n_blocks))
+        start, index = max((swarm.best_start(i), -i) for i in np.flatnonzero(gains == most).tolist())
+        swarm.put(-index, start)
+        moved = sorted([*moved, -index])
+        _put_right(swarm, moved, _NOTICEABLE**2 * missing)
+        moved = [i for i in moved if swarm.spans[i] != held[i].span]
+        moves = tuple(Move(held[i].peer, held[i].span, swarm.spans[i]) for i in moved)
+        plans.append(Plan(moves, before, aim - max(swarm.lacking), n_blocks))
     return plans
+
+
+def _put_right(swarm: _Arrangement, moved: list[int], least: float) -> None:
+    """Those planned before may go better elsewhere now, at no further price."""
+    while moved:
+        better = np.flatnonzero(swarm.gains(moved) > least).tolist()
+        if not better:
+            return
+        swarm.put(moved[better[0]], swarm.best_start(moved[better[0]]))
+        moved = moved[better[0] + 1 :]
 
 
 def _may_move(holding: Holding, n_blocks: int) -> bool:
     return holding.serving and not holding.pinned and holding.claim is None and holding.span.end <= n_blocks
 
 
-def _best_shift(
-    lacking: Sequence[float], holders: Sequence[int], span: Span, tokens_per_s: float
-) -> tuple[float, int]:
-    """How much of the squares of what blocks lack one server can take away by going elsewhere, and where it
-    must begin for that.
+class _Arrangement:
+    """Where servers are in a plan, and what each block lacks there of an aim, tokens/s.
+
+    What each could gain elsewhere is computed for all together, as matrices (blocks, servers).
     """
-    n_blocks, length = len(lacking), len(span)
-    relief = _relief(lacking, tokens_per_s)
-    own = slice(span.start, span.end)
-    relief[own] = _relief([lack + tokens_per_s for lack in lacking[own]], tokens_per_s)
-    sole = [block for block in span.blocks if holders[block] == 1]
-    first = max(sole[-1] - length + 1, 0) if sole else 0
-    last = min(sole[0], n_blocks - length) if sole else n_blocks - length
-    sums = [0.0, *accumulate(relief)]
-    gains = [sums[start + length] - sums[start] for start in range(first, last + 1)]
-    best = max(gains)
-    return best - (sums[span.end] - sums[span.start]), first + gains.index(best)
 
+    def __init__(self, held: Sequence[Holding], n_blocks: int, aim: float) -> None:
+        self.spans = [holding.future for holding in held]
+        self.lacking = [aim - tokens_per_s for tokens_per_s in throughputs(held, n_blocks)]
+        holders = Counter(block for span in self.spans for block in span.blocks)
+        self._holders = [holders[block] for block in range(n_blocks)]
+        self._tokens_per_s = [holding.tokens_per_s for holding in held]
+        self._speed = np.array(self._tokens_per_s)
+        self._length = np.array([len(span) for span in self.spans])
+        self._start = np.array([span.start for span in self.spans])
+        self._blocks = blocks = np.arange(n_blocks)[:, None]
+        # Where a server ends that begins at a block; one that would not fit there has no length.
+        self._ends = blocks + self._length * (blocks + self._length <= n_blocks)
+        self._own = self._speed * ((blocks >= self._start) & (blocks < self._start + self._length))
 
-def _relief(lacking: Sequence[float], tokens_per_s: float) -> list[float]:
-    """For each block how much less the square of what it lacks is with a server of `tokens_per_s`."""
-    return [
-        tokens_per_s * (2 * lack - tokens_per_s) if lack > tokens_per_s else lack * lack if lack > 0 else 0.0
-        for lack in lacking
-    ]
+    def put(self, server: int, start: int) -> None:
+        """It begins there now."""
+        tokens_per_s, source = self._tokens_per_s[server], self.spans[server]
+        self.spans[server] = target = Span(start, start + len(source))
+        for span, sign in ((source, -1), (target, 1)):
+            for block in span.blocks:
+                self.lacking[block] -= sign * tokens_per_s
+                self._holders[block] += sign
+        self._start[server] = start
+        self._own[:, server] = 0.0
+        self._own[target.start : target.end, server] = tokens_per_s
 
+    def gains(self, some: Servers = slice(None)) -> Floats:
+        """How much of the squares of what blocks lack some servers can each take away elsewhere."""
+        taken, now = self._taken(some)
+        gains: Floats = taken.max(0) - now
+        return gains
 
-def _shift(lacking: list[float], holders: list[int], source: Span, target: Span, tokens_per_s: float) -> None:
-    for span, sign in ((source, -1), (target, 1)):
-        for block in span.blocks:
-            lacking[block] -= sign * tokens_per_s
-            holders[block] += sign
+    def best_start(self, server: int) -> int:
+        """Where it must begin to take away most."""
+        return int(self._taken([server])[0].argmax())  # of equals, the first
+
+    def _taken(self, some: Servers) -> tuple[Floats, Floats]:
+        """By some servers, if each begins at each of the blocks; and where it is."""
+        speed, start = self._speed[some], self._start[some]
+        # What blocks lack without the server, and how much less the square of that is with it.
+        relief = self._own[:, some] + np.array(self.lacking)[:, None]
+        np.maximum(relief, 0.0, out=relief)
+        part = np.minimum(relief, speed)
+        relief += relief
+        relief -= part
+        relief *= part
+        sums = np.zeros((len(relief) + 1, len(speed)))
+        for block, more in enumerate(relief):
+            np.add(sums[block], more, out=sums[block + 1])
+        servers = np.arange(len(speed))
+        taken = sums[self._ends[:, some], servers]
+        taken -= sums[:-1]
+        if 1 in self._holders:
+            self._forbid(taken, some)
+        return taken, sums[start + self._length[some], servers] - sums[start, servers]
+
+    def _forbid(self, taken: Floats, some: Servers) -> None:
+        """To begin where a block would be left that a server alone holds."""
+        blocks = self._blocks
+        sole = (self._own[:, some] > 0) & (np.array(self._holders)[:, None] == 1)
+        first = np.where(sole, blocks, -1).max(0) - self._length[some] + 1
+        last = np.where(sole, blocks, len(blocks)).min(0)
+        taken[(blocks < first) | (blocks > last)] = -math.inf

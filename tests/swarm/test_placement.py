@@ -16,7 +16,7 @@ from petalite.swarm.placement import (
     Move,
     MoveCost,
     Plan,
-    _best_shift,
+    _Arrangement,
     _ceiling,
     before_me,
     bound,
@@ -229,8 +229,9 @@ def test_the_best_place_of_one_server_is_that_of_all_places_tried(
     allowed = [
         start for start in range(13 - len(mover.span)) if sole <= set(range(start, start + len(mover.span)))
     ]
-    lacking = [aim - tokens_per_s for tokens_per_s in throughputs(held, 12)]
-    gain, start = _best_shift(lacking, holders, mover.span, mover.tokens_per_s)
+    arranged = _Arrangement(held, 12, aim)
+    [gain], start = arranged.gains([index]), arranged.best_start(index)
+    assert arranged.gains()[index] == gain
     now = missing(mover.span.start)
     assert start in allowed
     assert gain == pytest.approx(max(now - missing(place) for place in allowed), abs=1e-6 * (1 + now))
