@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import torch
 
+from petalite.client.arguments import check_numbers, check_whole
 from petalite.client.batches import Batch
 from petalite.client.generation import check_room
 from petalite.client.penalties import Penalties
@@ -28,6 +29,8 @@ class BeamSettings:
     early_stopping: bool = False  # end with as many texts as beams; else once no better one is to be expected
 
     def __post_init__(self) -> None:
+        check_whole(beams=self.beams)
+        check_numbers(length_penalty=self.length_penalty)
         if not 2 <= self.beams <= MOST_BEAMS:
             raise InvalidArgument(f"a beam search has 2 to {MOST_BEAMS} beams, found {self.beams}")
         if not abs(self.length_penalty) <= MOST_PENALTY:

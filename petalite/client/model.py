@@ -13,6 +13,7 @@ from typing import Any, TypeAlias
 
 import torch
 
+from petalite.client.arguments import check_whole
 from petalite.client.autograd import Lora, source_of
 from petalite.client.batches import Batch
 from petalite.client.beams import BeamSettings, beam_search
@@ -108,6 +109,7 @@ class AsyncDistributedModel:
         before = 0 if prefix is None else len(prefix)
         most = self.config.max_position_embeddings - before
         length = most if max_length is None else max_length
+        check_whole(max_length=length)
         if not 0 < length <= most:
             raise InvalidArgument(
                 f"max_length must be from 1 to {most}, what this model takes; found {length}"
@@ -313,6 +315,7 @@ class AsyncDistributedModel:
         self._check_open()
         if not 0 <= span.start < span.end <= self.config.n_blocks:
             raise InvalidArgument(f"the model has blocks 0:{self.config.n_blocks}, found {span}")
+        check_whole(rows=rows, max_length=max_length)
         if not (0 < rows <= MAX_ROWS and 0 < max_length <= self.config.max_position_embeddings):
             raise InvalidArgument(
                 f"a session has up to {MAX_ROWS} rows of up to {self.config.max_position_embeddings} tokens, "

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any
 
+from petalite.client.arguments import check_whole
 from petalite.client.penalties import Penalties
 from petalite.client.sampling import Chooser, Sampling
 from petalite.client.stopping import StopTexts
@@ -39,6 +40,7 @@ class Options:
     speculate: str | None = None  # "lookup", or a small checkpoint with the same tokenizer
 
     def __post_init__(self) -> None:
+        check_whole(max_new_tokens=self.max_new_tokens)
         if self.max_new_tokens < 1:
             raise InvalidArgument(f"max_new_tokens must be 1 or more, found {self.max_new_tokens}")
         self.stop_texts()

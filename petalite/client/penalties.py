@@ -13,6 +13,7 @@ from types import MappingProxyType
 
 import torch
 
+from petalite.client.arguments import check_numbers, check_whole
 from petalite.errors import InvalidArgument
 
 
@@ -26,6 +27,11 @@ class Penalties:
     bias: Mapping[int, float] = field(default_factory=lambda: MappingProxyType({}))  # added, by token id
 
     def __post_init__(self) -> None:
+        check_numbers(
+            repetition_penalty=self.repetition,
+            presence_penalty=self.presence,
+            frequency_penalty=self.frequency,
+        )
         if not (math.isfinite(self.repetition) and self.repetition > 0):
             raise InvalidArgument(f"repetition_penalty must be above 0 (1: none), found {self.repetition}")
         for name in ("presence", "frequency"):
@@ -34,6 +40,8 @@ class Penalties:
                     f"{name}_penalty must be a number (0: none), found {getattr(self, name)}"
                 )
         for token_id, value in self.bias.items():
+            check_whole(**{"a token of logit_bias": token_id})
+            check_numbers(**{f"the logit_bias of token {token_id}": value})
             if token_id < 0 or not math.isfinite(value):
                 raise InvalidArgument(
                     f"logit_bias maps token ids to numbers, found {token_id}: {value}; to rule a token out, "

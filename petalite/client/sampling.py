@@ -20,6 +20,7 @@ from types import MappingProxyType
 
 import torch
 
+from petalite.client.arguments import check_numbers, check_whole
 from petalite.client.penalties import Penalties
 from petalite.errors import InvalidArgument, NotFinite
 from petalite.model.compute import is_finite
@@ -39,6 +40,8 @@ class Sampling:
     seed: int = field(default_factory=lambda: secrets.randbits(63))  # of every random choice
 
     def __post_init__(self) -> None:
+        check_numbers(temperature=self.temperature, top_p=self.top_p, min_p=self.min_p)
+        check_whole(top_k=self.top_k, seed=self.seed)
         if not (math.isfinite(self.temperature) and self.temperature >= 0):
             raise InvalidArgument(f"temperature must be 0 or more, found {self.temperature}")
         if self.top_k < 0:
@@ -75,6 +78,7 @@ class Chooser:
     n_alternatives: int = 0  # to report with each choice
 
     def __post_init__(self) -> None:
+        check_whole(logprobs=self.n_alternatives)
         if not 0 <= self.n_alternatives <= MOST_ALTERNATIVES:
             raise InvalidArgument(
                 f"alternatives with their logprobs are given for up to {MOST_ALTERNATIVES} tokens, "

@@ -5,6 +5,7 @@ Nothing heavy is imported until a command needs it: `--help` and `bootstrap` loa
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
 from io import TextIOWrapper
@@ -203,8 +204,8 @@ def demo() -> None:
 
 
 def main() -> None:
-    """Errors of petalite's own end in one sentence and exit code 2; everything else is a bug and shows
-    itself.
+    """Errors of petalite's own end in one sentence and exit code 2, output that nothing takes in one and
+    code 1; everything else is a bug and shows itself.
     """
     for descriptor in range(3):  # closed ones would be given to sockets, and be spoken to
         try:
@@ -215,7 +216,16 @@ def main() -> None:
         if isinstance(stream, TextIOWrapper):  # a letter that a terminal has not ends no conversation
             stream.reconfigure(errors="replace")
     try:
-        app()
+        try:
+            app()
+        finally:
+            sys.stdout.flush()
     except PetaliteError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EIO):
+            raise
+        print(f"error: cannot write: {error.strerror}", file=sys.stderr)
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # what is left to write is tried again at the end
+        sys.exit(1)

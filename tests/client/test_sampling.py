@@ -252,6 +252,14 @@ def test_without_a_seed_two_settings_differ() -> None:
         ({"stop": ["a", ""]}, "stop"),
         ({"stop": ["a"] * 65}, "64"),
         ({"max_new_tokens": 0}, "max_new_tokens"),
+        ({"max_new_tokens": 2.5}, "max_new_tokens is a whole number, found 2.5"),
+        ({"temperature": 1.0, "top_k": 2.0}, "top_k is a whole number, found 2.0"),
+        ({"temperature": 1.0, "seed": 0.5}, "seed is a whole number, found 0.5"),
+        ({"temperature": "1"}, "temperature is a number, found '1'"),
+        ({"presence_penalty": None}, "presence_penalty is a number, found None"),
+        ({"logit_bias": {1.5: 1.0}}, "a whole number, found 1.5"),
+        ({"logit_bias": {1: "1"}}, "logit_bias of token 1 is a number"),
+        ({"logprobs": 1.5}, "logprobs is a whole number, found 1.5"),
     ],
 )
 def test_settings_that_cannot_work_are_refused(wrong: dict[str, Any], named: str) -> None:

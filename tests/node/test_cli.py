@@ -38,6 +38,30 @@ def petalite(*arguments: str, stdin: str = "") -> subprocess.CompletedProcess[st
     )
 
 
+def test_output_that_nothing_takes_ends_in_a_sentence() -> None:
+    with Path("/dev/full").open("w") as full:
+        for arguments in (["--help"], ["status", "--help"]):
+            command = [sys.executable, "-m", "petalite.node", *arguments]
+            result = subprocess.run(
+                command, stdout=full, stderr=subprocess.PIPE, text=True, timeout=DEADLINE_S, check=False
+            )
+            assert (result.returncode, result.stderr) == (1, "error: cannot write: No space left on device\n")
+
+
+def test_an_interrupt_while_it_loads_ends_in_a_word(tmp_path: Path) -> None:
+    """Sent by a module that stands for one of those that are loaded first."""
+    (tmp_path / "typer.py").write_text("import os, signal; os.kill(os.getpid(), signal.SIGINT)")
+    result = subprocess.run(
+        [sys.executable, "-m", "petalite.node", "--help"],
+        env={**os.environ, "PYTHONPATH": f"{tmp_path}:{Path.cwd()}"},
+        capture_output=True,
+        text=True,
+        timeout=DEADLINE_S,
+        check=False,
+    )
+    assert (result.returncode, result.stdout, result.stderr) == (130, "", "interrupted\n")
+
+
 Here = Callable[..., subprocess.CompletedProcess[str]]
 Refused = Callable[..., str]
 
