@@ -120,9 +120,8 @@ class Lane:
         try:
             if partial is None:
                 size = self._sock.recv_into(buffer, self._read_bytes)
-            elif (
-                len(partial) > PREFIX_BYTES
-            ):  # the rest of a record goes to its front, and is not copied again
+            elif len(partial) > PREFIX_BYTES:
+                # The rest of a record goes to its front, and is not copied again.
                 size = self._sock.recvmsg_into([self._rest, buffer[: self._read_bytes]])[0]
             else:
                 size = self._sock.recv_into(self._rest)
@@ -279,9 +278,7 @@ class Lane:
         self._fit_unsent(now)
         if connection.pinging:
             if silent_s > max(dead_after_s, 8 * connection.receiver.rtt_s):
-                self.abort()
-                error = ConnectionLost(f"no sign of life for {silent_s:.1f} s")
-                self._owner.lane_lost(self, error, guilty=False)
+                self._lose(f"no sign of life for {silent_s:.1f} s", by_peer=False)
         elif now - self._pinged_at >= ping_every_s:
             self._pinged_at = now
             connection.ping(now)
@@ -332,11 +329,13 @@ class Lane:
             self._lose(f"the connection broke: {error.strerror or error}")
         else:
             logger.error("a lane failed", exc_info=error)
-            self._lose("this end of the connection failed")
+            self._lose("this end of the connection failed", by_peer=False)
 
-    def _lose(self, reason: str) -> None:
+    def _lose(self, reason: str, by_peer: bool = True) -> None:
+        """It ended without a word."""
         told = self.ending
         self.abort()
         if not told:
-            heard = self.last_received != self._begun
-            self._owner.lane_lost(self, ConnectionLost(reason if heard else _UNHEARD), guilty=False)
+            if by_peer and self.last_received == self._begun:
+                reason = _UNHEARD
+            self._owner.lane_lost(self, ConnectionLost(reason), guilty=False)

@@ -97,10 +97,13 @@ async def test_a_lane_that_fails_inside_ends_its_calls_at_once(
             monkeypatch.setattr(lane.connection.sender, "next_records", fail)
         case "writing":
             monkeypatch.setattr(lane, "_send", fail)
+    events: list[str] = []
+    server.journal.watch(events.append, caller.peer_id)
     async with asyncio.timeout(10):
         with pytest.raises(ConnectionLost, match="closed the connection"):
             await caller.call(server.peer_id, "echo", {}, [bytes(100_000)], timeout_s=30)
         await eventually(lambda: not server._all_links)
+    assert "this end of the connection failed" in events[-1]
     monkeypatch.undo()
     await caller.call(server.peer_id, "echo", timeout_s=5)
     assert not server._gate.reputation.score(caller.peer_id, time.monotonic())
