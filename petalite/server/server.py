@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from petalite.dht.announcements import Announcement
-from petalite.errors import NetworkError, Unreachable
+from petalite.errors import NetworkError
 from petalite.model.checkpoint import Checkpoint
 from petalite.model.compute import ComputeThread
 from petalite.net.identity import PeerId
@@ -27,6 +27,7 @@ from petalite.server.links import Links
 from petalite.server.loaded import BlockLoader, ComputeSettings, LoadedBlocks, Progress
 from petalite.server.memory import MemorySettings
 from petalite.server.moving import MoveSettings, join, keep_placed
+from petalite.server.resolving import Resolver
 from petalite.server.sessions import SessionService, SessionSettings
 from petalite.server.throughput import BlockSpeed, tokens_per_s
 from petalite.server.training_calls import TrainingService
@@ -97,8 +98,9 @@ class BlockServer:
             if not self.pinned:
                 await self._announce()
             self._loaded = loaded = await self._load(self.span, progress)
+            resolve = Resolver(self.peer.host, self.directory)
             self.sessions = SessionService(
-                loaded.backend, self.model_id, self.peer.host, self._resolve, settings.sessions, self.adapters
+                loaded.backend, self.model_id, self.peer.host, resolve, settings.sessions, self.adapters
             )
             self.training = TrainingService(
                 loaded.backend, self.model_id, self.peer.host, self.adapters, settings.training
@@ -173,17 +175,6 @@ class BlockServer:
         self._load_s = time.monotonic() - began_s
         self._speed = loaded.speed
         return loaded
-
-    async def _resolve(self, peer: PeerId) -> None:
-        """Find out where a server of this model listens, that a session is to be pushed to."""
-        for fresh in (False, True):
-            if fresh:
-                await self.directory.refresh(timeout_s=_FIND_S)
-            for entry in self.directory.servers:
-                if entry.peer == peer:
-                    self.peer.host.book.add(peer, entry.addresses)
-                    return
-        raise Unreachable(f"{peer.short()} announces no blocks of {self.model_id}")
 
     # -- being placed (`moving.Movable`) -----------------------------------------------------------------
 
