@@ -22,6 +22,7 @@ import statistics
 import tempfile
 import threading
 import time
+from asyncio import FIRST_COMPLETED
 from collections import Counter, deque
 from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from dataclasses import dataclass
@@ -62,10 +63,11 @@ _CONFIG = "config.json"
 _MOST_CONFIG_BYTES = 1 << 20
 
 MOST_FOLDERS = 16  # of one model, for as many processes of this machine
-MOST_GIVERS = 4  # that tensors come from at once
+MOST_GIVERS = 4  # that are asked at once
 IN_FLIGHT = 3  # pieces asked of one of them at once
 FIND_S = 10.0
 FRESH_S = 5.0  # a directory read so recently says who gives
+NEXT_S = 3.0  # without a piece of a file, until one more giver is asked
 FILES_S = 300.0  # for one giver to give config, manifest and files
 PIECE_S = 30.0  # for one piece, at most
 SLOW = 20.0  # times what pieces usually take: who is slower is left
@@ -160,6 +162,7 @@ class PeerWeights:
         self._closed = False
         self._locked: IO[bytes] | None = None
         self._usual_s: deque[float] = deque(maxlen=64)  # that pieces took
+        self._came = 0  # pieces of files
 
     def narrow(self, n_blocks: int) -> None:
         """Look for servers of so many blocks, now that this is known."""
@@ -252,31 +255,53 @@ class PeerWeights:
             if size > most_bytes or len(piece) != expected:
                 raise _Hostile(f"{len(piece)} bytes of {name} where {expected} of {size} should come")
             data += piece
+            self._came += 1
         return bytes(data)
 
     async def _from_anybody(self, bring: Callable[[PeerId], Awaitable[None]]) -> None:
-        """Do it with one giver after the other, until one is good for it or the patience is over."""
+        """Do it with one giver, and another beside it each time that nothing has come for a while, until one
+        is good for it or the patience is over.
+        """
+        done: list[PeerId] = []
+
+        async def one(giver: PeerId) -> None:
+            async with asyncio.timeout(FILES_S):
+                await bring(giver)
+            done.append(giver)
 
         async def look(givers: Sequence[PeerId]) -> PetaliteError | None:
             failure: PetaliteError | None = None
-            for giver in givers:
-                try:
-                    async with asyncio.timeout(FILES_S):
-                        await bring(giver)
-                    done.append(giver)
-                    break
-                except (NetworkError, RemoteError, UnsupportedModel) as error:
-                    failure = error
-                except TimeoutError:
-                    failure = DeadlineExceeded(
-                        f"{giver.short()} took longer than {FILES_S:g} s for a few files"
-                    )
-                except _Hostile as error:
-                    self.blame(giver, error)
+            left, asked = deque(givers), dict[asyncio.Task[None], PeerId]()
+            came = -1
+            try:
+                while not done and (left or asked):
+                    if left and len(asked) < MOST_GIVERS and (not asked or self._came == came):
+                        giver = left.popleft()
+                        asked[asyncio.create_task(one(giver))] = giver
+                    came = self._came
+                    over, _ = await asyncio.wait(asked, timeout=NEXT_S, return_when=FIRST_COMPLETED)
+                    for task in over:
+                        failure = self._failure(asked.pop(task), task) or failure
+                        came = self._came  # so that another one takes its place
+            finally:
+                for task in asked:
+                    task.cancel()
+                await asyncio.gather(*asked, return_exceptions=True)
             return failure
 
-        done: list[PeerId] = []
         await self._patiently(look, lambda: not done, lambda: len(done))
+
+    def _failure(self, giver: PeerId, task: asyncio.Task[None]) -> PetaliteError | None:
+        """Why a giver was of no use, unless it gave all, or what is wrong. Raises what is not about it."""
+        try:
+            task.result()
+        except (NetworkError, RemoteError, UnsupportedModel) as error:
+            return error
+        except TimeoutError:
+            return DeadlineExceeded(f"{giver.short()} took longer than {FILES_S:g} s for a few files")
+        except _Hostile as error:
+            self.blame(giver, error)
+        return None
 
     async def _patiently(
         self,

@@ -34,6 +34,7 @@ from petalite.model.tensorstore import TensorStore
 from petalite.net.host import Host
 from petalite.net.identity import Identity, PeerId
 from petalite.net.multiaddr import Multiaddr
+from petalite.net.rpc import Call
 from petalite.net.schema import encode
 from petalite.server import loaded
 from petalite.server.giving import WeightsService, gives
@@ -74,6 +75,12 @@ class Giver(WeightsService):
     tamper: Tamper | None = None
     asked = 0
     fails: Exception | None = None
+    silent_from = 1 << 30
+
+    async def _serve(self, call: Call, request: ReadWeights) -> None:
+        if self.asked >= self.silent_from:
+            await asyncio.Event().wait()
+        await super()._serve(call, request)
 
     def _read(self, request: ReadWeights) -> tuple[int, bytes]:
         self.asked += 1
@@ -212,6 +219,24 @@ async def test_lies_about_files_are_found(swarm: Swarm, name: str, lie: str) -> 
     await swarm.store(fetching)
     assert fetching.liars == {swarm.known[0]}
     assert Checkpoint.open(swarm.folder).manifest is not None
+
+
+@pytest.mark.parametrize("silent_from", [0, 2])
+async def test_who_gives_nothing_more_is_not_waited_for(
+    swarm: Swarm, monkeypatch: pytest.MonkeyPatch, silent_from: int
+) -> None:
+    """Two of three, from the first piece on or from a later one; no more are asked than it takes."""
+    monkeypatch.setattr(weights, "NEXT_S", 0.05)
+    monkeypatch.setattr(weights, "PIECE_S", 3600.0)
+    givers = [await swarm.giver() for _ in range(4)]
+    for giver in givers[:2]:
+        giver.silent_from = silent_from
+    fetching = swarm.weights()
+    async with asyncio.timeout(30):
+        await swarm.store(fetching)
+    assert Checkpoint.open(swarm.folder).model_id("tiny") == swarm.model_id
+    assert [giver.asked for giver in givers[:2]] == [silent_from] * 2
+    assert not fetching.liars
 
 
 async def test_a_config_of_another_model_is_refused(swarm: Swarm, tmp_path: Path) -> None:
