@@ -22,7 +22,7 @@ from torch import Tensor
 
 from petalite.client.hops import Servers, Wanted
 from petalite.client.settings import TrainingSettings
-from petalite.client.spancalls import Piece, SpanCalls, Trouble, Work
+from petalite.client.spancalls import Piece, SpanCalls, Trouble, Work, remember
 from petalite.errors import DeadlineExceeded, NetworkError, NotFinite, PetaliteError, RemoteError
 from petalite.model.compute import is_finite
 from petalite.net.identity import PeerId
@@ -215,7 +215,7 @@ class Passes:
         failed_s, _ = self._failures.get(hop.peer, (planned_s, error))
         if failed_s <= planned_s:
             self._servers.failed(hop.peer, error)
-            self._failures[hop.peer] = self._now_s(), error
+            remember(self._failures, hop.peer, (self._now_s(), error))
 
     @staticmethod
     def _now_s() -> float:

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections import defaultdict
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
+from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor
@@ -40,10 +40,13 @@ from petalite.swarm.training import SpanGradients, SpanInputs, SpanOutputs
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
+K = TypeVar("K")
+V = TypeVar("V")
 
 # The call may be at fault, or the server: one more server is asked, and then believed.
 DOUBTFUL = (BadAdapter, BadMessage, BadTensor, BatchTooLarge, NotFinite, UnknownAdapter, WrongModel)
 LONGEST_PAUSE_S = 5.0
+MOST_KNOWN = 1024  # servers of which something is remembered
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,7 +84,8 @@ class SpanCalls:
         self._settings = settings
         self._most_tokens: dict[PeerId, int] = {}  # in one call, of servers that found one too large
         self._sent: dict[tuple[PeerId, Span], bytes] = {}  # the adapter that a server was sent last
-        self._sending: defaultdict[PeerId, asyncio.Lock] = defaultdict(asyncio.Lock)
+        # For as long as somebody holds one, or waits for it.
+        self._sending: WeakValueDictionary[PeerId, asyncio.Lock] = WeakValueDictionary()
 
     async def forward(self, work: Work, hop: Hop, hidden: Tensor, *, keep: bool) -> SpanOutputs:
         """hidden (b, T, E) through the hop's blocks. Raises what the server raises; BadTensor, NotFinite."""
@@ -143,7 +147,8 @@ class SpanCalls:
                 if tried == 1:
                     raise
                 half = tried // 2 * n_tokens
-                self._most_tokens[peer] = min(error.most_tokens or half, (tried - 1) * n_tokens)
+                most_tokens = min(error.most_tokens or half, (tried - 1) * n_tokens)
+                remember(self._most_tokens, peer, most_tokens)
         return found
 
     async def _having(self, hop: Hop, part: AdapterPart | None, call: Callable[[], Awaitable[T]]) -> T:
@@ -161,10 +166,11 @@ class SpanCalls:
     async def _send(self, hop: Hop, part: AdapterPart | None) -> None:
         if part is None or part.blob is None:
             return
-        async with self._sending[hop.peer]:  # parts of a batch that come together need it sent once
+        lock = self._sending.setdefault(hop.peer, asyncio.Lock())
+        async with lock:  # parts of a batch that come together need it sent once
             if self._sent.get((hop.peer, hop.span)) != part.digest:
                 await self._servers.training(hop.peer, self._settings).put_adapter(part.blob)
-                self._sent[hop.peer, hop.span] = part.digest
+                remember(self._sent, (hop.peer, hop.span), part.digest)
 
 
 class Trouble:
@@ -213,6 +219,14 @@ class Trouble:
                 self._servers.succeeded(peer)  # it is in the numbers, not in them
             return NotFinite(f"blocks {span} at {who} give NaN or Inf: {error}", error.given)
         return type(error)(f"blocks {span} at {who}: {error}")
+
+
+def remember(known: dict[K, V], key: K, value: V) -> None:
+    """What was set longest ago is forgotten, where there is too much: a loop of days meets many servers."""
+    known.pop(key, None)
+    known[key] = value
+    if len(known) > MOST_KNOWN:
+        del known[next(iter(known))]
 
 
 def _check(hop: Hop, what: str, found: Tensor | None, shape: Sequence[int] | None) -> None:

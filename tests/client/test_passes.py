@@ -335,3 +335,28 @@ def test_only_what_is_wanted_is_asked_for() -> None:
     swarm = run(main())
     assert [swarm.places[peer(number)].calls["backward"] for number in CHAIN] == [0, 0, 3]
     assert not swarm.places[peer(1)].kept and swarm.places[peer(1)].calls["adapter"] == 0
+
+
+def test_what_is_remembered_of_servers_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Who fails, who takes little and who has the adapter, of two servers at most; the rest is found out
+    again.
+    """
+    monkeypatch.setattr("petalite.client.spancalls.MOST_KNOWN", 2)
+    swarm = toy(SPANS)
+    for place in swarm.places.values():
+        place.most_tokens = TOKENS
+
+    async def main() -> None:
+        hidden, prompts, lora, gradient = given()
+        passes, work = Passes(swarm, QUICK), work_of(prompts, lora)
+        output, pieces = await passes.forward(work, hidden, ALL)
+        for number in (1, 2, 3, 7):
+            swarm.kill(number)
+        check(output, await passes.backward(work, pieces, gradient, ALL))
+        calls = passes._calls
+        assert 0 < len(passes._failures) <= 2
+        assert len(calls._most_tokens) == len(calls._sent) == 2
+        assert not calls._sending
+
+    swarm.places[peer(8)] = ToyServer(swarm, peer(8), WHOLE)
+    run(main())
