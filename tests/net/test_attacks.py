@@ -25,7 +25,7 @@ import pytest
 from petalite.errors import ErrorCode, PetaliteError
 from petalite.net import Call, Host, HostSettings, Identity, MethodPolicy
 from petalite.net.credit import Windows
-from petalite.net.frames import HEADER, MAX_DATA_BYTES, U32, U64, FrameType, encode
+from petalite.net.frames import FIN, HEADER, MAX_DATA_BYTES, U32, U64, FrameType, encode
 from petalite.net.handshake import Handshake
 from petalite.net.limits import Limits
 from petalite.net.link import Timers
@@ -646,6 +646,13 @@ async def test_a_request_that_never_ends(host: Host, monkeypatch: pytest.MonkeyP
     async with attacker(host) as enemy:
         await enemy.send(open_stream(1) + begun)
         assert U32.unpack(await enemy.answer_of(1))[0] == ErrorCode.DEADLINE
+    await eventually(lambda: not host._handlers)
+
+
+async def test_a_call_that_ends_before_its_request(host: Host) -> None:
+    async with attacker(host) as enemy:
+        await enemy.send(open_stream(1) + encode(FrameType.MESSAGE, 1, flags=FIN))
+        assert failed_with(await enemy.answer_of(1)) == ErrorCode.BAD_MESSAGE
     await eventually(lambda: not host._handlers)
 
 

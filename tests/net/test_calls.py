@@ -258,6 +258,19 @@ async def test_what_a_caller_gets_wrong(two: tuple[Host, Host]) -> None:
 # -- deadlines and giving up -----------------------------------------------------------------------
 
 
+async def test_one_task_at_a_time_waits_for_messages(two: tuple[Host, Host]) -> None:
+    caller, server = two
+    async with await caller.open(server.peer_id, "stream") as call:
+        first = asyncio.create_task(call.receive())
+        await asyncio.sleep(0)
+        with pytest.raises(LocalProtocolError, match="two tasks"):
+            await call.receive()
+        await call.send({"n": 1})
+        message = await first
+        assert message is not None
+        assert message.body == {"n": 1}
+
+
 async def test_who_waits_for_a_call_that_another_task_ends_is_told(two: tuple[Host, Host]) -> None:
     caller, server = two
     server.serve("deaf", Watched())

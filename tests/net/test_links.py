@@ -8,6 +8,7 @@ import json
 import resource
 import socket
 import time
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -152,6 +153,17 @@ async def test_bulk_goes_on_the_one_lane_where_no_other_can_be_opened(net: Net) 
     reply = await server.call(caller.peer_id, "echo", {"n": 1}, timeout_s=5, priority=Priority.BULK)
     assert reply.body == {"n": 1}
     assert server.journal.counts["lane:failed", ""] == 1
+
+
+async def test_a_peer_that_was_restarted_gets_no_bulk_lane_of_its_former_self(two: tuple[Host, Host]) -> None:
+    caller, server = two
+    link = caller._links[server.peer_id]
+    link.hello = replace(link.hello, instance=bytes(16))
+    await caller.call(server.peer_id, "echo", timeout_s=5, priority=Priority.BULK)
+    assert len(link.lanes) == len(caller._lanes) == 1
+    assert caller.journal.counts["lane:failed", ""] == 1
+    await eventually(lambda: server.journal.counts["handshake:failed", "PROTOCOL"] == 1)
+    assert len(server._lanes) == 1
 
 
 async def test_an_urgent_call_beside_bulk_does_not_wait_for_it(two: tuple[Host, Host]) -> None:
