@@ -32,7 +32,7 @@ ALIGNMENT = 16  # of each buffer, from the first one's beginning
 MAX_DEADLINE_MS = 2**31
 _SCALARS = frozenset((type(None), bool, int, float, str, bytes))
 _INTEGERS, _TEXT = frozenset((int,)), frozenset((str,))
-# Its C buffer is reused; it is only used under the GIL, with no callbacks.
+# Its C buffer is reused, also behind an error; it is only used under the GIL, with no callbacks.
 _packer = msgpack.Packer(autoreset=True)
 
 MESSAGE, REQUEST, FAILURE = 0, 1, 2  # a header's first element
@@ -54,7 +54,6 @@ def encode(header: Header, buffers: Sequence[Buffer]) -> tuple[bytes, Sequence[b
     try:
         packed: bytes = _packer.pack(header)
     except (TypeError, ValueError, OverflowError) as error:
-        _packer.reset()
         raise InvalidArgument(f"a message body cannot be written: {error}") from error
     if len(packed) > MAX_HEADER_BYTES or len(views) > MAX_BUFFERS:
         raise InvalidArgument(
