@@ -166,10 +166,17 @@ class SwarmServers:
         self.outlook.succeeded(peer)
 
     async def is_much_better_than(self, chain: Sequence[Hop], history_tokens: int) -> bool:
-        """Whether to change to another chain, at the price of a replay, as far as is known."""
-        if self._directory.age_s > FRESH_S:
+        """Whether to change to another chain, at the price of a replay, as far as is known.
+
+        Mostly the answer is no, and a turn that begins does not wait for a look at the DHT to hear that.
+        """
+        if self._directory.age_s > KNOWN_S:
             await self._directory.refresh(timeout_s=LOOK_S)
-        return self.outlook.is_much_better_than(chain, history_tokens)
+        is_better = self.outlook.is_much_better_than(chain, history_tokens)
+        if is_better and self._directory.age_s > FRESH_S:
+            await self._directory.refresh(timeout_s=LOOK_S)
+            is_better = self.outlook.is_much_better_than(chain, history_tokens)
+        return is_better
 
 
 class RemoteHop:

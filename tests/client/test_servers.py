@@ -20,8 +20,10 @@ from petalite.sim import loop
 from petalite.swarm.bans import BanSettings
 from petalite.swarm.directory import ServerEntry
 from petalite.swarm.records import HostedAdapter
+from petalite.swarm.routing import Hop
 from petalite.swarm.spans import Span
 from tests.client.fakes import E, FakeSwarm, peer, reference
+from tests.helpers.memory_net import MemoryNet
 
 WHOLE = Span(0, 4)
 
@@ -140,5 +142,38 @@ def test_a_hosted_adapter_goes_to_who_holds_it() -> None:
             assert hop.peer == peer(2)
         with pytest.raises(MissingBlocks, match="hold the adapter 0000"):
             await swarm.plan(WHOLE, fresh=False, timeout_s=0.0, wanted=Wanted(adapter=bytes(32)))
+
+    loop.run(main())
+
+
+def test_a_turn_waits_for_a_look_only_where_that_may_change_something() -> None:
+    """Nobody better is known; somebody is, who is gone; somebody, who is there; what is known is old."""
+
+    async def main() -> None:
+        spans = {number: Span(number, number + 1) for number in range(4)}
+        swarm = FakeSwarm({number + 1: span for number, span in spans.items()}, net=MemoryNet(latency_s=0.2))
+        looks = 0
+        refresh = swarm.refresh
+
+        async def counted(*, timeout_s: float) -> None:
+            nonlocal looks
+            looks += 1
+            await refresh(timeout_s=timeout_s)
+
+        swarm.refresh = counted  # type: ignore[method-assign]
+        chain = await swarm.plan(WHOLE, fresh=False, timeout_s=0.0)
+        swarm.age_s = 60.0
+        assert not await swarm.is_much_better_than(chain, 9)
+        assert looks == 0
+        swarm.add(8, WHOLE)
+        swarm.net.kill(peer(8))
+        assert not await swarm.is_much_better_than(chain, 9)
+        assert looks == 1
+        swarm.add(9, WHOLE)
+        assert await swarm.is_much_better_than(chain, 9)
+        assert looks == 2
+        swarm.age_s = 600.0
+        assert not await swarm.is_much_better_than([Hop(peer(9), WHOLE)], 9)
+        assert looks == 3
 
     loop.run(main())
