@@ -5,6 +5,10 @@
 
 #include "kernels.h"
 
+#if defined(__SSE2__)
+#include <emmintrin.h>
+#endif
+
 using namespace petalite;
 
 namespace {
@@ -39,6 +43,42 @@ int64_t count_exceptions(const uint16_t* numbers, int64_t n, int base) {
     return sum;
 }
 
+typedef uint8_t Bytes __attribute__((vector_size(16)));
+typedef uint16_t Words __attribute__((vector_size(16)));
+
+// The lower bytes of eight words, then those of eight others.
+Bytes narrowed(Words a, Words b) {
+#if defined(__SSE2__)
+    return Bytes(_mm_packus_epi16(__m128i(a & 0xff), __m128i(b & 0xff)));
+#else
+    Bytes bytes;
+    for (int i = 0; i < 8; ++i) bytes[i] = uint8_t(a[i]), bytes[8 + i] = uint8_t(b[i]);
+    return bytes;
+#endif
+}
+
+// Of a block's numbers; exceptions get zero's code. Whether there are any.
+bool shorten_block(const uint16_t* numbers, int base, uint8_t* out) {
+    Bytes codes[kShortNumbers / 16], exceptions{};
+    for (int i = 0; i < kShortNumbers / 16; ++i) {
+        Words a, b;  // eight numbers of a step, eight of the next
+        std::memcpy(&a, numbers + i / 4 * 64 + i % 4 * 8, sizeof a);
+        std::memcpy(&b, numbers + i / 4 * 64 + i % 4 * 8 + 32, sizeof b);
+        const Bytes lower = narrowed(a, b), upper = narrowed(a >> 8, b >> 8), pair = upper & 0x7f;
+        const Bytes above = pair - uint8_t(base), beyond = Bytes(above >= uint8_t(kPairs));
+        exceptions |= beyond & Bytes(pair != 0);
+        codes[i] = (beyond & uint8_t(kPairs)) | (~beyond & above) | (upper >> 4 & 8);
+        std::memcpy(out + 64 + i * 16, &lower, sizeof lower);
+    }
+    for (int i = 0; i < 4; ++i) {
+        const Bytes both = codes[i] | codes[i + 4] << 4;
+        std::memcpy(out + i * 16, &both, sizeof both);
+    }
+    uint64_t any[2];
+    std::memcpy(any, &exceptions, sizeof any);
+    return any[0] | any[1];
+}
+
 // One panel of `n` numbers, into zeros.
 void shorten_panel(const uint16_t* numbers, int64_t n, int base, uint8_t* out) {
     for (int code = 0; code < 16; ++code) out[code] = uint8_t((code % 8 < kPairs ? base + code % 8 : 0) | code / 8 << 7);
@@ -48,30 +88,18 @@ void shorten_panel(const uint16_t* numbers, int64_t n, int base, uint8_t* out) {
     ShortException* const first = exception;
     out += kShortHeader;
     for (int64_t b = 0; b < n_blocks; ++b, out += kShortBlock) {
-        const int here = int(std::min<int64_t>(kShortNumbers, n - b * kShortNumbers));
         uint16_t block[kShortNumbers] = {};
-        std::memcpy(block, numbers + b * kShortNumbers, size_t(here) * 2);
-        if (count_exceptions(block, here, base)) {
-            ShortException* const of_block = exception;
-            for (int i = 0; i < here; ++i) {
-                if (!is_exception(block[i], base)) continue;
-                const int64_t input = b * kShortInputs + i / 32 * 2 + i % 2;
-                *exception++ = {uint32_t(input * kPanelRows + i % 32 / 2), block[i], 0};
-                block[i] = 0;
+        std::memcpy(block, numbers + b * kShortNumbers, size_t(std::min<int64_t>(kShortNumbers, n - b * kShortNumbers)) * 2);
+        if (!shorten_block(block, base, out)) continue;
+        for (int k = 0; k < kShortInputs; ++k) {
+            for (int r = 0; r < kPanelRows; ++r) {
+                uint16_t& number = block[k / 2 * 32 + r * 2 + k % 2];
+                if (!is_exception(number, base)) continue;
+                *exception++ = {uint32_t((b * kShortInputs + k) * kPanelRows + r), number, 0};
+                number = 0;
             }
-            std::sort(of_block, exception, [](auto a, auto b) { return a.place < b.place; });
         }
-        uint8_t lower[kShortNumbers], codes[kShortNumbers];
-        for (int i = 0; i < kShortNumbers; ++i) {
-            const uint8_t above = uint8_t(pair_of(block[i]) - base);
-            lower[i] = uint8_t(block[i]);
-            codes[i] = uint8_t((above < kPairs ? above : kPairs) | (block[i] >> 12 & 8));
-        }
-        for (int eight = 0; eight < kShortNumbers / 8; ++eight) {  // of step eight / 4
-            const int at = short_place(eight);
-            std::memcpy(out + 64 + at, lower + eight * 8, 8);
-            for (int i = 0; i < 8; ++i) out[at % 64 + i] = uint8_t(out[at % 64 + i] | codes[eight * 8 + i] << eight / 8 * 4);
-        }
+        shorten_block(block, base, out);
     }
     const uint32_t count = uint32_t(exception - first);
     std::memcpy(header + 16, &count, 4);
