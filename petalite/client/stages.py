@@ -21,6 +21,11 @@ from petalite.swarm.kept import KeptInputs
 from petalite.swarm.routing import Hop
 from petalite.swarm.spans import Span
 
+# A process that was stopped, or whose loop stood still, finds its deadlines over before it reads what came in
+# time: it reads for so long first.
+STOOD_STILL_S = 0.5
+GRACE_S = 1.0
+
 
 class StageFailed(Exception):
     """A stage failed in a way that another server may not."""
@@ -118,6 +123,7 @@ class Awaited:
         self.number = numbers[0]
         self.stages = stages
         self.deadline_s = deadline_s  # by the loop's clock
+        self.is_excused = False  # it was put off once
         self._answers = answers
         self._task: asyncio.Task[Any] | None = None
         self._cancelling = 0
@@ -226,9 +232,14 @@ class Answers:
     def _look(self) -> None:
         """Time is up for some, perhaps."""
         now_s, self._timer, self._fires_s = self._fires_s, None, math.inf
+        clock_s = asyncio.get_running_loop().time()
+        stood_still = clock_s - now_s > STOOD_STILL_S
         for awaited in self._awaited.values():
             if awaited.deadline_s is not None and awaited.deadline_s <= now_s:
-                awaited.expire()
+                if stood_still and not awaited.is_excused:
+                    awaited.is_excused, awaited.deadline_s = True, clock_s + GRACE_S
+                else:
+                    awaited.expire()
         due_s = [one.deadline_s for one in self._awaited.values() if one.deadline_s is not None]
         if due_s:
             self._set_timer(min(due_s))
