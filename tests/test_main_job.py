@@ -12,9 +12,12 @@ from pathlib import Path
 import pytest
 
 import petalite
+from petalite.client.stages import Stage
 from petalite.client.sync import DistributedModel
+from petalite.client.watching import probe
 from petalite.net.multiaddr import Multiaddr
 from petalite.node.processes import bootstrap_node, serve_node
+from petalite.swarm.messages import Progress
 from tests.helpers.checkpoints import tiny_llama
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
@@ -131,8 +134,22 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("killed_after", [0, 7, 14])
-def test_a_server_killed_in_mid_generation_changes_nothing(tiny: Path, killed_after: int) -> None:
-    """SIGKILL to a process of the chain; its blocks have another holder. The ids are those of one process."""
+def test_a_server_killed_in_mid_generation_changes_nothing(
+    tiny: Path, killed_after: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """SIGKILL to a process of the chain; its blocks have another holder. The ids are those of one process.
+
+    The replay, short as it is, is looked at as long ones are.
+    """
+    monkeypatch.setattr("petalite.client.watching.LOOK_S", 0.0)
+    looks = 0
+
+    async def counted(stage: Stage) -> Progress | None:
+        nonlocal looks
+        looks += 1
+        return await probe(stage)
+
+    monkeypatch.setattr("petalite.client.watching.probe", counted)
     prompt = list(range(40))
     with petalite.load(str(tiny)) as alone:
         expected = alone.generate(prompt, max_new_tokens=24).token_ids
@@ -150,6 +167,7 @@ def test_a_server_killed_in_mid_generation_changes_nothing(tiny: Path, killed_af
                     servers[victim].kill()
             assert session.token_ids[len(prompt) :] == expected[:-1]
             assert [recovery.lost for recovery in session.trace.recoveries] == [(victim,)]
+    assert looks
 
 
 async def test_leaving_a_stream_early_frees_the_servers(smollm2: Path, swarm: Multiaddr) -> None:
