@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from concurrent.futures import Executor, ThreadPoolExecutor
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from pathlib import Path
 
 import torch
@@ -154,6 +154,19 @@ def _gathered(n_out: int, n_in: int) -> Gathered:
     return Gathered((n_out, n_in))
 
 
+class _Packed:
+    """A dense weight's rows in panels, whose last work is done while the next weight is read."""
+
+    def __init__(self, rows: DenseRows, later: Executor) -> None:
+        self._rows, self._later = rows, later
+        self.put = rows.put
+
+    @property
+    def weight(self) -> Future[PackedWeight]:
+        """Once all rows were put."""
+        return self._later.submit(lambda: self._rows.weight)
+
+
 class _Maker:
     """Blocks of a checkpoint: what is read for them, on any thread, and what is made of it."""
 
@@ -175,7 +188,7 @@ class _Maker:
         self._kind = block_kind(checkpoint)
         self._native = library() if kernel.make is NativeLinear else None
         to_stay = quant == NONE and self._native is not None  # rows go where they are used
-        self._parts: Parts[Tensor | PackedWeight] = Parts(
+        self._parts: Parts[Tensor | Future[PackedWeight]] = Parts(
             checkpoint, self._kind, self._room, as_stored=to_stay
         )
         self._kept: QuantizedBlocks | None = None  # where blocks are kept that were quantized before
@@ -216,7 +229,9 @@ class _Maker:
     def _of_parts(self, index: int, stream: Stream) -> Block:
         vectors, weights = self._parts.read(index, stream)
         if self._quant == NONE:
-            return self._built(index, vectors, weights)
+            read = list(weights)  # all, before one is waited for
+            packed = ((n, w.result() if isinstance(w, Future) else w, bias) for n, w, bias in read)
+            return self._built(index, vectors, packed)
         made: dict[str, tuple[Weight, Tensor | None]] = {}  # and kept until the block is written
         block = self._built(index, vectors, self._quantized(weights, made))
         if self._kept is not None:
@@ -225,7 +240,7 @@ class _Maker:
 
     def _quantized(
         self,
-        weights: Iterable[tuple[str, Tensor | PackedWeight, Tensor | None]],
+        weights: Iterable[tuple[str, Tensor | Future[PackedWeight], Tensor | None]],
         made: dict[str, tuple[Weight, Tensor | None]],
     ) -> Linears:
         for name, dense, bias in weights:
@@ -242,13 +257,13 @@ class _Maker:
                 made[name] = weight, bias
             yield name, weight, bias
 
-    def _room(self, n_out: int, n_in: int) -> Rows[Tensor | PackedWeight]:
+    def _room(self, n_out: int, n_in: int) -> Rows[Tensor | Future[PackedWeight]]:
         if self._quant != NONE:
             return Gathered((n_out, n_in))
         if self._native is not None:
             rows = DenseRows(self._native, self._dtype, (n_out, n_in), give_back)
             self._early(rows.memory)
-            return rows
+            return _Packed(rows, self._pages)
         return Gathered((n_out, n_in), self._dtype, self._device)
 
     def _early(self, memory: Tensor) -> None:
