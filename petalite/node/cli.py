@@ -219,7 +219,8 @@ def main() -> None:
         try:
             app()
         finally:
-            sys.stdout.flush()
+            if sys.stdout is not None:  # it was closed when this began
+                sys.stdout.flush()
     except PetaliteError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
