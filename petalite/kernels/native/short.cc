@@ -79,8 +79,10 @@ bool shorten_block(const uint16_t* numbers, int base, uint8_t* out) {
     return any[0] | any[1];
 }
 
-// One panel of `n` numbers, into zeros.
-void shorten_panel(const uint16_t* numbers, int64_t n, int base, uint8_t* out) {
+// One panel of `n` numbers; into `size` bytes.
+void shorten_panel(const uint16_t* numbers, int64_t n, int base, uint8_t* out, int64_t size) {
+    uint8_t* const end = out + size;
+    std::memset(out, 0, size_t(kShortHeader));
     for (int code = 0; code < 16; ++code) out[code] = uint8_t((code % 8 < kPairs ? base + code % 8 : 0) | code / 8 << 7);
     uint8_t* const header = out;
     const int64_t n_blocks = (n + kShortNumbers - 1) / kShortNumbers;
@@ -101,6 +103,7 @@ void shorten_panel(const uint16_t* numbers, int64_t n, int base, uint8_t* out) {
         }
         shorten_block(block, base, out);
     }
+    std::memset(exception, 0, size_t(end - reinterpret_cast<uint8_t*>(exception)));
     const uint32_t count = uint32_t(exception - first);
     std::memcpy(header + 16, &count, 4);
 }
@@ -124,10 +127,12 @@ PETALITE_API void petalite_short_range(const void* panels, int64_t n_panels, int
 PETALITE_API void petalite_shorten(const void* panels, int64_t n_panels, int64_t n_in, int32_t base, int32_t most, void* out) {
     const auto* numbers = static_cast<const uint16_t*>(panels);
     const int64_t each = panel_bytes(Format::BF16, n_in, 0) / 2, size = panel_bytes(Format::BF12, n_in, most);
-    std::vector<uint64_t> panel(size_t(size) / 8);
-    for (int64_t p = 0; p < n_panels; ++p) {
-        std::fill(panel.begin(), panel.end(), 0);
-        shorten_panel(numbers + p * each, each, base, reinterpret_cast<uint8_t*>(panel.data()));
-        std::memcpy(static_cast<uint8_t*>(out) + p * size, panel.data(), size_t(size));
+    std::vector<uint16_t> panel(static_cast<size_t>(each));  // while it is where its own numbers are
+    for (int64_t p = 0; p < n_panels; ++p, numbers += each) {
+        uint8_t* const to = static_cast<uint8_t*>(out) + p * size;
+        const auto* from = reinterpret_cast<const uint8_t*>(numbers);
+        const bool apart = to + size <= from || from + each * 2 <= to;
+        if (!apart) std::memcpy(panel.data(), numbers, size_t(each) * 2);
+        shorten_panel(apart ? numbers : panel.data(), each, base, to, size);
     }
 }
