@@ -19,7 +19,7 @@ from petalite.model.span import load_span
 from petalite.node.smollm2 import smollm2_folder
 
 PROMPT_TOKENS, NEW_TOKENS, PREFILL_TOKENS = 64, 48, 512
-ROUNDS = 3
+ROUNDS = 5
 THREADS = (1, 2)
 Rate = Callable[[], float]  # tokens/s of one run
 
