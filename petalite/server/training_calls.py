@@ -192,10 +192,13 @@ class TrainingService:
 async def _rest(call: Call, request: PutAdapter, begun: Buffer) -> bytearray:
     """The whole file. Each piece has to come in time, and none is smaller than it must be."""
     blob, nbytes = bytearray(begun), len(begun) + request.more
-    await call.send(encode(AdapterHeld(request.digest, request.more)))
+    wanted = encode(AdapterHeld(request.digest, request.more))
     while len(blob) < nbytes:
         try:
             async with asyncio.timeout(ADAPTER_PIECE_S):
+                if wanted:
+                    await call.send(wanted)
+                    wanted = {}
                 message = await call.receive()
         except TimeoutError:
             raise DeadlineExceeded(f"no piece of the adapter came for {ADAPTER_PIECE_S:g} s") from None

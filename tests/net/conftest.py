@@ -9,8 +9,9 @@ from collections.abc import AsyncIterator, Callable
 import pytest
 import uvloop
 
-from petalite.net import Host
+from petalite.net import Host, MethodPolicy
 
+from .hostile import PROMPT
 from .hosts import Net, echo, echo_stream
 
 
@@ -41,3 +42,18 @@ async def two(net: Net) -> tuple[Host, Host]:
     server.serve("stream", echo_stream)
     await caller.connect(server.addresses[0])
     return caller, server
+
+
+@pytest.fixture
+async def host(net: Net) -> AsyncIterator[Host]:
+    """One to be attacked; a good peer, connected all along, is served before and after."""
+    host = await net.host(PROMPT, listen=True)
+    host.serve("echo", echo)
+    host.serve("small", echo, policy=MethodPolicy(max_message_bytes=1000))
+    good = await net.host()
+    await good.call(host.addresses[0], "echo", {"before": 1}, timeout_s=5)
+    yield host
+    reply = await good.call(host.peer_id, "echo", {"after": 1}, [bytes(100_000)], timeout_s=5)
+    assert reply.body == {"after": 1}
+    newcomer = await net.host()
+    await newcomer.call(host.addresses[0], "echo", {"new": 1}, timeout_s=5)

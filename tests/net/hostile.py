@@ -7,11 +7,15 @@ import socket
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
-from petalite.net import Host, Identity
+from petalite.net import Host, HostSettings, Identity
+from petalite.net.credit import Windows
 from petalite.net.frames import HEADER, HEADER_BYTES, U32, U64, FrameType, decode_reason, encode, opening
 from petalite.net.handshake import Handshake, Hello
+from petalite.net.limits import Limits
 from petalite.net.records import LENGTH, OVERHEAD_BYTES
 
+STREAMS = 1000
+PROMPT = HostSettings(windows=Windows(streams=STREAMS), limits=Limits(handshake_s=0.3))
 HELLO = Hello(b"hostile instance", 0, 1 << 20, 1 << 24, 4096, "attack/1")
 
 

@@ -121,6 +121,7 @@ async def test_a_link_that_fails_at_its_tick_stops_no_other_links_clock(
     ticked: list[float] = []
     monkeypatch.setattr(other, "tick", ticked.append)
     await eventually(lambda: len(ticked) > 1)
+    assert not other.closed and ticked == sorted(ticked)
 
 
 async def test_who_waits_for_a_place_on_a_bulk_lane_that_is_lost_goes_on_the_other(net: Net) -> None:
@@ -528,5 +529,7 @@ async def test_another_connection_takes_over_when_ids_run_out(
     await server.connect(dialler.addresses[0])
     for _ in range(8):
         await server.call(dialler.peer_id, "echo", timeout_s=5)
+    used_up = dialler._links[server.peer_id]
     for _ in range(8):
         await dialler.call(server.peer_id, "echo", timeout_s=5)
+    assert dialler._links[server.peer_id] is not used_up

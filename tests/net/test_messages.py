@@ -183,9 +183,10 @@ def test_any_damage_to_a_header_is_a_header_or_bad(data: bytes, position: int, v
     for index in range(position, len(packed), 7):
         packed[index] = value
         try:
-            decode_header(packed)
+            header = decode_header(packed)
         except BadMessage:
             continue
+        assert header[0] in (0, 1, 2) and type(header[1]) is dict and type(header[2]) is list
 
 
 @pytest.mark.parametrize(

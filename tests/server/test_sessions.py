@@ -240,6 +240,7 @@ async def test_draining_waits_for_who_leaves(serving: Serving) -> None:
     call = await serving.open(await serving.client())
     draining = asyncio.create_task(serving.service.drain(60))
     await step(call, hidden(serving.span, 3), (0, 0, 3))
+    assert not draining.done()
     call.end()
     async with asyncio.timeout(10):
         await draining

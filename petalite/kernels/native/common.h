@@ -22,6 +22,9 @@ constexpr int kPanelRows = 16;
 constexpr int kNf4Block = 64;
 constexpr int kNf4BlockBytes = kPanelRows * kNf4Block / 2 + kPanelRows * 4;
 
+// See short.h: bytes before a panel's blocks, inputs and bytes of a block, bytes of an exception.
+constexpr int64_t kShortHeader = 64, kShortInputs = 8, kShortBlock = 192, kShortException = 8;
+
 enum class Format : int32_t { F32 = 0, BF16 = 1, F16 = 2, INT8 = 3, NF4 = 4, BF12 = 5 };
 
 // Whether products are of whole numbers.
@@ -50,7 +53,8 @@ inline int64_t panel_bytes(Format format, int64_t n_in, int64_t n_fine) {
         case Format::INT8: return ((n_fine + 3) / 4 * 2 + (n_in - n_fine + 3) / 4) * 64;
         case Format::NF4:
             return (2 * round_up(n_fine, kNf4Block) + round_up(n_in - n_fine, kNf4Block)) / kNf4Block * kNf4BlockBytes;
-        case Format::BF12: return 64 + (n_in + 7) / 8 * 192 + round_up(n_fine * 8, 64);
+        case Format::BF12:
+            return kShortHeader + (n_in + kShortInputs - 1) / kShortInputs * kShortBlock + round_up(n_fine * kShortException, 64);
     }
     return 0;
 }

@@ -20,15 +20,13 @@
 
 namespace petalite {
 
-constexpr int64_t kShortHeader = 64;
-constexpr int64_t kShortInputs = 8;   // of a block
-constexpr int64_t kShortBlock = 192;  // bytes
 constexpr int kShortNumbers = int(kShortInputs) * kPanelRows;
 
 struct ShortException {
     uint32_t place;  // input · 16 + row
     uint16_t value, unused;
 };
+static_assert(sizeof(ShortException) == kShortException);
 
 inline int64_t short_blocks(int64_t n_in) { return (n_in + kShortInputs - 1) / kShortInputs; }
 

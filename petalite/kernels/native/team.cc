@@ -51,7 +51,7 @@ class Watch {
 
   private:
     static int64_t cpu_ns() {
-        timespec spent;
+        timespec spent{};
         clock_gettime(CLOCK_THREAD_CPUTIME_ID, &spent);
         return spent.tv_sec * int64_t(1'000'000'000) + spent.tv_nsec;
     }
